@@ -1,0 +1,1 @@
+"""Fused fast paths, each with a plain PyTorch twin."""
