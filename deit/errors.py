@@ -1,0 +1,43 @@
+"""What users see when they ask for something that cannot be: one clear line, exit code 2.
+
+Library code raises `UserError`; every command line runs its body under `one_line_errors`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """A wrong value from a user. The message shows the value and says what would be right."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` with every run of white space (line breaks too) as one blank."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_line_errors(body: Callable[[], int | None]) -> int:
+    """Run `body` and return its exit status (None is 0).
+
+    A `UserError` becomes the one line `error: ...` on stderr and status 2. Everything else is a
+    defect of this code and keeps its traceback.
+    """
+    try:
+        return body() or 0
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+
+
+def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """`; did you mean a, b or c?` with the known names nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    if not near:
+        return ""
+    listed = near[0] if len(near) == 1 else f"{', '.join(near[:-1])} or {near[-1]}"
+    return f"; did you mean {listed}?"
