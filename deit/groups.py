@@ -1,0 +1,285 @@
+r"""Groups that act on images, their irreps, and the change of basis between the two views of a feature.
+
+A group element g moves pixels (or tokens) and mixes channels. Over the channels we use the
+*regular representation*: one channel per group element, permuted by h -> gh. A change of basis
+splits it into irreducible representations (irreps),
+
+    f^_{rho, ij} = sqrt(d_rho / |G|) * sum_h rho_ij(h) f(h),
+
+where irrep rho of dimension d_rho appears d_rho times and g acts on index i alone, by rho(g). By
+Schur's lemma a linear map that commutes with G cannot mix different irreps and acts the same on
+every i: its matrix is block-diagonal. For flopping (G = {e, mirror}) that is the pair
+
+    s = (r_e + r_m) / sqrt 2   (symmetric),      a = (r_e - r_m) / sqrt 2   (antisymmetric),
+
+and half the multiply-adds (arXiv:2502.05169, sections 2 and 3). The eight-element octic group has a
+two-dimensional irrep (arXiv:2505.15441); everything here holds for it too.
+
+A `Rep` says how the irreps lie along one axis of a tensor: irrep after irrep, and within an irrep
+its d_rho components one after the other, each as wide as the irrep's multiplicity. We call such a
+tensor *packed*; for flopping it is (..., [s | a]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOP", "FLOP_X_FLOP", "OCTIC", "Group", "Irrep", "Rep", "direct_product"]
+
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Irrep:
+    """A real orthogonal irreducible representation: one (d, d) matrix for each group element."""
+
+    name: str
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def dim(self) -> int:
+        return len(self.matrices[0])
+
+    @property
+    def is_trivial(self) -> bool:
+        return self.dim == 1 and all(m == ((1.0,),) for m in self.matrices)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A finite group with its multiplication table, its irreps and its action on images.
+
+    Attributes:
+        elements: names; the identity is first.
+        table: table[g][h] is the index of the product gh.
+        irreps: all of them, the trivial one first; sum of dim**2 is the order.
+        image_action: (mirrored, quarter_turns) of each element: first mirror left to right if
+            `mirrored`, then turn counter-clockwise. None for a group that does not act on images.
+    """
+
+    name: str
+    elements: tuple[str, ...]
+    table: tuple[tuple[int, ...], ...]
+    irreps: tuple[Irrep, ...]
+    image_action: tuple[tuple[bool, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.irreps[0].is_trivial:
+            raise ValueError(f"the first irrep of {self.name} must be the trivial one")
+        if sum(irrep.dim**2 for irrep in self.irreps) != self.order:
+            raise ValueError(
+                f"the squared dimensions of the irreps of {self.name} must sum to {self.order}"
+            )
+
+    @property
+    def order(self) -> int:
+        return len(self.elements)
+
+    def inverse(self, g: int) -> int:
+        """Index of the inverse of element `g`."""
+        return self.table[g].index(0)
+
+    @cached_property
+    def change_of_basis(self) -> Tensor:
+        """The orthogonal matrix Q, (|G|, |G|) in float64, from the regular basis to the irreps.
+
+        Rows are the matrix entries sqrt(d/|G|) rho_ij in packed order, columns the elements.
+        """
+        rows = [
+            [sqrt(irrep.dim / self.order) * matrix[i][j] for matrix in irrep.matrices]
+            for irrep in self.irreps
+            for i in range(irrep.dim)
+            for j in range(irrep.dim)
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def act_on_image(self, g: int, images: Tensor) -> Tensor:
+        """Apply element `g` to images (..., H, W). Quarter turns swap H and W."""
+        if self.image_action is None:
+            raise ValueError(f"the group {self.name} has no action on images")
+        mirrored, turns = self.image_action[g]
+        if mirrored:
+            images = images.flip(-1)
+        return torch.rot90(images, turns, (-2, -1)) if turns else images
+
+    def regular(self, features: int) -> Rep:
+        """The `Rep` of `features` channels in copies of the regular representation.
+
+        Raises:
+            ValueError: if `features` is not a multiple of the group's order.
+        """
+        if features <= 0 or features % self.order:
+            raise ValueError(
+                f"{features} features cannot hold whole copies of the regular representation of "
+                f"{self.name}: use a positive multiple of {self.order}"
+            )
+        return Rep(self, free=features // self.order)
+
+
+@dataclass(frozen=True)
+class Rep:
+    """How a group acts along one axis: `free` regular copies and `fixed` invariant entries.
+
+    Over channels `fixed` is 0 inside a network and the number of colours at its input. Over tokens
+    `free` is the number of tokens in the left half of the grid, and `fixed` the number of tokens in
+    a middle column, which flopping maps to itself.
+    """
+
+    group: Group
+    free: int
+    fixed: int = 0
+
+    @property
+    def size(self) -> int:
+        """Length of the axis."""
+        return self.group.order * self.free + self.fixed
+
+    def multiplicity(self, irrep: Irrep) -> int:
+        """How many copies of `irrep` there are: the width of each of its components."""
+        return irrep.dim * self.free + (self.fixed if irrep.is_trivial else 0)
+
+    @property
+    def invariant(self) -> int:
+        """Number of entries that no element of the group changes; they come first."""
+        return self.free + self.fixed
+
+    @property
+    def sizes(self) -> list[int]:
+        """Length of each irrep's block along the axis, in order."""
+        return [irrep.dim * self.multiplicity(irrep) for irrep in self.group.irreps]
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if all irreps have dimension one and the same multiplicity, as s and a do."""
+        return self.fixed == 0 and all(irrep.dim == 1 for irrep in self.group.irreps)
+
+    def check(self, size: int, what: str) -> None:
+        """Raise ValueError if an axis of length `size` cannot carry this representation."""
+        if size != self.size:
+            raise ValueError(f"{what} has {size} entries along its axis, expected {self.size}")
+
+    def split(self, x: Tensor, dim: int = -1) -> Sequence[Tensor]:
+        """The irreps' blocks of a packed tensor, as views."""
+        return x.split(self.sizes, dim)
+
+    def to_regular(self, x: Tensor, dim: int = -1) -> Tensor:
+        """From the packed basis to the one in which the group permutes entries; same shape.
+
+        Order: the copy of the identity, the fixed entries, then the copies of the other elements.
+        For tokens that is the left half of the grid, its middle column, the right half mirrored.
+        """
+        trivial, *others = self.split(x, dim)
+        head, fixed = trivial.split([self.free, self.fixed], dim)
+        blocks = [head]
+        for block, irrep in zip(others, self.group.irreps[1:], strict=True):
+            blocks.extend(block.chunk(irrep.dim**2, dim))
+        first, *rest = _mix(blocks, self.group, inverse=True)
+        return torch.cat([first, *([fixed] if self.fixed else []), *rest], dim)
+
+    def from_regular(self, x: Tensor, dim: int = -1) -> Tensor:
+        """The inverse of `to_regular`."""
+        sizes = [self.free, self.fixed] + [self.free] * (self.group.order - 1)
+        first, fixed, *rest = x.split(sizes, dim)
+        first, *rest = _mix([first, *rest], self.group, inverse=False)
+        return torch.cat([first, *([fixed] if self.fixed else []), *rest], dim)
+
+    def act(self, g: int, x: Tensor, dim: int = -1) -> Tensor:
+        """Apply group element `g` to a packed tensor along `dim`; same shape."""
+        blocks = []
+        for block, irrep in zip(self.split(x, dim), self.group.irreps, strict=True):
+            matrix = irrep.matrices[g]
+            parts = block.chunk(irrep.dim, dim)
+            for row in matrix:
+                blocks.append(sum(c * p for c, p in zip(row, parts, strict=True)))
+        return torch.cat(blocks, dim)
+
+
+def _mix(blocks: list[Tensor], group: Group, inverse: bool) -> list[Tensor]:
+    """Multiply a list of |G| equally shaped tensors by Q, or by its transpose if `inverse`."""
+    if group.order == 2:  # the butterfly; one pass for a compiler to fuse, no matrix product
+        x, y = blocks
+        root = sqrt(0.5)
+        return [(x + y) * root, (x - y) * root]
+    stacked = torch.stack(blocks)
+    q = group.change_of_basis.to(stacked)
+    return list(torch.tensordot(q.mT if inverse else q, stacked, dims=1).unbind(0))
+
+
+def direct_product(first: Group, second: Group) -> Group:
+    """The product group: elements (g, h), irreps rho x sigma; it has no action on images.
+
+    With flopping twice it describes features whose tokens and channels are both decomposed: the
+    irreps are ss, sa, as, aa (channels first) and flopping itself is the diagonal element.
+    """
+    n, m = first.order, second.order
+    table = tuple(
+        tuple(first.table[i // m][j // m] * m + second.table[i % m][j % m] for j in range(n * m))
+        for i in range(n * m)
+    )
+    irreps = tuple(
+        Irrep(
+            f"{rho.name}_{sigma.name}",
+            tuple(_kron(a, b) for a in rho.matrices for b in sigma.matrices),
+        )
+        for rho in first.irreps
+        for sigma in second.irreps
+    )
+    elements = tuple(f"{g},{h}" for g in first.elements for h in second.elements)
+    return Group(f"{first.name} x {second.name}", elements, table, irreps)
+
+
+def _kron(a: Matrix, b: Matrix) -> Matrix:
+    return tuple(tuple(x * y for x in row_a for y in row_b) for row_a in a for row_b in b)
+
+
+def _characters(name: str, values: Sequence[int]) -> Irrep:
+    return Irrep(name, tuple(((float(v),),) for v in values))
+
+
+@lru_cache(maxsize=1)
+def _octic() -> Group:
+    """The symmetries of the square: element 4f + k mirrors f times, then turns k quarters."""
+    elements = [(bool(f), k) for f in (0, 1) for k in range(4)]
+
+    # turn^k mirror^f turn^l mirror^m = turn^(k -+ l) mirror^(f + m): a mirror reverses turns
+    def product(i: int, j: int) -> int:
+        (f, k), (m, turns) = elements[i], elements[j]
+        return 4 * (f ^ m) + (k + (-turns if f else turns)) % 4
+
+    def plane(f: bool, k: int) -> Matrix:
+        cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[k]
+        x = -1.0 if f else 1.0  # the mirror is diag(-1, 1); a turn by 90 degrees comes after it
+        return ((cos * x, -float(sin)), (sin * x, float(cos)))
+
+    mirrored = [f for f, _ in elements]
+    turned = [k % 2 for _, k in elements]
+    return Group(
+        "octic",
+        tuple(f"{'m' if f else ''}r{k}" if k else ("m" if f else "e") for f, k in elements),
+        tuple(tuple(product(i, j) for j in range(8)) for i in range(8)),
+        (
+            _characters("a1", [1] * 8),
+            _characters("a2", [-1 if f else 1 for f in mirrored]),
+            _characters("b1", [-1 if t else 1 for t in turned]),
+            _characters("b2", [-1 if f ^ t else 1 for f, t in zip(mirrored, turned, strict=True)]),
+            Irrep("e", tuple(plane(f, k) for f, k in elements)),
+        ),
+        tuple(elements),
+    )
+
+
+FLOP = Group(
+    "flop",
+    ("e", "m"),
+    ((0, 1), (1, 0)),
+    (_characters("sym", [1, 1]), _characters("asym", [1, -1])),
+    ((False, 0), (True, 0)),
+)
+FLOP_X_FLOP = direct_product(FLOP, FLOP)
+OCTIC = _octic()

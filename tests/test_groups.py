@@ -1,0 +1,101 @@
+"""The mathematics: multiplication tables, irreps, change of basis, actions on images."""
+
+import pytest
+import torch
+
+from deit.groups import FLOP, FLOP_X_FLOP, OCTIC, Group, Irrep, Rep
+
+GROUPS = pytest.mark.parametrize("group", [FLOP, FLOP_X_FLOP, OCTIC], ids=lambda g: g.name)
+
+
+@GROUPS
+def test_table_is_a_group(group: Group):
+    n = range(group.order)
+    for g in n:
+        assert group.table[0][g] == g == group.table[g][0]
+        assert sorted(group.table[g]) == list(n)
+        assert group.table[group.inverse(g)][g] == 0
+        for h in n:
+            for k in n:
+                assert group.table[group.table[g][h]][k] == group.table[g][group.table[h][k]]
+
+
+@GROUPS
+def test_irreps_are_orthogonal_homomorphisms(group: Group):
+    for irrep in group.irreps:
+        matrices = torch.tensor(irrep.matrices, dtype=torch.float64)
+        for g in range(group.order):
+            torch.testing.assert_close(
+                matrices[g] @ matrices[g].mT, torch.eye(irrep.dim, dtype=torch.float64)
+            )
+            for h in range(group.order):
+                torch.testing.assert_close(matrices[g] @ matrices[h], matrices[group.table[g][h]])
+
+
+@GROUPS
+def test_change_of_basis_is_orthogonal(group: Group):
+    q = group.change_of_basis
+    torch.testing.assert_close(q @ q.mT, torch.eye(group.order, dtype=torch.float64))
+
+
+@GROUPS
+@pytest.mark.parametrize("fixed", [0, 3])
+def test_change_of_basis_turns_permutations_into_irreps(group: Group, fixed: int):
+    """Acting in the regular basis is permuting copies; in the packed basis it is `Rep.act`."""
+    rep = Rep(group, free=5, fixed=fixed)
+    packed = torch.randn(2, rep.size, dtype=torch.float64)
+    regular = rep.to_regular(packed)
+    torch.testing.assert_close(rep.from_regular(regular), packed)
+    sizes = [5, fixed] + [5] * (group.order - 1)
+    for g in range(group.order):
+        first, middle, *rest = regular.split(sizes, -1)
+        copies = [first, *rest]
+        moved = [copies[group.table[group.inverse(g)][h]] for h in range(group.order)]
+        expected = torch.cat([moved[0], middle, *moved[1:]], -1)
+        torch.testing.assert_close(rep.to_regular(rep.act(g, packed)), expected)
+        if g:
+            assert not torch.allclose(rep.act(g, packed), packed)
+
+
+@pytest.mark.parametrize("group", [FLOP, OCTIC], ids=lambda g: g.name)
+def test_image_action_follows_the_table(group: Group):
+    image = torch.arange(16.0).reshape(1, 4, 4)
+    orbit = [group.act_on_image(g, image) for g in range(group.order)]
+    assert len({tuple(x.flatten().tolist()) for x in orbit}) == group.order
+    for g in range(group.order):
+        for h in range(group.order):
+            assert torch.equal(group.act_on_image(g, orbit[h]), orbit[group.table[g][h]])
+
+
+def test_flop_is_the_pair_of_the_paper():
+    r = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    s, a = FLOP.regular(2).from_regular(r)
+    assert s.item() == pytest.approx(4 / 2**0.5)
+    assert a.item() == pytest.approx(2 / 2**0.5)
+    assert FLOP.regular(2).act(1, torch.stack([s, a])).tolist() == [s.item(), -a.item()]
+
+
+def test_product_is_the_hadamard_transform_with_factor_half():
+    assert FLOP_X_FLOP.change_of_basis.abs().eq(0.5).all()
+    assert [irrep.name for irrep in FLOP_X_FLOP.irreps] == [
+        "sym_sym", "sym_asym", "asym_sym", "asym_asym"
+    ]  # fmt: skip
+    flop = FLOP_X_FLOP.elements.index("m,m")
+    assert [irrep.matrices[flop][0][0] for irrep in FLOP_X_FLOP.irreps] == [1, -1, -1, 1]
+
+
+def test_octic_sizes():
+    rep = OCTIC.regular(16)
+    assert rep.sizes == [2, 2, 2, 2, 8]
+    assert [rep.multiplicity(irrep) for irrep in OCTIC.irreps] == [2, 2, 2, 2, 4]
+
+
+def test_errors_name_the_rule():
+    with pytest.raises(ValueError, match="positive multiple of 2"):
+        FLOP.regular(7)
+    with pytest.raises(ValueError, match="no action on images"):
+        FLOP_X_FLOP.act_on_image(1, torch.zeros(1, 2, 2))
+    with pytest.raises(ValueError, match="must sum to 2"):
+        Group("broken", ("e", "m"), ((0, 1), (1, 0)), FLOP.irreps[:1])
+    with pytest.raises(ValueError, match="trivial"):
+        Group("broken", ("e",), ((0,),), (Irrep("sign", (((-1.0,),),)),))
