@@ -1,4 +1,4 @@
-r"""Groups that act on images, their irreps, and the change of basis between the two views of a feature.
+r"""Groups that act on images, their irreps, and the change of basis that splits features into them.
 
 A group element g moves pixels (or tokens) and mixes channels. Over the channels we use the
 *regular representation*: one channel per group element, permuted by h -> gh. A change of basis

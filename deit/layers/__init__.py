@@ -1,0 +1,38 @@
+"""Equivariant layers on packed features, one concept a file; see `deit.groups` for the layout."""
+
+from deit.layers.activation import GELU, quick_gelu
+from deit.layers.affine import Affine, LayerScale
+from deit.layers.attention import Attention
+from deit.layers.block import Block, OrdinaryBlock, OrdinaryLayerNorm
+from deit.layers.conv import MirrorConv2d, MirrorDepthwiseConv2d, MirrorKernel
+from deit.layers.fixed import FixedBuffers
+from deit.layers.linear import Linear, as_rep, invariant_bias
+from deit.layers.mlp import Mlp
+from deit.layers.norm import LayerNorm
+from deit.layers.patch_embed import PatchEmbed
+from deit.layers.tokens import MirrorGrid, MirrorOrder, PositionEmbedding, PrefixToken
+
+__all__ = [
+    "GELU",
+    "Affine",
+    "Attention",
+    "Block",
+    "FixedBuffers",
+    "LayerNorm",
+    "LayerScale",
+    "Linear",
+    "MirrorConv2d",
+    "MirrorDepthwiseConv2d",
+    "MirrorGrid",
+    "MirrorKernel",
+    "MirrorOrder",
+    "Mlp",
+    "OrdinaryBlock",
+    "OrdinaryLayerNorm",
+    "PatchEmbed",
+    "PositionEmbedding",
+    "PrefixToken",
+    "as_rep",
+    "invariant_bias",
+    "quick_gelu",
+]

@@ -1,0 +1,99 @@
+"""Channel-wise scale and shift of packed features: Affine, and LayerScale without the shift."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deit.groups import FLOP, Group, Rep
+from deit.layers.linear import as_rep, invariant_bias
+
+__all__ = ["Affine", "LayerScale"]
+
+
+class Affine(nn.Module):
+    """y = alpha * x + beta, with beta on the invariant parts alone.
+
+    Keys: `alpha_<irrep>` (multiplicity of the irrep,) for each irrep, and `beta`, or with `across`
+    `beta_<irrep>` for each. All components of an irrep share one scale.
+
+    Args:
+        features: size of the last axis, or its representation.
+        shift: whether there is a beta.
+        across: representation along the axis before the last, if that is decomposed as well.
+        init_value: initial alpha; beta starts at zero.
+    """
+
+    def __init__(
+        self,
+        features: int | Rep,
+        shift: bool = True,
+        *,
+        group: Group = FLOP,
+        across: Rep | None = None,
+        init_value: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.rep = as_rep(features, group)
+        self.across = across
+        self.shift = shift
+        self.init_value = init_value
+        dd = {"device": device, "dtype": dtype}
+        for irrep in self.rep.group.irreps:
+            width = self.rep.multiplicity(irrep)
+            self.register_parameter(
+                f"alpha_{irrep.name}", nn.Parameter(torch.full((width,), init_value, **dd))
+            )
+            if shift and across is not None:
+                self.register_parameter(
+                    f"beta_{irrep.name}", nn.Parameter(torch.zeros(width, **dd))
+                )
+        if shift and across is None:
+            self.beta = nn.Parameter(torch.zeros(self.rep.invariant, **dd))
+
+    def reset_parameters(self) -> None:
+        """Back to the initial scale and no shift."""
+        for name, parameter in self.named_parameters():
+            nn.init.constant_(parameter, self.init_value if name.startswith("alpha") else 0.0)
+
+    def scale(self) -> Tensor:
+        """All scales in packed order, (features,)."""
+        return torch.cat(
+            [
+                getattr(self, f"alpha_{irrep.name}").repeat(irrep.dim)
+                for irrep in self.rep.group.irreps
+            ]
+        )
+
+    def offset(self) -> Tensor | None:
+        """The shift in packed order, (features,) or with `across` (across.size, features)."""
+        if not self.shift:
+            return None
+        if self.across is None:
+            return F.pad(self.beta, (0, self.rep.size - self.rep.invariant))
+        return torch.cat(
+            [
+                invariant_bias(getattr(self, f"beta_{irrep.name}"), i, self.rep, self.across)
+                for i, irrep in enumerate(self.rep.group.irreps)
+            ],
+            -1,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., [across,] features), same shape
+        offset = self.offset()
+        if offset is None:
+            return x * self.scale()
+        return torch.addcmul(offset, x, self.scale())
+
+    def extra_repr(self) -> str:
+        return f"{self.rep.size}, shift={self.shift}, group={self.rep.group.name}"
+
+
+class LayerScale(Affine):
+    """gamma * x: an Affine without shift, initially small (arXiv:2103.17239)."""
+
+    def __init__(self, features: int | Rep, init_value: float = 1e-4, **kwargs) -> None:
+        super().__init__(features, shift=False, init_value=init_value, **kwargs)

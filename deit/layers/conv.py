@@ -1,0 +1,197 @@
+r"""Convolutions that commute with flopping (arXiv:2502.05169, section 3).
+
+From irrep rho to irrep sigma only kernels with k(mirrored x) = rho sigma k(x) are allowed: equal
+columns left and right where the irreps agree, opposite ones where they differ. Half of a kernel
+decides the rest, so only the left half is stored.
+
+The layers here store halves of kernels, which is particular to groups whose only motion is the
+mirror: both irreps have dimension one, and the sign of the mirror is all that is needed of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deit.groups import FLOP, Rep
+from deit.layers.fixed import FixedBuffers
+
+__all__ = ["MirrorConv2d", "MirrorDepthwiseConv2d", "MirrorKernel"]
+
+SYM, ASYM = FLOP.irreps
+# the order in which both layers list their parts: (from, to)
+PARTS = ((SYM, SYM), (SYM, ASYM), (ASYM, SYM), (ASYM, ASYM))
+
+
+class MirrorKernel(FixedBuffers):
+    """Kernels that are mirror-symmetric (`sign` +1) or mirror-antisymmetric (-1).
+
+    Keys: `weight`, (out, in, height, stored width), the left half: with an odd width a symmetric
+    kernel stores its centre column too, last; an antisymmetric one has zero there and keeps that
+    column as `zero_center`, (out, in, height, 1). And `bias` (out,) if asked for.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        in_channels: int,
+        kernel_size: tuple[int, int],
+        sign: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        height, width = kernel_size
+        self.sign, self.odd = sign, width % 2
+        stored = width // 2 + (self.odd if sign > 0 else 0)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, height, stored, **dd))
+        self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
+        if sign < 0 and self.odd:
+            zeros = torch.zeros(out_channels, in_channels, height, 1, device="cpu", dtype=dtype)
+            rule = "zero, as the centre column of an antisymmetric kernel must be"
+            self.register_fixed("zero_center", zeros, rule, device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's default for Conv2d with the fan-in of the stored half."""
+        super().reset_parameters()
+        if self.weight.numel():
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        if self.bias is not None:
+            bound = self.weight[0].numel() ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def kernel(self) -> Tensor:
+        """The whole kernel, (out, in, height, width)."""
+        left = self.weight
+        if self.sign > 0:
+            return torch.cat([left, left[..., : left.shape[-1] - self.odd].flip(-1)], -1)
+        if self.odd:
+            return torch.cat([left, self.zero_center, -left.flip(-1)], -1)
+        return torch.cat([left, -left.flip(-1)], -1)
+
+
+class MirrorConv2d(nn.Module):
+    """A dense convolution of packed channels, (B, C_in, H, W) -> (B, C_out, H', W').
+
+    s' = k_ss * s + k_as * a + b and a' = k_sa * s + k_aa * a, where the first index is the input.
+    Flopping commutes with it if the kernel's positions are mapped to one another: for stride 1, and
+    for kernels as wide as the stride on images whose width they divide.
+
+    Args:
+        in_rep: representation of the input channels; colours are `Rep(FLOP, free=0, fixed=3)`.
+        out_channels: C_out, even.
+        kernel_size: (height, width).
+        stride, padding: as in Conv2d.
+
+    Keys: `<from>_to_<to>.weight` and `sym_to_sym.bias`; from an image `proj_<to>.…`.
+    """
+
+    def __init__(
+        self,
+        in_rep: Rep,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_rep, self.out_rep = in_rep, FLOP.regular(out_channels)
+        self.stride, self.padding = stride, padding
+        self.names = {
+            (rho, sigma): (f"{rho.name}_to_" if in_rep.free else "proj_") + sigma.name
+            for rho, sigma in PARTS
+            if in_rep.multiplicity(rho)
+        }
+        for (rho, sigma), name in self.names.items():
+            kernel = MirrorKernel(
+                self.out_rep.multiplicity(sigma),
+                in_rep.multiplicity(rho),
+                kernel_size,
+                sign=_sign(rho, sigma),
+                bias=bias and rho.is_trivial and sigma.is_trivial,
+                device=device,
+                dtype=dtype,
+            )
+            self.add_module(name, kernel)
+
+    def kernel(self) -> Tensor:
+        """All four parts as one kernel of packed channels, (C_out, C_in, height, width)."""
+        rows = []
+        for sigma in FLOP.irreps:
+            row = [
+                getattr(self, name).kernel() for (_, to), name in self.names.items() if to is sigma
+            ]
+            rows.append(torch.cat(row, 1))
+        return torch.cat(rows, 0)
+
+    def bias(self) -> Tensor | None:
+        """The shift of all output channels, zero on a; (C_out,)."""
+        bias = getattr(self, self.names[SYM, SYM]).bias
+        return None if bias is None else F.pad(bias, (0, self.out_rep.size - bias.shape[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel(), self.bias(), self.stride, self.padding)
+
+
+class MirrorDepthwiseConv2d(nn.Module):
+    """A depthwise convolution of packed channels that keeps the size, (B, C, H, W) -> the same.
+
+    With s = (s1, s2) and a = (a1, a2) along channels: s' = (k_ss * s1, k_as * a1) and
+    a' = (k_sa * s2, k_aa * a2). Keys: `<from>_to_<to>.weight`, (C/4, 1, k, stored), and biases on
+    the two parts that make s'.
+
+    Raises:
+        ValueError: if `channels` is no multiple of 4 or `kernel_size` is even.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels % 4:
+            raise ValueError(
+                f"{channels} channels cannot be split into the four parts of an equivariant "
+                "depthwise convolution: use a multiple of 4"
+            )
+        if kernel_size % 2 == 0:
+            raise ValueError(f"a kernel of size {kernel_size} has no centre: use an odd size")
+        self.channels = channels
+        self.padding = kernel_size // 2
+        for rho, sigma in PARTS:
+            kernel = MirrorKernel(
+                channels // 4,
+                1,
+                (kernel_size, kernel_size),
+                sign=_sign(rho, sigma),
+                bias=bias and sigma.is_trivial,
+                device=device,
+                dtype=dtype,
+            )
+            self.add_module(f"{rho.name}_to_{sigma.name}", kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # input channels are s1, s2, a1, a2 and feed ss, sa, as, aa; s' = (ss, as), a' = (sa, aa)
+        parts = [self.sym_to_sym, self.sym_to_asym, self.asym_to_sym, self.asym_to_asym]
+        kernel = torch.cat([part.kernel() for part in parts])
+        zeros = torch.zeros_like(self.asym_to_asym.weight[:, 0, 0, 0])
+        biases = [zeros if part.bias is None else part.bias for part in parts]
+        y = F.conv2d(x, kernel, torch.cat(biases), padding=self.padding, groups=self.channels)
+        ss, sa, as_, aa = y.chunk(4, 1)
+        return torch.cat([ss, as_, sa, aa], 1)
+
+
+def _sign(rho, sigma) -> int:
+    """The product of the mirror's signs in two irreps of flopping."""
+    return int(rho.matrices[1][0][0] * sigma.matrices[1][0][0])

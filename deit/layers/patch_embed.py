@@ -1,0 +1,99 @@
+"""Patch embedding: an image to packed tokens (arXiv:2502.05169, section 3)."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor
+
+from deit.groups import FLOP, Rep
+from deit.layers.conv import MirrorConv2d
+from deit.layers.tokens import MirrorGrid
+
+__all__ = ["PatchEmbed"]
+
+
+class PatchEmbed(MirrorConv2d):
+    """Convolution with kernel = stride = patch size: (B, in_chans, H, W) to packed (B, N, C).
+
+    Tokens come in mirror order, see `MirrorGrid`. Keys: `proj_sym.weight`, `proj_asym.weight`
+    (C/2, in_chans, p, p/2) and `proj_sym.bias`.
+
+    Args:
+        img_size, patch_size: one number or (height, width).
+        scale: factor on the output. With mirror-(anti)symmetric kernels built from halves, root
+            one half gives the output the scale of an ordinary patch embedding.
+        strict_img_size: refuse images of other sizes than `img_size`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        *,
+        scale: float = sqrt(0.5),
+        strict_img_size: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        patch_size = to_2tuple(patch_size)
+        colours = Rep(FLOP, free=0, fixed=in_chans)
+        super().__init__(
+            colours, embed_dim, patch_size, stride=patch_size, device=device, dtype=dtype
+        )
+        self.patch_size = patch_size
+        self.scale = scale
+        self.strict_img_size = strict_img_size
+        self.set_input_size(to_2tuple(img_size))
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Use images of another size; raises ValueError if the patches do not tile it."""
+        self.grid = self.grid_for(*img_size)
+        self.img_size = tuple(img_size)
+
+    def grid_for(self, height: int, width: int) -> MirrorGrid:
+        """The token grid of an image; raises ValueError if the patches do not tile it."""
+        (ph, pw) = self.patch_size
+        if height % ph or width % pw or height < ph or width < pw:
+            raise ValueError(
+                f"an image of {height} x {width} pixels cannot be cut into patches of {ph} x {pw}: "
+                f"use multiples, for example {max(round(height / ph), 1) * ph} x "
+                f"{max(round(width / pw), 1) * pw}"
+            )
+        return MirrorGrid(height // ph, width // pw)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return (self.grid.height, self.grid.width)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid.height * self.grid.width
+
+    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
+        """Pixels a token, as timm's PatchEmbed tells it."""
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Grid of an image of another size, as timm's PatchEmbed tells it."""
+        grid = self.grid_for(*img_size)
+        return (grid.height, grid.width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, N, C)
+        size = (x.shape[-2], x.shape[-1])
+        if size == self.img_size:
+            grid = self.grid
+        elif self.strict_img_size:
+            raise ValueError(
+                f"images are {size[0]} x {size[1]} pixels, the network was made for "
+                f"{self.img_size[0]} x {self.img_size[1]}: give img_size, call set_input_size, or "
+                "use dynamic_img_size=True"
+            )
+        else:
+            grid = self.grid_for(*size)
+        x = super().forward(x) * self.scale
+        return grid.to_mirror_order(x.permute(0, 2, 3, 1))

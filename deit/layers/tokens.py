@@ -1,0 +1,187 @@
+"""Token grids under flopping: the order of the tokens, position embeddings and prefix tokens.
+
+Tokens are kept in *mirror order*: row-major the left half of the grid, then its middle column if
+the width is odd, then the right half mirrored. Flopping then swaps the first and the last block and
+leaves the middle alone; without a middle, tokens i and i + N/2 are mirror images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from deit.groups import FLOP, Rep
+from deit.layers.fixed import FixedBuffers
+
+__all__ = ["MirrorGrid", "MirrorOrder", "PositionEmbedding", "PrefixToken"]
+
+
+@dataclass(frozen=True)
+class MirrorGrid:
+    """A grid of `height` x `width` tokens."""
+
+    height: int
+    width: int
+
+    @property
+    def rep(self) -> Rep:
+        """How flopping acts on the token axis in mirror order."""
+        return Rep(FLOP, free=self.height * (self.width // 2), fixed=self.height * (self.width % 2))
+
+    @property
+    def blocks(self) -> list[int]:
+        """Numbers of tokens on the left, in the middle and on the right."""
+        return [self.rep.free, self.rep.fixed, self.rep.free]
+
+    def permutation(self) -> Tensor:
+        """Row-major patch of each token in mirror order, int64 (N,), on the CPU."""
+        patches = torch.arange(self.height * self.width, device="cpu")
+        return self.to_mirror_order(patches.view(1, self.height, self.width, 1)).flatten()
+
+    def to_mirror_order(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, N, C)."""
+        half, odd = divmod(self.width, 2)
+        left, middle, right = x.split([half, odd, half], 2)
+        parts = [left, middle, right.flip(2)] if odd else [left, right.flip(2)]
+        return torch.cat([part.flatten(1, 2) for part in parts], 1)
+
+    def to_image_order(self, x: Tensor) -> Tensor:
+        """(B, N, C) in mirror order to (B, H, W, C)."""
+        left, middle, right = x.split(self.blocks, 1)
+        parts = [left, middle, right] if self.width % 2 else [left, right]
+        columns = [part.unflatten(1, (self.height, -1)) for part in parts]
+        columns[-1] = columns[-1].flip(2)
+        return torch.cat(columns, 2)
+
+    def mirror(self, x: Tensor) -> Tensor:
+        """Swap mirror images along the token axis of (B, N, C) in mirror order."""
+        left, middle, right = x.split(self.blocks, 1)
+        return torch.cat([right, middle, left], 1)
+
+
+class MirrorOrder(FixedBuffers):
+    """Holds the published index tensor `permutation`; `MirrorGrid` does the ordering itself."""
+
+    def __init__(self, grid: MirrorGrid, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.register_fixed(
+            "permutation",
+            grid.permutation(),
+            f"the token order of a {grid.height} x {grid.width} grid",
+            device,
+        )
+
+
+class PositionEmbedding(nn.Module):
+    """A position embedding that flopping leaves alone.
+
+    Keys: `0`, (1, N_left + N_middle, C/2), added to s at both mirror images; `1`, (1, N_left, C/2),
+    added to a on the left and subtracted on the right. On the middle column a gets nothing.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: MirrorGrid,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.half = dim // 2
+        left, middle, _ = grid.blocks
+        dd = {"device": device, "dtype": dtype}
+        self.register_parameter("0", nn.Parameter(torch.empty(1, left + middle, self.half, **dd)))
+        self.register_parameter("1", nn.Parameter(torch.empty(1, left, self.half, **dd)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal, standard deviation 0.02."""
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def packed(self, grid: MirrorGrid | None = None) -> Tensor:
+        """The packed embedding in mirror order, (1, N, C); resampled if `grid` is another one."""
+        if grid is not None and grid != self.grid:
+            sym, asym = resample(self.get_parameter("0"), self.get_parameter("1"), self.grid, grid)
+        else:
+            grid, sym, asym = self.grid, self.get_parameter("0"), self.get_parameter("1")
+        middle = asym.new_zeros(1, grid.rep.fixed, self.half)
+        sym = torch.cat([sym, sym[:, : grid.rep.free]], 1)
+        return torch.cat([sym, torch.cat([asym, middle, -asym], 1)], -1)
+
+    def set_grid(self, grid: MirrorGrid) -> None:
+        """Resample the parameters to another grid, in place of the old ones."""
+        if grid == self.grid:
+            return
+        with torch.no_grad():
+            values = resample(self.get_parameter("0"), self.get_parameter("1"), self.grid, grid)
+        for name, value in zip("01", values, strict=True):
+            requires_grad = self.get_parameter(name).requires_grad
+            self.register_parameter(name, nn.Parameter(value, requires_grad=requires_grad))
+        self.grid = grid
+
+
+def resample(sym: Tensor, asym: Tensor, old: MirrorGrid, new: MirrorGrid) -> tuple[Tensor, Tensor]:
+    """Bicubic interpolation of the two halves of a position embedding from one grid to another.
+
+    Only the left half is kept, and the right one built from it: whatever rounding the
+    interpolation does, the embedding stays exactly equivariant. The antisymmetric part is
+    interpolated through its sign change at the mirror axis, not up to it.
+    """
+    middle = asym.new_zeros(1, old.rep.fixed, asym.shape[-1])
+    full = torch.cat(
+        [
+            torch.cat([sym, sym[:, : old.rep.free]], 1),
+            torch.cat([asym, middle, -asym], 1),
+        ],
+        -1,
+    )
+    image = old.to_image_order(full).flatten(1, 2)
+    image = resample_abs_pos_embed(
+        image,
+        new_size=[new.height, new.width],
+        old_size=[old.height, old.width],
+        num_prefix_tokens=0,
+    )
+    tokens = new.to_mirror_order(image.unflatten(1, (new.height, new.width)))
+    sym, asym = tokens.chunk(2, -1)
+    return sym[:, : new.rep.free + new.rep.fixed].contiguous(), asym[:, : new.rep.free].contiguous()
+
+
+class PrefixToken(FixedBuffers):
+    """Learned tokens that belong to no place: key `0` is their s, key `1` their a, held at zero.
+
+    Flopping maps such a token to itself, so its antisymmetric half must vanish.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        count: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        half = dim // 2
+        self.register_parameter(
+            "0", nn.Parameter(torch.empty(1, count, half, device=device, dtype=dtype))
+        )
+        zeros = torch.zeros(1, count, half, device="cpu", dtype=dtype)
+        self.register_fixed("1", zeros, "zero, as equivariance demands", device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal, standard deviation 0.02, and zero."""
+        super().reset_parameters()
+        nn.init.trunc_normal_(self.get_parameter("0"), std=0.02)
+
+    def forward(self, batch: int) -> Tensor:
+        """Packed tokens for a batch, (batch, count, C)."""
+        return F.pad(self.get_parameter("0"), (0, self.get_buffer("1").shape[-1])).expand(
+            batch, -1, -1
+        )
