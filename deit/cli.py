@@ -1,0 +1,120 @@
+"""An `ArgumentParser` for the scripts here: one-line errors, either spelling, defaults shown.
+
+parser = CommandLine(description="...")
+run = OptionGroup(parser, "run")
+run.add("--batch-size", number(int, low=1), 64, "N", "images per process")
+run.switch("--compile", "compile the network")          # --compile and --no-compile
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from deit.errors import UserError, suggest
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Room for long option names, and lines that stay readable on a wide terminal."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, max_help_position=30, **kwargs)
+        self._width = min(self._width, 98)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An ArgumentParser that takes underscores for dashes and raises `UserError`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(**kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_dashes(arg) for arg in args], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError`, which the scripts print as one line, exit code 2."""
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def _with_dashes(arg: str) -> str:
+    """`--batch_size=a_b` as `--batch-size=a_b`; anything that is not a long option stays."""
+    if not arg.startswith("--"):
+        return arg
+    option, equals, value = arg.partition("=")
+    return option.replace("_", "-") + equals + value
+
+
+class OptionGroup:
+    """Adds options to an argument group of a parser; each help text ends in its default."""
+
+    def __init__(
+        self, parser: argparse.ArgumentParser, title: str, description: str | None = None
+    ) -> None:
+        self._group = parser.add_argument_group(title, description)
+
+    def add(
+        self,
+        flags: str,
+        type: Callable[[str], Any],
+        default: Any,
+        metavar: str | tuple[str, ...] | None,
+        help: str,
+        **kwargs: Any,
+    ) -> None:
+        """An option with a value. `flags` are its spellings, separated by blanks.
+
+        The help text must say itself what a default of None or '' means.
+        """
+        if default not in (None, ""):
+            help += f" (default: {default})"
+        self._group.add_argument(
+            *flags.split(),
+            type=type,
+            default=default,
+            metavar=metavar,
+            help=help.replace("%", "%%"),  # argparse formats help texts with %
+            **kwargs,
+        )
+
+    def switch(self, flag: str, help: str, default: bool | None = False) -> None:
+        """A switch --x with its --no-x; a default of None leaves the choice to the network."""
+        shown = {True: "on", False: "off", None: "the network's own"}[default]
+        action = self._group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=default
+        )
+        # Set afterwards: some Python versions append the default in words of their own.
+        action.help = f"{help} (default: {shown})".replace("%", "%%")
+
+
+def number(
+    kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf
+) -> Callable[[str], int | float]:
+    """An argparse type: a finite number of `kind` with low <= number <= high."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not finite")
+        if not low <= value <= high:
+            bounds = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
+        return value
+
+    return parse

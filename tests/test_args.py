@@ -1,0 +1,165 @@
+"""The command line: published options and defaults, spellings, errors, implications."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from deit.args import config_dict, get_parser, parse_args
+from deit.cli import OptionGroup
+from deit.errors import UserError
+
+# The published options and their defaults, as the Namespace holds them.
+PUBLISHED = {
+    "batch_size": 64, "epochs": 300, "seed": 0, "device": "auto", "output_dir": "", "resume": "",
+    "start_epoch": 0, "eval": False, "num_workers": 10, "pin_mem": True,
+    "input_size": 224, "drop": 0, "drop_path": 0.1, "symmetrized_asym_feats": False,
+    "attn_mixer": False, "layer_scale_init_value": None, "head_init_scale": 1,
+    "model_ema": True, "model_ema_decay": 0.99996, "model_ema_force_cpu": False,
+    "model_ema_eval": False, "use_amp": True, "compile": False, "high_precision_matmul": False,
+    "opt": "adamw", "opt_eps": 1e-8, "opt_betas": None, "clip_grad": None, "momentum": 0.9,
+    "weight_decay": 0.05, "weight_decay_end": None, "layer_decay": 1.0, "update_freq": 1,
+    "sched": "cosine", "lr": 5e-4, "unscale_lr": False, "warmup_lr": 1e-6, "warmup_epochs": 5,
+    "min_lr": 1e-5, "decay_epochs": 30, "cooldown_epochs": 10, "patience_epochs": 10,
+    "decay_rate": 0.1, "lr_noise": None, "lr_noise_pct": 0.67, "lr_noise_std": 1.0,
+    "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1,
+    "train_interpolation": "bicubic", "repeated_aug": True, "ThreeAugment": False, "src": False,
+    "reprob": 0.25, "remode": "pixel", "recount": 1, "resplit": False, "mixup": 0.8,
+    "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch", "bce_loss": False, "cosub": False, "teacher_model": "regnety_160",
+    "teacher_path": "", "distillation_type": "none", "distillation_alpha": 0.5,
+    "distillation_tau": 1.0, "finetune": "", "attn_only": False, "train_mode": True,
+    "data_path": "", "inat_category": "name", "eval_crop_ratio": 1.0, "zip_dataloader": False,
+    "world_size": 1, "dist_url": "env://", "wandb": False,
+}  # fmt: skip
+
+
+def test_published_defaults():
+    args = vars(parse_args([]))
+    assert {name: args[name] for name in PUBLISHED} == PUBLISHED
+    assert args["data_set"] == "SAMPLE", "without --data-path the bundled sample is meant"
+    assert parse_args(["--data-path", "x"]).data_set == "IMNET"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--batch-size", "32", "--weight-decay-end", "0.1", "--ThreeAugment", "--no-pin-mem"],
+        ["--batch_size", "32", "--weight_decay_end=0.1", "--ThreeAugment", "--no_pin_mem"],
+        ["--batch", "32", "--weight-decay-e", "0.1", "--Three", "--no-pin"],
+    ],
+)
+def test_dashes_underscores_and_prefixes(argv):
+    args = parse_args(argv)
+    assert (args.batch_size, args.weight_decay_end) == (32, 0.1)
+    assert args.ThreeAugment
+    assert not args.pin_mem
+
+
+def test_underscores_in_values_are_kept():
+    args = parse_args(["--model=d2_deit_tiny_patch16_LS", "--output_dir", "a_b/c"])
+    assert (args.model, args.output_dir) == ("d2_deit_tiny_patch16_LS", "a_b/c")
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_every_published_option_has_both_spellings(name):
+    options = {o for a in get_parser()._actions for o in a.option_strings if a.dest == name}
+    assert f"--{name.replace('_', '-')}" in options
+    if isinstance(PUBLISHED[name], bool):
+        assert f"--no-{name.replace('_', '-')}" in options
+        flag = f"--no_{name}" if PUBLISHED[name] else f"--{name}"
+        assert getattr(get_parser().parse_args([flag]), name) is not PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--batch batch_size 7 --num num_workers 7 --input input_size 7 --epoch epochs 7",
+        "--weight-decay- weight_decay_end 7 --mom momentum 0.7 --start start_epoch 7",
+        "--eval-c eval_crop_ratio 0.7 --warmup-l warmup_lr 7 --warmup-e warmup_epochs 7",
+        "--decay-r decay_rate 7 --dr decay_rate 7 --update update_freq 7 --out output_dir 7",
+    ],
+)
+def test_published_prefixes_stay_unique(words):
+    triples = iter(words.split())
+    for prefix, name, text in zip(triples, triples, triples, strict=True):
+        value = vars(parse_args([prefix, text]))[name]
+        assert value == type(value)(text), prefix
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--modle", "x"], ["--modle", "did you mean --model"]),
+        (["--lr", "-1"], ["--lr", "-1", "at least 0"]),
+        (["--lr", "fast"], ["--lr", "'fast' is not a number"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--batch-size", "1.5"], ["1.5", "whole number"]),
+        (["--drop-path", "1.2"], ["from 0 to 1"]),
+        (["--amp-dtype", "float8"], ["float8", "bfloat16"]),
+        (["--device", "gpu"], ["'gpu'", "cuda"]),
+        (["--attn-mixer", "--fused-attn"], ["--attn-mixer", "--fused-attn"]),
+        (["--batch-size", "63"], ["63", "odd", "mixup"]),
+        (["--cosub", "--distillation-type", "hard"], ["--cosub", "--distillation-type"]),
+        (["--src"], ["--ThreeAugment"]),
+        (["--opt-betas", "0.9", "1"], ["less than 1"]),
+        (["--lr-noise", "0.1", "0.2", "0.3"], ["start and an end", "3"]),
+        (["--cutmix-minmax", "0.8", "0.2"], ["0.8", "0.2"]),
+        (["--warmup-prefix", "--epochs", "5"], ["--warmup-prefix", "5"]),
+        (["--resume", "auto"], ["--output-dir"]),
+        (["--finetune", "auto"], ["--resume"]),
+        (["--data-set", "CIFAR"], ["CIFAR100", "--data-path"]),
+        (["--zip-dataloader"], ["--zip-dataloader", "--data-path"]),
+        (["--zip-dataloader", "--data-set", "INAT", "--data-path", "x"], ["INAT"]),
+        (["--download", "--data-path", "x"], ["--download", "IMNET"]),
+        (["--warmup", "3"], ["--warmup-lr", "--warmup-epochs"]),
+    ],
+)
+def test_wrong_command_lines_are_one_clear_error(argv, words):
+    with pytest.raises(UserError) as error:
+        parse_args(argv)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_options_imply():
+    args = parse_args(["--data-set", "IMNETZIP", "--data-path", "x"])
+    assert (args.data_set, args.zip_dataloader) == ("IMNET", True)
+    assert parse_args(["--data-set", "CIFAR", "--data-path", "x"]).data_set == "CIFAR100"
+    assert parse_args(["--aa", "none"]).aa == ""
+    assert parse_args(["--bce-loss"]).smoothing == 0, "smoothed targets would all count as 1"
+    assert parse_args(["--cosub"]).smoothing == 0.1
+
+
+def test_odd_batches_are_allowed_without_mixing():
+    assert parse_args(["--batch-size", "63", "--mixup", "0", "--cutmix", "0"]).batch_size == 63
+    assert parse_args(["--batch-size", "63", "--eval"]).batch_size == 63
+
+
+def test_a_script_adds_its_own_options():
+    parser = get_parser(prog="launch")
+    OptionGroup(parser, "cluster").add("--nodes", int, 2, "N", "nodes, 100 % of them")
+    args = parse_args(["--nodes", "4", "--batch", "8"], parser)
+    assert (args.nodes, args.batch_size) == (4, 8)
+    assert "nodes, 100 % of them (default: 2)" in parser.format_help()
+
+
+def test_help_shows_every_option_with_its_default():
+    parser = get_parser()
+    text = parser.format_help()
+    for action in parser._actions[1:]:
+        assert all(option in text for option in action.option_strings)
+        assert action.help.count("(default: ") == 1, action.option_strings
+
+
+def test_config_dict_is_json():
+    args = parse_args(["--cutmix-minmax", "0.2", "0.8"])
+    args.job_dir, args.nested, args.pair = Path("a/b"), Namespace(x=1), (1, 2)
+    config = json.loads(json.dumps(config_dict(args)))
+    assert config["job_dir"] == "a/b"
+    assert config["nested"] == {"x": 1}
+    assert config["pair"] == [1, 2]
+    assert config["cutmix_minmax"] == [0.2, 0.8]
+    assert list(config) == sorted(config)
