@@ -75,7 +75,7 @@ def test_every_published_option_has_both_spellings(name):
 @pytest.mark.parametrize(
     "words",
     [
-        "--batch batch_size 7 --num num_workers 7 --input input_size 7 --epoch epochs 7",
+        "--batch batch_size 8 --num num_workers 7 --input input_size 7 --epoch epochs 7",
         "--weight-decay- weight_decay_end 7 --mom momentum 0.7 --start start_epoch 7",
         "--eval-c eval_crop_ratio 0.7 --warmup-l warmup_lr 7 --warmup-e warmup_epochs 7",
         "--decay-r decay_rate 7 --dr decay_rate 7 --update update_freq 7 --out output_dir 7",
