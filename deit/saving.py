@@ -1,0 +1,164 @@
+"""Files that survive a crash: atomic writes, and a writer that saves while training goes on.
+
+A file is written under a temporary name in its own folder, flushed to the disk, and renamed over
+the old one. Whatever happens before the rename leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.errors import UserError, one_line
+
+_TEMPORARY = ".{name}.{pid}.tmp"
+
+
+class SaveError(UserError):
+    """A file could not be written; its previous version is unchanged."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success it replaces `path`, on failure it goes.
+
+    Raises:
+        SaveError: the folder cannot be written, or the disk or the quota is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(_TEMPORARY.format(name=path.name, pid=os.getpid()))
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
+        raise SaveError(_why_unwritten(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def clean_temporaries(folder: Path) -> None:
+    """Remove what writes that were killed half-way left in `folder`.
+
+    Only for the one process that writes there, before it writes.
+    """
+    for leftover in folder.glob(_TEMPORARY.format(name="*", pid="*")):
+        leftover.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable. Some network file systems cannot sync folders and need not."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _why_unwritten(path: Path, error: Exception) -> str:
+    kept = "the previous file is unchanged" if path.exists() else "there is no previous file"
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:
+        return f"cannot save {str(path)!r}: the folder is gone ({one_line(error)})"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = "the disk or quota is full" if full else one_line(error)[:160]
+    return f"cannot save {str(path)!r}: {reason} ({free / 2**20:,.0f} MiB free); {kept}"
+
+
+def snapshot(value: Any) -> Any:
+    """A deep copy of nested containers with every tensor in its own, compact host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+class CheckpointWriter:
+    """Writes checkpoints into one folder in the background, one at a time.
+
+    `save` returns as soon as the tensors are copied to host memory. A write that failed raises
+    its `SaveError` at the next call of any method.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last_path: Path | None = None
+        """The last file that is safely on the disk."""
+        self.stalled = 0.0
+        """Seconds that the last `save` kept its caller."""
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Save `state` under each of `names` (one write; the others are links to it).
+
+        The names appear in the given order, so the one that a resumed run reads comes last: then
+        it never exists without those that belong to it.
+        """
+        start = time.perf_counter()
+        self.flush()
+        copied = snapshot(state)
+        self._pending = self._pool.submit(self._write, copied, tuple(names))
+        self.stalled = time.perf_counter() - start
+
+    def check(self) -> None:
+        """Raise the error of a finished write, without waiting for an unfinished one."""
+        if self._pending is not None and self._pending.done():
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until everything is on the disk; raise the error of the last write."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """`flush`, and end the thread."""
+        try:
+            self.flush()
+        finally:
+            self._pool.shutdown()
+
+    def _write(self, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
+        last = names[-1]
+        with atomic_path(self.folder / last) as written:
+            torch.save(dict(state), written)
+            for name in names[:-1]:
+                with atomic_path(self.folder / name) as temporary:
+                    _link(written, temporary)
+        self.last_path = self.folder / last
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for `source`, or a copy where the file system has no hard links.
+
+    Sharing is safe, as these files are only ever replaced, never changed in place.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

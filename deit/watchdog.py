@@ -1,0 +1,154 @@
+"""Naming the dead: every process hears the heartbeat of every other and ends when one stops.
+
+A collective whose partner has died waits for its time-out (NCCL) or fails with a network error
+that names no rank (gloo). So each process also counts upwards in a small key-value store that
+rank 0 serves, and reads the others' counters. A counter that stands still, or a failure that its
+process reported, ends this process within half a minute, with one line that names rank and host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from deit.errors import UserError, one_line
+
+INTERVAL = 2.0
+"""Seconds between two heartbeats."""
+SILENCE = 20.0
+"""Seconds without a new beat that mean death. They are counted by the waits of this process, not
+by the clock, so that a job that was suspended as a whole stays alive."""
+MISSED_STORE = 4
+"""So many intervals without an answer of the store mean that rank 0, which serves it, is gone."""
+ARRIVAL = 300.0
+"""Seconds that processes may start apart."""
+
+
+class Watchdog:
+    """Watches all processes of a job from a background thread; see the top of this file."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, address: str) -> None:
+        """Connect, and wait until every rank has.
+
+        Args:
+            store: the rendezvous store, over which rank 0 tells its port.
+            address: the host that rank 0 runs on.
+
+        Raises:
+            UserError: some ranks did not arrive.
+        """
+        self.rank = rank
+        self._world_size = world_size
+        self._host = socket.gethostname()
+        self._failure: str | None = None
+        self._hosts: dict[int, str] = {}
+        self._closing = threading.Event()
+        self._answers = 0
+        self._store = self._connect(store, address)
+        for body in (self._listen, self._judge_store):
+            threading.Thread(target=body, name=body.__name__, daemon=True).start()
+        self._await_arrivals()
+
+    def _connect(self, store: dist.Store, address: str) -> dist.TCPStore:
+        wait = timedelta(seconds=ARRIVAL)
+        if self.rank == 0:
+            own = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            store.set("watchdog/port", str(own.port))
+            return own
+        try:
+            store.wait(["watchdog/port"], wait)
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"rank 0 on {address!r} did not arrive within {ARRIVAL:.0f} s: {one_line(error)}"
+            ) from error
+        port = int(store.get("watchdog/port"))
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
+
+    def _await_arrivals(self) -> None:
+        deadline = time.monotonic() + ARRIVAL
+        while len(self._hosts) < self._world_size:
+            if time.monotonic() > deadline:
+                missing = [str(r) for r in range(self._world_size) if r not in self._hosts]
+                raise UserError(
+                    f"{len(missing)} of {self._world_size} processes did not arrive within "
+                    f"{ARRIVAL:.0f} s: rank {', '.join(missing)}; were all of them started?"
+                )
+            time.sleep(0.05)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this process ends because of `error`."""
+        self._failure = f"{type(error).__name__}: {one_line(error)}"[:300]
+        # Two intervals: one to say it, one for the others to read it, before rank 0's exit takes
+        # the store away.
+        time.sleep(2 * INTERVAL)
+
+    def blame(self) -> None:
+        """After a broken collective: wait for the heartbeats to tell which rank is dead.
+
+        Ends the process when they do; returns when all ranks are alive.
+        """
+        time.sleep(SILENCE + 3 * INTERVAL)
+
+    def close(self) -> None:
+        """Stop watching; call on all ranks after a barrier."""
+        self._closing.set()
+
+    def _listen(self) -> None:
+        """Beat and read the others' beats, once an interval."""
+        beats = 0
+        seen: dict[int, int] = {}
+        silent: dict[int, float] = {}
+        waited = 0.0
+        while not self._closing.is_set():
+            beats += 1
+            try:
+                self._store.set(f"beat/{self.rank}", json.dumps([beats, self._host, self._failure]))
+                present = [r for r in range(self._world_size) if self._store.check([f"beat/{r}"])]
+                values = self._store.multi_get([f"beat/{r}" for r in present])
+            except (RuntimeError, OSError):
+                self._closing.wait(INTERVAL)  # `_judge_store` decides what the silence means
+                continue
+            self._answers += 1
+            for other, value in zip(present, values, strict=True):
+                count, host, failure = json.loads(value)
+                self._hosts[other] = host
+                if other == self.rank:
+                    continue
+                if failure:
+                    self._end(f"rank {other} on {host} failed: {failure}")
+                silent[other] = 0.0 if seen.get(other) != count else silent[other] + waited
+                seen[other] = count
+                if silent[other] >= SILENCE:
+                    self._end(
+                        f"rank {other} on {host} has been silent for {SILENCE:.0f} s: "
+                        "its process or node is dead"
+                    )
+            # Quick until everybody is there.
+            waited = INTERVAL if len(present) == self._world_size else 0.1
+            self._closing.wait(waited)
+
+    def _judge_store(self) -> None:
+        """Notice a store that stopped answering, which can block `_listen` for long."""
+        answers, missed = -1, 0
+        while not self._closing.wait(INTERVAL):
+            missed = 0 if self._answers != answers else missed + 1
+            answers = self._answers
+            if missed >= MISSED_STORE and self.rank != 0:
+                host = self._hosts.get(0, "an unknown host")
+                self._end(f"rank 0 on {host} cannot be reached: its process or node is dead")
+
+    def _end(self, why: str) -> None:
+        """End this process at once: its main thread may be stuck in a collective."""
+        if self._closing.is_set():
+            return
+        sys.stdout.flush()
+        line = f"error: {why}; ending rank {self.rank} on {self._host}, resume with --resume auto"
+        print(line, file=sys.stderr, flush=True)
+        os._exit(1)
