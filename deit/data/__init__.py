@@ -1,0 +1,24 @@
+"""Data sets, transforms, loaders, mixup."""
+
+from deit.data.datasets import DATA_SETS, build_dataset, check_same_classes
+from deit.data.images import ImageDataset
+from deit.data.loader import DeviceLoader, TrainLoader, build_eval_loader, build_train_loader
+from deit.data.mixup import build_mixup
+from deit.data.stream import EpochStream
+from deit.data.transforms import INTERPOLATIONS, eval_transform, train_transform
+
+__all__ = [
+    "DATA_SETS",
+    "INTERPOLATIONS",
+    "DeviceLoader",
+    "EpochStream",
+    "ImageDataset",
+    "TrainLoader",
+    "build_dataset",
+    "build_eval_loader",
+    "build_mixup",
+    "build_train_loader",
+    "check_same_classes",
+    "eval_transform",
+    "train_transform",
+]

@@ -1,0 +1,291 @@
+"""`build_dataset`: every data set of `--data-set`, by name.
+
+    IMNET     <root>/{train,val}/<class>/**/<image>; the same in {train,val}.zip or in one zip
+    CIFAR10, CIFAR100 (or CIFAR)  torchvision's folder
+    INAT, INAT19  iNaturalist 2018 and 2019: {train,val}20xx.json, categories.json, the images
+    FASHION   a folder with Fashion-MNIST's idx files, compressed or not (Debian's, torchvision's)
+    SAMPLE    the subset of Fashion-MNIST that comes with this package
+
+Classes are numbered in a way that does not depend on the split, and `val` is built without a look
+at the training images: evaluation needs the validation files alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from torchvision import datasets as tv
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from deit.data.idx import read_idx
+from deit.data.images import ArrayImages, FileImages, ImageDataset, ZipImages
+from deit.errors import UserError, suggest
+
+Split = Literal["train", "val"]
+
+SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+IDX_PREFIX = {"train": "train", "val": "t10k"}
+IDX_SUBFOLDERS = ("", "raw", "FashionMNIST/raw")  # as downloaded; inside and around torchvision's
+
+DATA_SETS = ("IMNET", "IMNETZIP", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT18", "INAT19",
+             "FASHION", "FASHIONMNIST", "SAMPLE")  # fmt: skip
+
+
+def build_dataset(
+    split: Split,
+    *,
+    name: str = "IMNET",
+    root: str | Path | None = None,
+    transform: Callable | None = None,
+    inat_category: str = "name",
+    zip_archive: bool = False,
+    download: bool = False,
+) -> ImageDataset:
+    """The images of one split: `dataset[i]` is `(transform(RGB PIL image), class index)`.
+
+    `name` is one of DATA_SETS in any case. Without `root`, IMNET (the default) is the bundled
+    sample and FASHION is Debian's package if it is installed. `zip_archive` reads IMNET from
+    archives, `download` lets torchvision fetch CIFAR and FASHION into `root`. The result has
+    `num_classes` and `class_names`.
+
+    Raises UserError for an unknown name and for missing, empty or damaged data.
+    """
+    if split not in IDX_PREFIX:
+        raise UserError(f"unknown split {split!r}: train or val")
+    kind = name.upper().replace("-", "").replace("_", "")
+    if kind not in DATA_SETS:
+        raise UserError(
+            f"unknown data set {name!r}{suggest(kind, DATA_SETS)} (known: {', '.join(DATA_SETS)})"
+        )
+    zip_archive = zip_archive or kind == "IMNETZIP"
+    if zip_archive and not kind.startswith("IMNET"):
+        raise UserError(f"zip archives are read for the data set IMNET, not for {name}")
+    if kind == "SAMPLE" or (root is None and kind == "IMNET" and not zip_archive):
+        if root is not None:
+            raise UserError(f"the data set SAMPLE is bundled: it takes no data path, got {root}")
+        return _fashion(SAMPLE_FOLDER, split, transform)
+    folder = _existing_root(name, kind, root, create=download)
+    if kind.startswith("IMNET"):
+        build = _zipped_classes if zip_archive else _class_folders
+        return build(folder, split, transform)
+    if kind.startswith("CIFAR"):
+        return _cifar(folder, split, transform, 10 if kind == "CIFAR10" else 100, download)
+    if kind.startswith("INAT"):
+        return _inaturalist(
+            folder, split, transform, 2019 if kind == "INAT19" else 2018, inat_category
+        )
+    if download:
+        _torchvision(tv.FashionMNIST, folder, split, download)
+    return _fashion(folder, split, transform)
+
+
+def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
+    """Raise UserError unless both splits have the same classes.
+
+    A class folder that one split lacks would shift the number of every later class, silently.
+    """
+    for which, missing in (
+        ("validation", [c for c in train.class_names if c not in set(val.class_names)]),
+        ("training", [c for c in val.class_names if c not in set(train.class_names)]),
+    ):
+        if missing:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise UserError(
+                f"the {which} images lack {len(missing)} of the classes of the other split: {shown}"
+            )
+
+
+def _existing_root(name: str, kind: str, root: str | Path | None, create: bool) -> Path:
+    if root is None:
+        if kind.startswith("FASHION") and DEBIAN_FASHION_MNIST.is_dir():
+            return DEBIAN_FASHION_MNIST
+        raise UserError(f"the data set {name} needs a data path (--data-path)")
+    root = Path(root).expanduser()
+    if not root.exists():
+        if not create:
+            raise UserError(f"the data path does not exist: {root}")
+        root.mkdir(parents=True)
+    return root
+
+
+def _contents(folder: Path) -> str:
+    """What `folder` holds, for a message."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
+
+
+def _class_folders(root: Path, split: Split, transform: Callable | None) -> FileImages:
+    folder = root / split
+    if not folder.is_dir():
+        hint = "; for archives add --zip-dataloader" if (root / f"{split}.zip").is_file() else ""
+        raise UserError(
+            f"no folder {folder}: IMNET expects {split}/ with one folder a class under the data "
+            f"path, which holds {_contents(root)}{hint}"
+        )
+    classes = sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
+    )
+    if not classes:
+        raise UserError(
+            f"no class folders in {folder}: it needs one folder a class and holds "
+            f"{_contents(folder)}"
+        )
+    try:
+        samples = make_dataset(
+            folder, {name: index for index, name in enumerate(classes)}, IMG_EXTENSIONS
+        )
+    except FileNotFoundError as error:  # names the class folders that hold no image
+        raise UserError(f"{folder}: {error}") from error
+    names = [os.path.relpath(path, folder) for path, _ in samples]
+    return FileImages(folder, names, [target for _, target in samples], classes, transform)
+
+
+def _find_archive(root: Path, split: Split) -> Path:
+    """`root` itself, `root`/split.zip, or the only archive in `root`."""
+    if root.is_file():
+        return root
+    own = root / f"{split}.zip"
+    if own.is_file():
+        return own
+    others = sorted(root.glob("*.zip"))
+    if len(others) != 1:
+        raise UserError(
+            f"no archive {own}, nor a single zip with {split}/ in it; "
+            f"{root} holds {_contents(root)}"
+        )
+    return others[0]
+
+
+def _zipped_classes(root: Path, split: Split, transform: Callable | None) -> ZipImages:
+    archive = _find_archive(root, split)
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read the archive {archive}: {error}") from error
+    found = []  # (path below the class folders as parts, member)
+    for member in members:
+        parts = member.filename.split("/")
+        if parts[-1].lower().endswith(IMG_EXTENSIONS) and not _is_hidden(parts):
+            found.append((parts, member))
+    # The folder of the split may be there or not, and may be wrapped in another one. An archive
+    # of one split can have a class of that name, so that it counts only if all images are below.
+    below = [
+        (parts[parts.index(split) + 1 :], member) for parts, member in found if split in parts[:-2]
+    ]
+    if archive.name != f"{split}.zip" or len(below) == len(found):
+        found = below
+    found = [(parts, member) for parts, member in found if len(parts) > 1]
+    if not found:
+        raise UserError(f"no images in {archive} as <class>/<image> or {split}/<class>/<image>")
+    classes = sorted({parts[0] for parts, _ in found})
+    index = {name: number for number, name in enumerate(classes)}
+    found.sort(key=lambda item: (item[0][0], "/".join(item[0][:-1]), item[0][-1]))
+    targets = [index[parts[0]] for parts, _ in found]
+    return ZipImages(archive, [member for _, member in found], targets, classes, transform)
+
+
+def _is_hidden(parts: list[str]) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _torchvision(dataset: type, root: Path, split: Split, download: bool) -> Any:
+    try:
+        return dataset(str(root), train=split == "train", download=download)
+    except (RuntimeError, OSError) as error:
+        hint = "" if download else f" ({root} holds {_contents(root)})"
+        raise UserError(f"{dataset.__name__}: {error}{hint}") from error
+
+
+def _cifar(
+    root: Path, split: Split, transform: Callable | None, classes: int, download: bool
+) -> ArrayImages:
+    data = _torchvision({10: tv.CIFAR10, 100: tv.CIFAR100}[classes], root, split, download)
+    return ArrayImages(data.data, data.targets, data.classes, f"CIFAR-{classes} {split}", transform)
+
+
+def find_idx_pair(root: Path, split: Split) -> tuple[Path, Path]:
+    """The image and the label file of a split below `root`, `.gz` or not. UserError if missing."""
+    names = [f"{IDX_PREFIX[split]}-{part}-ubyte" for part in ("images-idx3", "labels-idx1")]
+    for subfolder in IDX_SUBFOLDERS:
+        found = [
+            path
+            for name in names
+            for path in (root / subfolder / name, root / subfolder / f"{name}.gz")
+            if path.is_file()
+        ]
+        images, labels = (
+            next((path for path in found if path.name.startswith(name)), None) for name in names
+        )
+        if images and labels:
+            return images, labels
+    raise UserError(
+        f"no files {names[0]}[.gz] and {names[1]}[.gz] in {root}, which holds {_contents(root)}"
+    )
+
+
+def _fashion(root: Path, split: Split, transform: Callable | None) -> ArrayImages:
+    image_file, label_file = find_idx_pair(root, split)
+    images, labels = read_idx(image_file), read_idx(label_file)
+    if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels):
+        raise UserError(
+            f"{image_file} of shape {images.shape} and {label_file} of shape {labels.shape} "
+            "are not N images and their N labels"
+        )
+    if labels.max() >= len(tv.FashionMNIST.classes):
+        raise UserError(f"{label_file}: label {labels.max()}, but Fashion-MNIST has ten classes")
+    return ArrayImages(images, labels, tv.FashionMNIST.classes, str(image_file), transform)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _inaturalist(
+    root: Path, split: Split, transform: Callable | None, year: int, category: str
+) -> FileImages:
+    """iNaturalist 2018 or 2019, classified at one level of its taxonomy.
+
+    A class is a distinct value of `category` (kingdom, phylum, class, ..., name) over the
+    categories, numbered by the first category id that has it.
+    """
+    annotations = root / f"{split}{year}.json"
+    data = _read_json(annotations)
+    taxonomy = root / "categories.json"
+    try:
+        categories = _read_json(taxonomy) if taxonomy.is_file() else data["categories"]
+        categories = sorted(categories, key=lambda entry: entry["id"])
+        levels = sorted(set.intersection(*(set(entry) for entry in categories)) - {"id"})
+        if category not in levels:
+            raise UserError(
+                f"unknown iNaturalist category {category!r}: one of {', '.join(levels)}"
+            )
+        class_names = list(dict.fromkeys(str(entry[category]) for entry in categories))
+        index = {name: number for number, name in enumerate(class_names)}
+        target_of = {entry["id"]: index[str(entry[category])] for entry in categories}
+        file_of = {entry["id"]: entry["file_name"] for entry in data["images"]}
+        names = [file_of[entry["image_id"]] for entry in data["annotations"]]
+        targets = [target_of[entry["category_id"]] for entry in data["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{annotations} (with {taxonomy.name}) is not as iNaturalist's: "
+            f"{type(error).__name__} {error}"
+        ) from error
+    if not names:
+        raise UserError(f"{annotations} lists no images")
+    if not (root / names[0]).is_file():
+        # older downloads lack the folder of the super-category: train_val2018/2761/x.jpg
+        shortened = ["/".join([p[0], *p[2:]]) for p in (name.split("/") for name in names)]
+        if not (root / shortened[0]).is_file():
+            raise UserError(f"{annotations} lists {names[0]}, which is not in {root}")
+        names = shortened
+    return FileImages(root, names, targets, class_names, transform)

@@ -1,0 +1,183 @@
+"""Labelled images from files, from a zip archive read in place, and from one array.
+
+All three keep their index in numpy arrays: a list of a million Python strings would be copied page
+by page into every forked worker, because reading a string touches its reference count.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from deit.errors import UserError
+
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
+
+
+def decode_rgb(file: str | BinaryIO, source: str) -> Image.Image:
+    """The RGB image in `file`; `source` names it in the UserError that a damaged one raises."""
+    try:
+        with Image.open(file) as image:
+            if image.mode != "RGB":
+                return image.convert("RGB")
+            image.load()  # convert() would copy the pixels of an image that is RGB already
+            return image
+    except Exception as error:  # the decoders raise whatever their library does
+        reason = str(error) or type(error).__name__
+        raise UserError(f"cannot read the image {source}: {reason}") from error
+
+
+class ImageDataset(Dataset):
+    """Images and their classes: `dataset[i]` is `(transform(RGB image), class index)`.
+
+    Subclasses say how to `load` image i and how to name its `source` in a message.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[int] | np.ndarray,
+        class_names: Sequence[str],
+        transform: Callable[[Image.Image], Any] | None = None,
+    ) -> None:
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.class_names = tuple(class_names)
+        self.transform = transform
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.load(index)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, int(self.targets[index])
+
+    def load(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def source(self, index: int) -> str:
+        raise NotImplementedError
+
+
+class FileImages(ImageDataset):
+    """One file an image; `names` are relative to `root`."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        targets: Sequence[int],
+        class_names: Sequence[str],
+        transform: Callable | None = None,
+    ) -> None:
+        super().__init__(targets, class_names, transform)
+        self.root = str(root)
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+
+    def source(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._names[index]))
+
+    def load(self, index: int) -> Image.Image:
+        path = self.source(index)
+        return decode_rgb(path, path)
+
+
+class ZipImages(ImageDataset):
+    """Members of one zip archive, read in place.
+
+    The central directory is parsed once; a worker then needs only a file descriptor, which it opens
+    at its first image. `os.pread` has no file position, so that even a descriptor inherited by a
+    fork can be shared.
+    """
+
+    def __init__(
+        self,
+        archive: str | Path,
+        members: Sequence[zipfile.ZipInfo],
+        targets: Sequence[int],
+        class_names: Sequence[str],
+        transform: Callable | None = None,
+    ) -> None:
+        super().__init__(targets, class_names, transform)
+        self.archive = str(archive)
+        for member in members:
+            if member.flag_bits & 1:
+                raise UserError(f"{archive}: {member.filename} is encrypted")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(
+                    f"{archive}: {member.filename} is neither stored nor deflated; pack it again"
+                )
+        self._names = np.array([os.fsencode(m.filename) for m in members], dtype=np.bytes_)
+        self._offsets = np.array([m.header_offset for m in members], dtype=np.int64)
+        self._sizes = np.array([m.compress_size for m in members], dtype=np.int64)
+        self._checksums = np.array([m.CRC for m in members], dtype=np.uint32)
+        self._deflated = np.array([m.compress_type == zipfile.ZIP_DEFLATED for m in members])
+        self._descriptor: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)
+
+    def source(self, index: int) -> str:
+        return f"{self.archive}/{os.fsdecode(self._names[index])}"
+
+    def load(self, index: int) -> Image.Image:
+        source = self.source(index)
+        return decode_rgb(io.BytesIO(self._read(index, source)), source)
+
+    def _read(self, index: int, source: str) -> bytes:
+        """The uncompressed bytes of member `index`, checked against its CRC."""
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.archive, os.O_RDONLY)
+            offset, size = int(self._offsets[index]), int(self._sizes[index])
+            header = os.pread(self._descriptor, LOCAL_HEADER.size, offset)
+            signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
+            start = offset + LOCAL_HEADER.size + name_length + extra_length
+            content = os.pread(self._descriptor, size, start)
+            if self._deflated[index]:
+                content = zlib.decompress(content, wbits=-zlib.MAX_WBITS)
+        except (OSError, struct.error, zlib.error) as error:
+            raise UserError(f"cannot read {source}: {error}") from error
+        if signature != b"PK\x03\x04" or zlib.crc32(content) != self._checksums[index]:
+            raise UserError(f"cannot read {source}: the archive is damaged there (wrong checksum)")
+        return content
+
+
+class ArrayImages(ImageDataset):
+    """Images in one uint8 array, (N, H, W) grey or (N, H, W, 3) RGB; grey ones come out as RGB."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        targets: Sequence[int] | np.ndarray,
+        class_names: Sequence[str],
+        name: str,
+        transform: Callable | None = None,
+    ) -> None:
+        super().__init__(targets, class_names, transform)
+        self._images = images
+        self._name = name
+
+    def source(self, index: int) -> str:
+        return f"{self._name}, image {index}"
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index]).convert("RGB")

@@ -1,0 +1,381 @@
+"""Loaders: workers make uint8 batches, the device turns them into normalised floats.
+
+A training loader is ONE stream over all epochs: workers start once, and the first batches of an
+epoch are under way while the last ones of the epoch before are trained on. Every sample is seeded
+by its position (`deit.data.stream`), so that 0, 2 or 20 workers give the same bits. Random erasing,
+which acts on normalised images, runs on the device and is seeded in the same way. No global random
+state of the main process is touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from deit.data.images import ImageDataset
+from deit.data.stream import (
+    EpochStream,
+    Sample,
+    cuda_generator,
+    preserve_generators,
+    sample_seeds,
+    seed_everything,
+)
+from deit.errors import UserError
+
+NOT_ERASED = -1
+
+
+@dataclass
+class RawBatch:
+    """What a worker sends: images uint8 (B, 3, H, W), targets and erasing seeds int64 (B,)."""
+
+    images: Tensor
+    targets: Tensor
+    erasing: Tensor | None = None
+
+    def pin_memory(self) -> RawBatch:
+        """Called by the DataLoader's pinning thread. The erasing seeds stay on the CPU."""
+        return RawBatch(self.images.pin_memory(), self.targets.pin_memory(), self.erasing)
+
+
+@dataclass
+class Failure:
+    """A UserError on its way out of a worker: raised there, its text would hold a traceback."""
+
+    message: str
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    """uint8 images (3, H, W) as one batch (B, 3, H, W), in shared memory if this is a worker.
+
+    PIL's images are (H, W, 3) in memory. The batch keeps that layout, so that an image is copied in
+    one run of bytes; the conversion to float on the device reorders it.
+    """
+    channels, height, width = images[0].shape
+    out = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        count = len(images) * channels * height * width
+        out = out.new(out._typed_storage()._new_shared(count, device="cpu"))
+    out = out.resize_(len(images), height, width, channels)
+    for target, image in zip(out, images, strict=True):
+        target.copy_(image.permute(1, 2, 0))
+    return out.permute(0, 3, 1, 2)
+
+
+class BatchDataset(Dataset):
+    """Makes whole batches (`DataLoader` hands `__getitems__` what the batch sampler yields).
+
+    For training, items are `Sample`s and every image is made under its own seed; for evaluation
+    they are indices.
+    """
+
+    def __init__(
+        self, images: ImageDataset, seed: int | None, erase: bool, first_clean: int = 0
+    ) -> None:
+        self.images = images
+        self.seed = seed
+        self.erase = erase
+        self.first_clean = first_clean  # positions that are multiples of it stay un-erased; 0: none
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, items: list[Sample] | list[int]) -> RawBatch | Failure:
+        try:
+            if self.seed is None:
+                return self._collate([self.images[index] for index in items])
+            with preserve_generators() if get_worker_info() is None else nullcontext():
+                return self._seeded(items)
+        except UserError as error:
+            return Failure(str(error))
+
+    def _seeded(self, items: list[Sample]) -> RawBatch:
+        made, erasing = [], []
+        for item in items:
+            seeds = sample_seeds(self.seed, item.epoch, item.position)
+            seed_everything(seeds.transform)
+            made.append(self.images[item.index])
+            clean = self.first_clean and item.position % self.first_clean == 0
+            erasing.append(NOT_ERASED if clean else seeds.erasing)
+        return self._collate(made, erasing if self.erase else None)
+
+    def _collate(
+        self, made: list[tuple[Tensor, int]], erasing: list[int] | None = None
+    ) -> RawBatch:
+        return RawBatch(
+            _stack([image for image, _ in made]),
+            torch.tensor([target for _, target in made], dtype=torch.int64),
+            None if erasing is None else torch.tensor(erasing, dtype=torch.int64),
+        )
+
+
+def _identity(batch: RawBatch | Failure) -> RawBatch | Failure:
+    return batch
+
+
+def _die_at_the_next(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_DFL)
+
+
+def _init_worker(worker_id: int) -> None:
+    """Leave signals to the main process, which saves a checkpoint and then stops its workers.
+
+    Ctrl-C and cluster managers signal the whole process group. A second SIGTERM still ends a
+    worker: that is how multiprocessing gets rid of one that hangs when the main process leaves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _die_at_the_next)
+
+
+class SeededErasing:
+    """timm's RandomErasing, in place on normalised images, each under the seed of its position."""
+
+    def __init__(self, probability: float, mode: str, count: int, device: torch.device) -> None:
+        if mode not in ("const", "rand", "pixel"):
+            raise UserError(f"unknown random-erasing mode {mode!r}: pixel, rand or const")
+        self.erase = RandomErasing(probability, mode=mode, max_count=count, device=device)
+        self.device = device
+
+    def __call__(self, images: Tensor, seeds: Tensor) -> None:
+        """Erase in float `images` (B, 3, H, W) under `seeds` (B,), except where NOT_ERASED."""
+        with preserve_generators(self.device):
+            for image, seed in zip(images, seeds.tolist(), strict=True):
+                if seed != NOT_ERASED:
+                    seed_everything(seed)
+                    if self.device.type == "cuda":
+                        cuda_generator(self.device).manual_seed(seed)
+                    self.erase(image)
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether `error` is torch's report that a worker was killed.
+
+    Torch raises it from a SIGCHLD handler, so that it can come up in the middle of any statement of
+    the main process, not only in the loader.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def worker_death(error: BaseException) -> UserError:
+    """The one line to print for it."""
+    return UserError(
+        f"{error} Often the machine ran out of memory (fewer --num-workers help) or of shared memory "
+        "(in a container: a larger /dev/shm)."
+    )
+
+
+_open_loaders: weakref.WeakSet[DeviceLoader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_loaders() -> None:
+    # Workers ignore multiprocessing's first SIGTERM; told in the regular way, they leave at once.
+    for loader in list(_open_loaders):
+        loader.close()
+
+
+class DeviceLoader:
+    """Yields (images float32 (B, 3, H, W) normalised, targets int64 (B,)), both on `device`.
+
+    On CUDA the next batch is copied and normalised on a side stream while the current one is in
+    use, as in timm's PrefetchLoader. `batches` yields RawBatches. A Failure among them is raised as
+    UserError.
+    """
+
+    def __init__(
+        self,
+        batches: DataLoader,
+        *,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+        erasing: SeededErasing | None = None,
+    ) -> None:
+        self._batches: DataLoader | None = batches
+        self._running: Iterator | None = None
+        self.device = device
+        self._compute = device if device.type == "cuda" else torch.device("cpu")
+        self._mean, self._std = (
+            torch.tensor([255 * value for value in values], device=self._compute).view(1, -1, 1, 1)
+            for values in (mean, std)
+        )
+        self._erasing = erasing
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        _open_loaders.add(self)
+
+    def __len__(self) -> int:
+        """The number of batches of one pass."""
+        assert self._batches is not None, "the loader is closed"
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self._batches is not None, "the loader is closed"
+        self._running = self._on_device() if self._stream is None else self._ahead_on_cuda()
+        return self._running
+
+    def close(self) -> None:
+        """End the pass under way, if any, and the workers."""
+        if self._running is not None:
+            self._running.close()
+        self._running = self._batches = None
+
+    def _raw(self) -> Iterator[RawBatch]:
+        try:
+            for batch in self._batches:
+                if isinstance(batch, Failure):
+                    raise UserError(batch.message)
+                yield batch
+        except RuntimeError as error:
+            if is_worker_death(error):
+                raise worker_death(error) from error
+            raise
+
+    def _on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._raw():
+            yield self._finish(batch)
+
+    def _ahead_on_cuda(self) -> Iterator[tuple[Tensor, Tensor]]:
+        ready = None
+        for batch in self._raw():
+            # memory that the consumer freed may be reused below: wait for the work queued on it
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                coming = self._finish(batch)
+            if ready is not None:
+                yield ready
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            ready = coming
+        if ready is not None:
+            yield ready
+
+    def _finish(self, batch: RawBatch) -> tuple[Tensor, Tensor]:
+        images = batch.images.to(self._compute, non_blocking=True)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
+        images = images.sub_(self._mean).div_(self._std)
+        if self._erasing is not None:
+            self._erasing(images, batch.erasing)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        return images.to(self.device), targets
+
+
+class TrainLoader(DeviceLoader):
+    """One pass over all epochs from the start on; `steps_per_epoch` of its batches are an epoch."""
+
+    def __init__(self, stream: EpochStream, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps_per_epoch = stream.steps_per_epoch
+
+
+def build_train_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    epochs: int,
+    device: torch.device | str,
+    start_epoch: int = 0,
+    start_step: int = 0,
+    seed: int = 0,
+    world_size: int = 1,
+    rank: int = 0,
+    repeats: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = True,
+    re_prob: float = 0.0,
+    re_mode: str = "pixel",
+    re_count: int = 1,
+    resplit: bool = False,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> TrainLoader:
+    """All batches of one process from (start_epoch, start_step) to the end of epoch `epochs` - 1.
+
+    `batch_size` is that of one process; `repeats` > 1 is repeated augmentation. With `resplit`
+    random erasing spares the first of the `repeats` copies of each image, so that one of them is
+    whole (without repeated augmentation it spares none).
+
+    Raises UserError if `dataset` is smaller than one global batch and, while iterating, for a
+    damaged image, which it names.
+    """
+    device = torch.device(device)
+    stream = EpochStream(
+        len(dataset),
+        batch_size=batch_size,
+        epochs=epochs,
+        start_epoch=start_epoch,
+        start_step=start_step,
+        seed=seed,
+        world_size=world_size,
+        rank=rank,
+        repeats=repeats,
+    )
+    erase_on = device if device.type == "cuda" else torch.device("cpu")
+    erasing = SeededErasing(re_prob, re_mode, re_count, erase_on) if re_prob > 0 else None
+    source = BatchDataset(
+        dataset,
+        seed,
+        erase=erasing is not None,
+        first_clean=repeats if resplit and repeats > 1 else 0,
+    )
+    batches = _data_loader(source, stream, num_workers, pin_memory, device, persistent=False)
+    return TrainLoader(stream, batches, device=device, mean=mean, std=std, erasing=erasing)
+
+
+def build_eval_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    world_size: int = 1,
+    rank: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = True,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> DeviceLoader:
+    """Images rank, rank + world_size, ... in order: over all ranks every image exactly once.
+
+    Nothing is padded or dropped, so that ranks may get different numbers of batches, even none.
+    """
+    device = torch.device(device)
+    indices = range(rank, len(dataset), world_size)
+    batches = [
+        list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)
+    ]
+    source = BatchDataset(dataset, seed=None, erase=False)
+    loader = _data_loader(source, batches, num_workers, pin_memory, device, persistent=True)
+    return DeviceLoader(loader, device=device, mean=mean, std=std)
+
+
+def _data_loader(
+    source: BatchDataset,
+    batch_sampler: EpochStream | list[list[int]],
+    num_workers: int,
+    pin_memory: bool,
+    device: torch.device,
+    persistent: bool,
+) -> DataLoader:
+    return DataLoader(
+        source,
+        batch_sampler=batch_sampler,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        pin_memory=pin_memory and device.type == "cuda",
+        worker_init_fn=_init_worker,
+        persistent_workers=persistent and num_workers > 0,
+        generator=torch.Generator(),  # by default the DataLoader draws its seed from the global one
+    )

@@ -1,0 +1,151 @@
+"""Which images an epoch shows, in which order, with which randomness: a pure function of the seed.
+
+In an epoch the samples form one global sequence of positions 0, 1, ..., len(dataset) - 1. Position
+p holds image permutation[p // repeats], where the permutation is drawn from (seed, epoch): with
+repeated augmentation (Hoffer et al. 2020; Berman et al. 2019) every image comes `repeats` times in
+a row and the epoch keeps its length. Step t of W processes with batch size B takes positions t W B
+... (t + 1) W B - 1, process r every W-th of them from the r-th on. All randomness of a sample is
+seeded from (seed, epoch, position).
+
+So neither the number of workers, nor how a global batch is split over processes, nor a restart in
+the middle of an epoch changes what is trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from deit.errors import UserError
+
+
+class Sample(NamedTuple):
+    """One item of a batch: which image, and where it stands."""
+
+    index: int
+    epoch: int
+    position: int
+
+
+class EpochStream:
+    """Batch sampler: the batches of one process from (start_epoch, start_step) to the end.
+
+    It yields lists of `batch_size` Samples; the last, incomplete global batch of an epoch is
+    dropped. Raises UserError if the data set is smaller than one global batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        epochs: int,
+        start_epoch: int = 0,
+        start_step: int = 0,
+        seed: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+        repeats: int = 1,
+    ) -> None:
+        assert 0 <= rank < world_size, (rank, world_size)
+        assert repeats >= 1, repeats
+        self.length = length
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.seed = seed
+        self.world_size = world_size
+        self.rank = rank
+        self.repeats = repeats
+        global_batch = batch_size * world_size
+        self.steps_per_epoch = length // global_batch
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"the training set has {length} images, fewer than one global batch of "
+                f"{global_batch} ({batch_size} on each of {world_size} processes): choose a batch "
+                f"size of at most {length // world_size}"
+            )
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise UserError(
+                f"cannot start at step {start_step} of an epoch of {self.steps_per_epoch} steps; "
+                "were the data set, batch size or number of processes others before?"
+            )
+        self.start_epoch = start_epoch
+        self.start_step = start_step
+
+    def __len__(self) -> int:
+        return max(0, (self.epochs - self.start_epoch) * self.steps_per_epoch - self.start_step)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        step = self.start_step
+        for epoch in range(self.start_epoch, self.epochs):
+            order = self.permutation(epoch)
+            for current in range(step, self.steps_per_epoch):
+                yield self._batch(order, epoch, current)
+            step = 0
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order (N,) of the images in `epoch`."""
+        generator = np.random.Generator(np.random.PCG64(_entropy(self.seed, epoch)))
+        return generator.permutation(self.length)
+
+    def _batch(self, order: np.ndarray, epoch: int, step: int) -> list[Sample]:
+        start = step * self.batch_size * self.world_size + self.rank
+        positions = start + self.world_size * np.arange(self.batch_size)
+        indices = order[positions // self.repeats]
+        return [
+            Sample(index, epoch, position)
+            for index, position in zip(indices.tolist(), positions.tolist(), strict=True)
+        ]
+
+
+class SampleSeeds(NamedTuple):
+    """Independent 63-bit seeds of one sample, for its transform and for its random erasing."""
+
+    transform: int
+    erasing: int
+
+
+def sample_seeds(seed: int, epoch: int, position: int) -> SampleSeeds:
+    """The seeds of the sample at `position` of `epoch`."""
+    words = _entropy(seed, epoch, position).generate_state(2, np.uint64)
+    return SampleSeeds(int(words[0]) >> 1, int(words[1]) >> 1)
+
+
+def _entropy(seed: int, *key: int) -> np.random.SeedSequence:
+    # keys of different lengths differ: the permutation has (epoch,), a sample (epoch, position)
+    return np.random.SeedSequence(seed, spawn_key=key)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's CPU generators, which transforms draw from."""
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002 - timm draws from the global one
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the devices' too
+
+
+@contextmanager
+def preserve_generators(device: torch.device | None = None) -> Iterator[None]:
+    """Restore the global generators of Python, numpy, torch (CPU, a CUDA `device`) afterwards."""
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        generators.append(cuda_generator(device))
+    states = [generator.get_state() for generator in generators]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def cuda_generator(device: torch.device) -> torch.Generator:
+    """The global generator of a CUDA device."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
