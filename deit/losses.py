@@ -1,0 +1,243 @@
+"""Training losses: one interface for cross-entropy, BCE, cosub and distillation.
+
+    criterion = build_criterion(smoothing=0.1, mixup=True, ...)
+    loss = criterion(model(criterion.network_input(images)), targets, images)
+
+`targets` are class indices (B,), or the dense targets (B, K) that mixup makes of them. Every loss
+is computed in float32, whatever the outputs' dtype, and is a mean over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from deit.checkpoint import load_model, model_state, read_checkpoint
+from deit.errors import UserError, one_line, suggest
+
+# What a network may return: logits (B, K), or two of them from a class and a distillation token.
+Outputs = Tensor | tuple[Tensor, Tensor]
+
+
+class TrainingLoss(nn.Module):
+    """A loss of logits (B, K) and targets; subclasses change what the network is given or what
+    its outputs are compared with."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def network_input(self, images: Tensor) -> Tensor:
+        """What the network is to be given for a batch of images (B, 3, H, W)."""
+        return images
+
+    def forward(self, outputs: Outputs, targets: Tensor, images: Tensor | None = None) -> Tensor:
+        return self.base(outputs.float(), targets)
+
+
+class CosubLoss(TrainingLoss):
+    """Co-training of sub-networks ("Co-training 2^L submodels", arXiv:2212.04884).
+
+    Each image goes through the network twice in one batch, and stochastic depth makes that two
+    sub-networks. With their logits x and y the loss is the mean of BCE(x, targets),
+    BCE(y, targets), BCE(x, sigmoid(y)) and BCE(y, sigmoid(x)), the sigmoids without gradient.
+    """
+
+    def network_input(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) twice along the batch: (2B, 3, H, W)."""
+        return torch.cat([images, images])
+
+    def forward(self, outputs: Outputs, targets: Tensor, images: Tensor | None = None) -> Tensor:
+        x, y = outputs.float().chunk(2)
+        to_targets = self.base(x, targets) + self.base(y, targets)
+        to_each_other = F.binary_cross_entropy_with_logits(
+            x, y.detach().sigmoid()
+        ) + F.binary_cross_entropy_with_logits(y, x.detach().sigmoid())
+        return (to_targets + to_each_other) / 4
+
+
+class DistillationLoss(TrainingLoss):
+    """(1 - alpha) x the base loss + alpha x the distance to a teacher (DeiT, arXiv:2012.12877).
+
+    A network with a distillation token returns two logits: the first is compared with the
+    targets, the second with the teacher. A network with a single output has it compared with
+    both. timm's networks return two only after `set_distilled_training()`, see `prepare_student`.
+
+    Args:
+        base: loss of logits and targets.
+        teacher: network from the images that the student was given to logits (B, K).
+        kind: "soft" is the KL divergence of the distributions at temperature `tau`, averaged over
+            batch and classes and multiplied by tau^2; "hard" is the cross-entropy to the
+            teacher's decision.
+        alpha: share of the distillation, from 0 to 1.
+        tau: temperature of the soft kind.
+    """
+
+    def __init__(
+        self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float
+    ) -> None:
+        super().__init__(base)
+        if kind not in ("soft", "hard"):
+            raise UserError(f"unknown kind of distillation {kind!r}: soft or hard")
+        self.teacher = teacher
+        self.kind = kind
+        self.alpha = alpha
+        self.tau = tau
+
+    def train(self, mode: bool = True) -> DistillationLoss:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, outputs: Outputs, targets: Tensor, images: Tensor | None = None) -> Tensor:
+        if images is None:
+            raise TypeError("distillation needs the images: criterion(outputs, targets, images)")
+        logits, distilled = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
+        distilled = distilled.float()
+        with torch.no_grad():
+            teacher = self.teacher(images).float()
+        if teacher.shape != distilled.shape:
+            raise UserError(
+                f"the teacher gives {teacher.shape[-1]} classes, the student {distilled.shape[-1]}"
+            )
+        if self.kind == "hard":
+            distance = F.cross_entropy(distilled, teacher.argmax(dim=1))
+        else:
+            divergence = F.kl_div(
+                F.log_softmax(distilled / self.tau, dim=1),
+                F.log_softmax(teacher / self.tau, dim=1),
+                reduction="sum",
+                log_target=True,
+            )
+            # Averaged over the classes too, as published; tau^2 keeps the size of the gradients.
+            distance = divergence * (self.tau * self.tau) / distilled.numel()
+        return (1 - self.alpha) * self.base(logits.float(), targets) + self.alpha * distance
+
+
+def prepare_student(model: nn.Module) -> None:
+    """Have a network with a distillation token return both its outputs while it trains."""
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)
+
+
+def build_criterion(
+    *,
+    smoothing: float = 0.0,
+    mixup: bool = False,
+    bce: bool = False,
+    cosub: bool = False,
+    teacher: nn.Module | None = None,
+    distillation_type: str = "none",
+    distillation_alpha: float = 0.5,
+    distillation_tau: float = 1.0,
+) -> TrainingLoss:
+    """The training loss that the options ask for.
+
+    Args:
+        smoothing: label smoothing of targets that are class indices; dense ones have theirs.
+        mixup: whether targets are dense.
+        bce: binary cross-entropy against targets that are 1 wherever the given ones are > 0.
+        cosub: see `CosubLoss`; its targets are binarised only if `bce` says so.
+        teacher, distillation_type: see `DistillationLoss`, "none" for no distillation.
+
+    Raises:
+        UserError: `bce` with smoothed targets, or distillation with `cosub` or without teacher.
+    """
+    if bce and smoothing:
+        raise UserError(
+            f"label smoothing {smoothing:g} puts all targets above 0: binarised, every class "
+            "would be one; use smoothing 0 with the BCE loss"
+        )
+    if bce or cosub:
+        base: nn.Module = BinaryCrossEntropy(smoothing, target_threshold=0.0 if bce else None)
+    elif mixup:
+        base = SoftTargetCrossEntropy()
+    elif smoothing:
+        base = LabelSmoothingCrossEntropy(smoothing)
+    else:
+        base = nn.CrossEntropyLoss()
+    if distillation_type == "none":
+        return CosubLoss(base) if cosub else TrainingLoss(base)
+    if cosub:
+        raise UserError("cosub and distillation cannot be combined")
+    if teacher is None:
+        raise UserError(f"{distillation_type} distillation needs a teacher")
+    return DistillationLoss(base, teacher, distillation_type, distillation_alpha, distillation_tau)
+
+
+class Teacher(nn.Module):
+    """A frozen network that sees the student's images the way it was trained to see them.
+
+    Images (B, 3, H, W) normalised by `mean` and `std` are renormalised by the network's own
+    statistics and, if it takes one size only, resampled to that. It never leaves evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        config = getattr(model, "pretrained_cfg", None) or {}
+        self.model = model.requires_grad_(False).eval()
+        own_mean = torch.tensor(config.get("mean", mean)).view(1, -1, 1, 1)
+        own_std = torch.tensor(config.get("std", std)).view(1, -1, 1, 1)
+        self.register_buffer("scale", torch.tensor(std).view(1, -1, 1, 1) / own_std)
+        self.register_buffer("shift", (torch.tensor(mean).view(1, -1, 1, 1) - own_mean) / own_std)
+        fixed = config.get("fixed_input_size", False)
+        self.size = tuple(config["input_size"][-2:]) if fixed else None
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Keeps evaluation mode, whatever `mode` the loss around it is put into."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None and tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images * self.scale + self.shift)
+
+
+def build_teacher(
+    name: str,
+    path: str,
+    num_classes: int,
+    device: torch.device | str,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Teacher:
+    """The network `name` of timm or of this package as a teacher, on `device`.
+
+    Args:
+        path: its checkpoint (a file, an address, `hf-hub:NAME`), read without running code; ''
+            for the weights that timm offers, which must have `num_classes` classes.
+        mean, std: normalisation of the student's images, for each channel.
+
+    Raises:
+        UserError: an unknown name, or weights that are absent or do not fit.
+    """
+    if not timm.is_model(name):
+        raise UserError(f"unknown teacher {name!r}{suggest(name, timm.list_models())}")
+    if path:
+        model = timm.create_model(name, num_classes=num_classes)
+        load_model(model, model_state(read_checkpoint(path), source=path), source=path)
+    else:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        offered = config.num_classes if config is not None and config.has_weights else None
+        if offered != num_classes:
+            has = f"weights for {offered} classes" if offered else "no weights"
+            raise UserError(
+                f"timm offers {has} of the teacher {name!r}, {num_classes} classes are needed: "
+                "give its checkpoint by --teacher-path"
+            )
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # the download raises the errors of several libraries
+            raise UserError(
+                f"timm's weights of the teacher {name!r} cannot be fetched; give a checkpoint by "
+                f"--teacher-path ({one_line(error)[:160]})"
+            ) from error
+    return Teacher(model, mean, std).to(device)

@@ -1,0 +1,87 @@
+"""Exact evaluation metrics over any number of processes, and a smoothed training loss."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies in per cent and the mean cross-entropy over `count` images."""
+
+    acc1: float
+    acc5: float
+    loss: float
+    count: int
+
+
+class Accuracy:
+    """Top-1 and top-5 accuracy and cross-entropy of a data set that arrives in batches.
+
+    It keeps sums and counts, so that batches may differ in size and processes in the number of
+    their batches, and nothing is averaged twice. They stay on the device until `compute`.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        # correct at top-1, correct at top-5, images
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: logits (B, K) of any dtype, class indices (B,)."""
+        logits = logits.float()
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = top == targets[:, None]
+        # topk ranks NaN first, which must not count as a prediction.
+        hits &= ~logits.isnan().any(dim=1, keepdim=True)
+        self._counts[0] += hits[:, 0].sum()
+        self._counts[1] += hits.sum()
+        self._counts[2] += len(targets)
+        self._loss += F.cross_entropy(logits, targets, reduction="none").double().sum()
+
+    def compute(self, distributed: bool = False) -> Scores:
+        """The scores so far. `distributed` sums over all processes, of which each must call it.
+
+        Raises:
+            ValueError: no image has been seen.
+        """
+        # Counts below 2^53 are exact in float64, so one message carries everything.
+        sums = torch.cat([self._counts.double(), self._loss[None]])
+        if distributed:
+            dist.all_reduce(sums)
+        top1, top5, count, loss = sums.tolist()
+        if count == 0:
+            raise ValueError("no accuracy without images: the evaluation data are empty")
+        return Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
+
+
+class SmoothedMeter:
+    """A number that changes from step to step: its recent mean to show, its overall mean to log."""
+
+    def __init__(self, window: int = 50) -> None:
+        self._recent: deque[float] = deque(maxlen=window)
+        self.total = 0.0
+        self.count = 0
+
+    def update(self, value: float, n: int = 1) -> None:
+        """Add `value`, the mean over `n` items."""
+        self._recent.append(value)
+        self.total += value * n
+        self.count += n
+
+    @property
+    def recent(self) -> float:
+        """Mean of the last `window` values, NaN before the first."""
+        return sum(self._recent) / len(self._recent) if self._recent else float("nan")
+
+    @property
+    def mean(self) -> float:
+        """Mean over all items, NaN before the first."""
+        return self.total / self.count if self.count else float("nan")

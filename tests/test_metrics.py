@@ -1,0 +1,84 @@
+"""Accuracy is exact for every split of the data over batches and processes."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from deit.metrics import Accuracy, SmoothedMeter
+
+
+def data(images=103, classes=11):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(images, classes, generator=generator)
+    return logits, torch.randint(classes, (images,), generator=generator)
+
+
+def by_hand(logits, targets, k):
+    order = logits.argsort(dim=1, descending=True)[:, :k]
+    return 100 * sum(t in row for t, row in zip(targets.tolist(), order.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_exact_for_any_batch_size(batch_size):
+    logits, targets = data()
+    accuracy = Accuracy()
+    for batch in zip(logits.split(batch_size), targets.split(batch_size), strict=True):
+        accuracy.update(*batch)
+    scores = accuracy.compute()
+    assert scores.acc1 == by_hand(logits, targets, 1) / 103
+    assert scores.acc5 == by_hand(logits, targets, 5) / 103
+    assert 0 < scores.acc1 < scores.acc5 < 100
+    assert scores.count == 103
+    expected = -logits.double().log_softmax(1)[torch.arange(103), targets].mean()
+    assert scores.loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_fewer_than_five_classes():
+    logits, targets = data(classes=3)
+    accuracy = Accuracy()
+    accuracy.update(logits, targets)
+    assert accuracy.compute().acc5 == 100
+    assert accuracy.compute().acc1 == by_hand(logits, targets, 1) / 103
+
+
+def test_nan_is_never_correct_and_empty_is_an_error():
+    accuracy = Accuracy()
+    accuracy.update(torch.full((4, 3), float("nan")), torch.tensor([0, 1, 2, 0]))
+    scores = accuracy.compute()
+    assert (scores.acc1, scores.acc5) == (0, 0)
+    assert math.isnan(scores.loss)
+    with pytest.raises(ValueError, match="empty"):
+        Accuracy().compute()
+
+
+def _process(rank, world_size, address):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    logits, targets = data()
+    accuracy = Accuracy()
+    # The processes have different numbers of batches, the last one has none with an image.
+    shares = {0: slice(0, 90), 1: slice(90, 103), 2: slice(0, 0)}
+    for batch in zip(logits[shares[rank]].split(16), targets[shares[rank]].split(16), strict=True):
+        accuracy.update(*batch)
+    scores = accuracy.compute(distributed=True)
+    assert scores.acc1 == by_hand(logits, targets, 1) / 103
+    assert scores.acc5 == by_hand(logits, targets, 5) / 103
+    assert scores.count == 103
+    dist.destroy_process_group()
+
+
+def test_exact_over_processes_with_unequal_shares(tmp_path):
+    mp.spawn(_process, args=(3, f"file://{tmp_path}/rendezvous"), nprocs=3)
+
+
+def test_smoothed_meter():
+    meter = SmoothedMeter(window=2)
+    assert math.isnan(meter.recent)
+    assert math.isnan(meter.mean)
+    for value, n in ((1.0, 1), (2.0, 1), (4.0, 2)):
+        meter.update(value, n)
+    assert meter.recent == 3
+    assert meter.mean == (1 + 2 + 8) / 4
