@@ -1,0 +1,282 @@
+"""From a command line to a `Plan`: what to run, on what, where.
+
+Precedence, option by option: command line, recipe, the user's cluster file, default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from deit.args import CommandLine, get_parser, parse_args
+from deit.errors import UserError
+from deit.launch.cluster import (
+    DEFAULT_FILE,
+    FILE_VARIABLE,
+    NO_GPU,
+    UNTYPED_GPU,
+    ClusterFile,
+    Resources,
+    load_cluster_file,
+)
+from deit.launch.recipes import (
+    Recipe,
+    load_recipe,
+    options_to_argv,
+    recipe_names,
+    split_batch,
+)
+
+DEFAULT_JOB_DIR = "runs/%j"
+DATA_PLACEHOLDER = "/path/to/imagenet"  # shown where a recipe is only looked at
+_RESOURCE_NAMES = {f.name for f in fields(Resources)}
+_ARRAY_OPTIONS = ("seed", "model")
+
+_EPILOG = f"""\
+examples:
+  python deit/run_with_submitit.py --recipe d2_deit_base_patch16_LS --data-path IMAGENET
+      a published training; --dry-run shows what would be submitted, --local needs no Slurm
+  python deit/run_with_submitit.py --recipe d2_deit_base_patch16_LS --nodes 1 --ngpus 2 ...
+      the same global batch on two GPUs, by accumulation
+  python deit/run_with_submitit.py --model deit_small_patch16_LS --batch 64 --nodes 1 --ngpus 4 ...
+      any training; --batch-size is per GPU
+  python deit/run_with_submitit.py status runs/*
+      state, epoch, accuracy, time left and curve of each run
+
+recipes:
+{textwrap.fill(" ".join(recipe_names()), 96, initial_indent="  ", subsequent_indent="  ")}
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One submission: `options` of deit/main.py on `resources`, once for each of `array`."""
+
+    name: str
+    recipe: str | None
+    resources: Resources
+    options: dict[str, Any]
+    array: tuple[dict[str, Any], ...]  # each task's own options; ({},) without --array
+    job_dir: str
+    local: bool
+
+    def argv(self, task: int = 0) -> list[str]:
+        """The arguments of deit/main.py for array task number `task`."""
+        return options_to_argv(self.options | self.array[task], get_parser())
+
+    def global_batch(self) -> int:
+        """Images an optimizer update sees."""
+        args = parse_args(self.argv())
+        return args.batch_size * args.update_freq * self.resources.processes
+
+    def command(self, task: int = 0) -> str:
+        """The same training started by hand: plain Python, or torchrun for several processes."""
+        words = ["deit/main.py", *self.argv(task)]
+        resources = self.resources
+        if resources.nodes > 1:
+            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST_NODE:29500"]
+            nodes = ["--nnodes", str(resources.nodes), *meeting]
+        else:
+            nodes = []
+        if resources.processes > 1:
+            words = ["torchrun", *nodes, "--nproc-per-node", str(resources.ngpus), *words]
+        else:
+            words = ["python", *words]
+        return shlex.join(words)
+
+    def describe(self) -> str:
+        """One line for people."""
+        title = f"recipe {self.recipe}" if self.recipe else self.name
+        args = parse_args(self.argv())
+        accumulation = f" x {args.update_freq} accumulated" if args.update_freq > 1 else ""
+        return (
+            f"{title}: {self.resources.describe()}, {args.batch_size} images each{accumulation}, "
+            f"global batch {self.global_batch()}"
+        )
+
+
+def get_launch_parser() -> CommandLine:
+    """deit/main.py's parser with the launcher's options added."""
+    parser = get_parser(
+        description="Start trainings on a Slurm cluster, or on this machine with --local.",
+        usage="%(prog)s [--recipe NAME] [option of this script or of deit/main.py ...]\n"
+        "       %(prog)s status FOLDER ...",
+        epilog=_EPILOG,
+    )
+    what = parser.add_argument_group("what to start")
+    what.add_argument("--recipe", metavar="NAME", help="a published training, or a .toml file")
+    what.add_argument(
+        "--array",
+        metavar="OPTION=VALUES",
+        help="one run for each value: seed=0-4, seed=0,7 or model=NAME,NAME",
+    )
+    what.add_argument("--local", action="store_true", help="run on this machine, without Slurm")
+    what.add_argument(
+        "--dry-run", action="store_true", help="show the sbatch script and the configuration only"
+    )
+    what.add_argument(
+        "--print-command", action="store_true", help="print the same training without this script"
+    )
+    what.add_argument(
+        "--job-dir",
+        metavar="DIR",
+        help="folder of the run, %%j is the job's id (default: "
+        + DEFAULT_JOB_DIR.replace("%", "%%")
+        + ")",
+    )
+    cluster = parser.add_argument_group(
+        "cluster", f"Your own defaults live in {DEFAULT_FILE} (docs/cluster.md)."
+    )
+    cluster.add_argument(
+        "--cluster-file", metavar="FILE", help=f"in place of {DEFAULT_FILE} or ${FILE_VARIABLE}"
+    )
+    default = Resources()
+
+    def add(flag: str, metavar: str, help: str, **kwargs: Any) -> None:
+        value = getattr(default, flag.lstrip("-").replace("-", "_"))
+        shown = f" (default: {value})" if value else ""
+        cluster.add_argument(flag, metavar=metavar, help=help + shown, **kwargs)
+
+    add("--nodes", "N", "nodes; with a recipe as many as its GPUs fill", type=int)
+    add("--ngpus", "N", "processes a node, one a GPU", type=int)
+    add("--tgpu", "TYPE", f"GPU type, '{UNTYPED_GPU}' for untyped, '{NO_GPU}' for CPU runs")
+    add("--time", "D-HH:MM:SS", "time limit; a run that needs more goes on by itself")
+    add("--partition", "NAME", "Slurm partition")
+    add("--account", "NAME", "account to charge")
+    add("--qos", "NAME", "quality of service")
+    add("--constraint", "FEATURES", "features that the nodes must have")
+    add("--cpus-per-task", "N", "CPUs a process; unset, as many as --num-workers", type=int)
+    add("--mem", "SIZE", "memory a node, such as 64G; 0 is all of it")
+    add("--mail-user", "ADDRESS", "whom Slurm writes to")
+    add("--mail-type", "EVENTS", "about what, such as END,FAIL")
+    add("--comment", "TEXT", "comment on the job")
+    add("--signal-delay", "SECONDS", "how long before the time limit to save and requeue", type=int)
+    cluster.add_argument(
+        "--setup",
+        metavar="LINE",
+        action="append",
+        help="shell line before the training, such as 'module load CUDA'; may be repeated",
+    )
+    return parser
+
+
+def make_plan(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
+    """The plan for a command line, and the launcher's own flags (dry_run, print_command).
+
+    Raises:
+        UserError: unknown options, recipes, resources, or a global batch that cannot be kept.
+    """
+    parser = get_launch_parser()
+    flags = parser.parse_args(argv)
+    given = _explicit(argv)
+    cluster = load_cluster_file(flags.cluster_file)
+    recipe = load_recipe(flags.recipe) if flags.recipe else None
+    own = _RESOURCE_NAMES | {"recipe", "array", "local", "dry_run", "print_command"}
+    own |= {"job_dir", "cluster_file"}
+    options = cluster.options | (recipe.options if recipe else {})
+    options |= {name: value for name, value in given.items() if name not in own}
+    resources = _resources(given, cluster, recipe, flags.local)
+    if recipe:
+        options["batch_size"], options["update_freq"] = split_batch(
+            recipe.global_batch,
+            resources.processes,
+            largest=recipe.options["batch_size"],
+            batch_size=given.get("batch_size"),
+            update_freq=given.get("update_freq"),
+        )
+        if options.get("data_set") == "IMNET" and not options.get("data_path"):
+            if not (flags.dry_run or flags.print_command):
+                raise UserError(
+                    f"recipe {recipe.name} trains on ImageNet: give --data-path FOLDER (with "
+                    "train/ and val/ in it), or data_path under [options] in your cluster file"
+                )
+            options["data_path"] = DATA_PLACEHOLDER
+    job_dir = given.get("job_dir") or cluster.job_dir or DEFAULT_JOB_DIR
+    plan = Plan(
+        name=recipe.name if recipe else parse_args(options_to_argv(options, get_parser())).model,
+        recipe=recipe.name if recipe else None,
+        resources=resources,
+        options=options,
+        array=_array(flags.array),
+        job_dir=os.path.expandvars(os.path.expanduser(job_dir)),
+        local=flags.local,
+    )
+    _check(plan)
+    return plan, flags
+
+
+def _explicit(argv: Sequence[str]) -> dict[str, Any]:
+    """The options that the user wrote, without any default."""
+    parser = get_launch_parser()
+    # argparse fills in defaults only where the namespace has nothing yet, not even None.
+    empty = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    written = vars(parser.parse_args(argv, empty))
+    return {name: value for name, value in written.items() if value is not None}
+
+
+def _resources(
+    given: dict[str, Any], cluster: ClusterFile, recipe: Recipe | None, local: bool
+) -> Resources:
+    """What to ask for. A recipe says how many GPUs, the cluster (or the user) how many a node."""
+    values = cluster.resources | {k: v for k, v in given.items() if k in _RESOURCE_NAMES}
+    values["setup"] = cluster.resources.get("setup", []) + given.get("setup", [])
+    if local:
+        if values.get("nodes", 1) != 1 and "nodes" in given:
+            raise UserError(f"--local is one machine: --nodes {values['nodes']} is not possible")
+        values["nodes"] = 1
+        values = _local_devices(values, given)
+    elif recipe:
+        per_node = min(values.get("ngpus", Resources.ngpus), recipe.gpus)
+        if "ngpus" not in given:
+            values["ngpus"] = per_node
+        if "nodes" not in given:
+            values["nodes"] = max(1, recipe.gpus // max(1, values["ngpus"]))
+    return Resources(**values)
+
+
+def _local_devices(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """One process a GPU of this machine, or a single one on the CPU."""
+    if "ngpus" in given and "tgpu" in given:
+        return values
+    import torch  # only here: counting GPUs is the one thing that needs it
+
+    found = torch.cuda.device_count()
+    tgpu = given.get("tgpu", UNTYPED_GPU if found else NO_GPU)
+    ngpus = 1 if tgpu == NO_GPU else max(1, found)
+    return values | {"tgpu": tgpu, "ngpus": given.get("ngpus", ngpus)}
+
+
+def _array(text: str | None) -> tuple[dict[str, Any], ...]:
+    """`seed=0-2` as ({"seed": 0}, {"seed": 1}, {"seed": 2})."""
+    if text is None:
+        return ({},)
+    option, _, values = text.partition("=")
+    if option not in _ARRAY_OPTIONS or not all(values.split(",")):
+        raise UserError(f"--array {text}: give seed=0-4, seed=0,7 or model=NAME,NAME")
+    if option == "model":
+        return tuple({"model": name} for name in values.split(","))
+    seeds: list[int] = []
+    for part in values.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            seeds += range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            raise UserError(f"--array {text}: {part!r} is no seed and no range a-b") from None
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"--array {text}: an empty range, or a seed twice")
+    return tuple({"seed": seed} for seed in seeds)
+
+
+def _check(plan: Plan) -> None:
+    """Refuse now what would otherwise fail in the queue, hours later."""
+    for task in range(len(plan.array)):
+        parse_args(plan.argv(task))
+    if len(plan.array) > 1 and not any(tag in plan.job_dir for tag in ("%j", "%a")):
+        raise UserError(
+            f"--job-dir {plan.job_dir}: runs of an array need %j in it to tell them apart"
+        )

@@ -1,0 +1,155 @@
+"""Recipes: one TOML file a published training, a base plus its difference.
+
+    base = "base/vit"       # another recipe file, without suffix, relative to this one
+    gpus = 16               # processes of the published run, one a GPU
+
+    [options]               # options of deit/main.py, in their underscore spelling
+    batch_size = 128        # per process
+
+A recipe fixes the *global batch* (batch_size x gpus x update_freq), not the machine: `split_batch`
+lays it out over whatever processes there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deit.errors import UserError, suggest
+from deit.launch.toml import check_keys, read_toml
+
+RECIPES = Path(__file__).resolve().parents[2] / "experiments" / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe: `options` are those of the bases overridden by its own."""
+
+    name: str
+    gpus: int
+    options: dict[str, Any]
+
+    @property
+    def global_batch(self) -> int:
+        """Images an optimizer update sees."""
+        return self.options["batch_size"] * self.gpus * self.options.get("update_freq", 1)
+
+
+def recipe_names(folder: Path = RECIPES) -> list[str]:
+    """The names `--recipe` knows, sorted."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
+    """The recipe called `name` in `folder`, or the one in the file `name` (ends in .toml).
+
+    Raises:
+        UserError: no such recipe, unreadable file, a base that leads back to itself, a key that
+            is none, or no batch_size, gpus or model.
+    """
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not path.is_file():
+        known = recipe_names(folder)
+        raise UserError(f"no recipe {name!r}{suggest(name, known)}; known are {', '.join(known)}")
+    table = _with_bases(path, ())
+    options = table.get("options", {})
+    missing = {"batch_size", "model"} - options.keys()
+    if "gpus" not in table or missing:
+        lacking = sorted(missing | ({"gpus"} - table.keys()))
+        raise UserError(f"recipe {path} has no {', '.join(lacking)}")
+    return Recipe(path.stem, table["gpus"], options)
+
+
+def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path in above:
+        raise UserError(f"recipe {above[0]} has itself as a base: {' -> '.join(map(str, above))}")
+    table = read_toml(path, "recipe")
+    check_keys(table, {"base", "gpus", "options"}, f"recipe {path}")
+    if "base" not in table:
+        return table
+    base = _with_bases((path.parent / f"{table['base']}.toml").resolve(), (*above, path.resolve()))
+    return base | table | {"options": base.get("options", {}) | table.get("options", {})}
+
+
+def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """`options` as arguments for `parser`: {"lr": 3e-3, "compile": True} is --lr 0.003 --compile.
+
+    False is the --no- form where `parser` has one, and otherwise leaves the flag out.
+
+    Raises:
+        UserError: `parser` has no such option.
+    """
+    known = {
+        string: action
+        for action in parser._actions  # argparse has no public list of its options
+        for string in action.option_strings
+    }
+    argv: list[str] = []
+    for name, value in options.items():
+        spellings = (f"--{name}", f"--{name.replace('_', '-')}")
+        flag = next((spelling for spelling in spellings if spelling in known), None)
+        if flag is None:
+            names = [string.lstrip("-").replace("-", "_") for string in known]
+            raise UserError(f"there is no option {name!r}{suggest(name, names)}")
+        takes_value = known[flag].nargs != 0
+        if value is True and not takes_value:
+            argv.append(flag)
+        elif value is False and not takes_value:
+            negated = f"--no-{flag[2:]}"
+            argv += [negated] if negated in known else []
+        else:
+            values = value if isinstance(value, list) else [value]
+            argv += [flag, *map(str, values)]
+    return argv
+
+
+def split_batch(
+    global_batch: int,
+    processes: int,
+    *,
+    largest: int,
+    batch_size: int | None = None,
+    update_freq: int | None = None,
+) -> tuple[int, int]:
+    """(batch_size, update_freq) a process for `processes` with batch x processes x freq unchanged.
+
+    `batch_size` and `update_freq` are the user's, where given; `largest` is the batch size that
+    the recipe has shown to fit a GPU, and the fewest accumulation steps that respect it are taken.
+
+    Raises:
+        UserError: there is no such split; the message says which numbers of processes, or which
+            batch sizes, would do.
+    """
+    total = f"a global batch of {global_batch}"
+    if global_batch % processes:
+        fit = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        below = max((n for n in fit if n < processes), default=1)
+        above = min(n for n in fit if n >= min(processes, global_batch))
+        raise UserError(
+            f"{total} cannot be split evenly over {processes} processes; "
+            f"{below} or {above} would do"
+        )
+    share = global_batch // processes
+    if batch_size is not None and update_freq is not None:
+        if batch_size * update_freq != share:
+            raise UserError(
+                f"{total} over {processes} processes is {share} each, which is not --batch-size "
+                f"{batch_size} x --update-freq {update_freq}; leave one of the two out"
+            )
+        return batch_size, update_freq
+    given, flag = (
+        (update_freq, "--update-freq") if batch_size is None else (batch_size, "--batch-size")
+    )
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    if given is not None:
+        if given not in divisors:
+            raise UserError(
+                f"{total} over {processes} processes is {share} each, which {flag} {given} does "
+                f"not divide; these do: {', '.join(map(str, divisors))}"
+            )
+        other = share // given
+        return (other, given) if batch_size is None else (given, other)
+    batch = max(n for n in divisors if n <= largest)
+    return batch, share // batch

@@ -1,0 +1,183 @@
+"""Handing a `Plan` to submitit: Slurm's sbatch, or processes on this machine.
+
+submitit writes the sbatch script, one log a process, and the pickled job that a requeued run starts
+from again. It is imported here only, so that nothing else needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deit.args import config_dict, parse_args
+from deit.errors import UserError, one_line
+from deit.launch.job import STOP_SIGNALS, TrainingJob
+from deit.launch.plan import Plan
+
+if TYPE_CHECKING:
+    import submitit
+
+RECORD = "submission.json"
+_REPOSITORY = Path(__file__).resolve().parents[2]
+# Bounds submitit's own count of time-outs, which `TrainingJob` does not use.
+_NO_LIMIT = 1_000_000
+
+
+def submit(plan: Plan) -> list[submitit.Job]:
+    """Submit `plan` and tell on stdout what was started and how to follow and stop it.
+
+    Raises:
+        UserError: Slurm is not there, or refuses the job.
+    """
+    from deit.saving import write_text
+
+    if not plan.local and shutil.which("sbatch") is None:
+        raise UserError(
+            "Slurm is not on this machine (no sbatch command): submit on a login node of your "
+            "cluster, or add --local to train here"
+        )
+    executor = _local_executor(plan) if plan.local else _slurm_executor(plan)
+    jobs = _submit_all(executor, [TrainingJob(plan.argv(task)) for task in range(len(plan.array))])
+    print(plan.describe())
+    for task, job in enumerate(jobs):
+        folder = job.paths.folder
+        record = {
+            "job_id": job.job_id,
+            "name": plan.name,
+            "recipe": plan.recipe,
+            "local": plan.local,
+            "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": plan.command(task),
+            "resources": asdict(plan.resources),
+        }
+        write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        _announce(plan, job, folder, plan.array[task])
+    return jobs
+
+
+def dry_run(plan: Plan) -> str:
+    """What `submit` would do: the sbatch script and the resolved configuration. Submits nothing."""
+    parts = [f"# {plan.describe()}"]
+    if plan.local:
+        parts.append(f"# {plan.resources.processes} local processes, logs in {plan.job_dir}")
+    else:
+        parts.append(_sbatch_script(plan))
+    for task, own in enumerate(plan.array):
+        title = "".join(f", array task {task}: {name} = {value}" for name, value in own.items())
+        args = parse_args(plan.argv(task))
+        args.output_dir = args.output_dir or plan.job_dir
+        parts.append(f"# configuration{title}\n{json.dumps(config_dict(args), indent=2)}")
+        parts.append(f"# by hand\n{plan.command(task)}")
+    return "\n\n".join(parts)
+
+
+def _python() -> str:
+    """This interpreter, deaf to the stop signals until the job has installed its handlers.
+
+    By default these signals kill; a job preempted while Python still starts would be lost, where
+    one that lives on is requeued by Slurm.
+    """
+    names = " ".join(signal.name.removeprefix("SIG") for signal in STOP_SIGNALS)
+    script = f'trap \'\' {names}; exec "$0" "$@"'
+    return shlex.join(["sh", "-c", script, sys.executable])
+
+
+def _slurm_executor(plan: Plan) -> submitit.SlurmExecutor:
+    from submitit import SlurmExecutor
+
+    executor = SlurmExecutor(folder=plan.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
+    executor.update_parameters(**_slurm_parameters(plan))
+    return executor
+
+
+def _slurm_parameters(plan: Plan) -> dict[str, Any]:
+    """submitit's names for what sbatch is to be told; absent where the cluster is to decide."""
+    resources = plan.resources
+    workers = parse_args(plan.argv()).num_workers
+    path = shlex.quote(str(_REPOSITORY))
+    values = {
+        "job_name": plan.name,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.ngpus,
+        "cpus_per_task": resources.cpus_per_task or max(1, workers),
+        "gres": resources.gres,
+        "time": resources.minutes(),
+        "mem": resources.mem,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "mail_user": resources.mail_user,
+        "mail_type": resources.mail_type,
+        "comment": resources.comment,
+        "signal_delay_s": resources.signal_delay,
+        "setup": [f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"', *resources.setup],
+        # A process that fails ends the job at once: the others would wait for it for ever.
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "teardown": [f"{shlex.quote(sys.executable)} -m deit.launch.aftermath $?"],
+        "additional_parameters": {"requeue": True} | resources.sbatch,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _sbatch_script(plan: Plan) -> str:
+    """The text that sbatch would get; needs no Slurm."""
+    from submitit import SlurmExecutor
+
+    class Unsubmitted(SlurmExecutor):
+        """A SlurmExecutor for a machine without Slurm."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    executor = Unsubmitted(folder=plan.job_dir, python=_python())
+    executor.update_parameters(**_slurm_parameters(plan))
+    if len(plan.array) > 1:
+        executor.parameters["map_count"] = len(plan.array)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _local_executor(plan: Plan) -> submitit.LocalExecutor:
+    from submitit import LocalExecutor
+
+    executor = LocalExecutor(folder=plan.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
+    resources = plan.resources
+    executor.update_parameters(
+        nodes=1,
+        tasks_per_node=resources.ngpus,
+        gpus_per_node=0 if resources.gres is None else resources.ngpus,
+        timeout_min=resources.minutes(),
+        signal_delay_s=resources.signal_delay,
+    )
+    return executor
+
+
+def _submit_all(executor: submitit.Executor, jobs: list[TrainingJob]) -> list[submitit.Job]:
+    """One job, or an array of them where the executor is Slurm's."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    # Also shows sbatch's complaint on stderr, which the one-line error repeats.
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return executor.submit_array(jobs)
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UserError(f"sbatch refused the job: {one_line(error)}") from error
+
+
+def _announce(plan: Plan, job: submitit.Job, folder: Path, own: dict[str, Any]) -> None:
+    title = "".join(f" ({name} {value})" for name, value in own.items())
+    stop = f"kill {job.job_id}" if plan.local else f"scancel {job.job_id}"
+    print(f"job {job.job_id}{title}")
+    print(f"  folder  {folder}")
+    print(f"  log     tail -F {job.paths.stdout}")
+    print(f"  status  python deit/run_with_submitit.py status {folder}")
+    print(f"  stop    {stop}", flush=True)

@@ -1,0 +1,41 @@
+"""Start trainings on a Slurm cluster or on this machine, and look at how they are doing.
+
+    python deit/run_with_submitit.py --recipe d2_deit_base_patch16_LS --data-path IMAGENET
+    python deit/run_with_submitit.py --model deit_small_patch16_LS --batch 64 --nodes 1 ...
+    python deit/run_with_submitit.py status runs/*
+
+Takes every option of deit/main.py; docs/cluster.md has the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deit.errors import one_line_errors
+from deit.launch.plan import make_plan
+from deit.launch.status import show_status
+from deit.launch.submit import dry_run, submit
+
+
+def run(argv: Sequence[str]) -> None:
+    """Carry out one command line (without the program's name)."""
+    if argv and argv[0] == "status":
+        show_status(argv[1:])
+        return
+    plan, flags = make_plan(argv)
+    if flags.print_command:
+        for task in range(len(plan.array)):
+            print(plan.command(task))
+    elif flags.dry_run:
+        print(dry_run(plan))
+    else:
+        submit(plan)
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(lambda: run(sys.argv[1:])))
