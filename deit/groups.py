@@ -155,6 +155,13 @@ class Rep:
         return [irrep.dim * self.multiplicity(irrep) for irrep in self.group.irreps]
 
     @property
+    def _piece_sizes(self) -> list[int]:
+        # both bases are |G| pieces of length `free`, with the fixed entries after the first
+        return [self.free, *([self.fixed] if self.fixed else [])] + [self.free] * (
+            self.group.order - 1
+        )
+
+    @property
     def is_uniform(self) -> bool:
         """True if all irreps have dimension one and the same multiplicity, as s and a do."""
         return self.fixed == 0 and all(irrep.dim == 1 for irrep in self.group.irreps)
@@ -164,9 +171,9 @@ class Rep:
         if size != self.size:
             raise ValueError(f"{what} has {size} entries along its axis, expected {self.size}")
 
-    def split(self, x: Tensor, dim: int = -1) -> Sequence[Tensor]:
+    def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
         """The irreps' blocks of a packed tensor, as views."""
-        return x.split(self.sizes, dim)
+        return _pieces(x, self.sizes, dim)
 
     def to_regular(self, x: Tensor, dim: int = -1) -> Tensor:
         """From the packed basis to the one in which the group permutes entries; same shape.
@@ -174,30 +181,33 @@ class Rep:
         Order: the copy of the identity, the fixed entries, then the copies of the other elements.
         For tokens that is the left half of the grid, its middle column, the right half mirrored.
         """
-        trivial, *others = self.split(x, dim)
-        head, fixed = trivial.split([self.free, self.fixed], dim)
-        blocks = [head]
-        for block, irrep in zip(others, self.group.irreps[1:], strict=True):
-            blocks.extend(block.chunk(irrep.dim**2, dim))
+        blocks = _pieces(x, self._piece_sizes, dim)
+        fixed = [blocks.pop(1)] if self.fixed else []
         first, *rest = _mix(blocks, self.group, inverse=True)
-        return torch.cat([first, *([fixed] if self.fixed else []), *rest], dim)
+        return torch.cat([first, *fixed, *rest], dim)
 
     def from_regular(self, x: Tensor, dim: int = -1) -> Tensor:
         """The inverse of `to_regular`."""
-        sizes = [self.free, self.fixed] + [self.free] * (self.group.order - 1)
-        first, fixed, *rest = x.split(sizes, dim)
-        first, *rest = _mix([first, *rest], self.group, inverse=False)
-        return torch.cat([first, *([fixed] if self.fixed else []), *rest], dim)
+        blocks = _pieces(x, self._piece_sizes, dim)
+        fixed = [blocks.pop(1)] if self.fixed else []
+        first, *rest = _mix(blocks, self.group, inverse=False)
+        return torch.cat([first, *fixed, *rest], dim)
 
     def act(self, g: int, x: Tensor, dim: int = -1) -> Tensor:
         """Apply group element `g` to a packed tensor along `dim`; same shape."""
         blocks = []
         for block, irrep in zip(self.split(x, dim), self.group.irreps, strict=True):
             matrix = irrep.matrices[g]
-            parts = block.chunk(irrep.dim, dim)
+            parts = _pieces(block, [self.multiplicity(irrep)] * irrep.dim, dim)
             for row in matrix:
                 blocks.append(sum(c * p for c, p in zip(row, parts, strict=True)))
         return torch.cat(blocks, dim)
+
+
+def _pieces(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
+    # indexing and not unpacking: symbolic tracers cannot iterate over the result of split
+    pieces = x.split(sizes, dim)
+    return [pieces[i] for i in range(len(sizes))]
 
 
 def _mix(blocks: list[Tensor], group: Group, inverse: bool) -> list[Tensor]:

@@ -4,6 +4,7 @@ from deit.layers.activation import GELU, quick_gelu
 from deit.layers.affine import Affine, LayerScale
 from deit.layers.attention import Attention
 from deit.layers.block import Block, OrdinaryBlock, OrdinaryLayerNorm
+from deit.layers.bridge import InvariantBridge, RegularBridge
 from deit.layers.conv import MirrorConv2d, MirrorDepthwiseConv2d, MirrorKernel
 from deit.layers.fixed import FixedBuffers
 from deit.layers.linear import Linear, as_rep, invariant_bias
@@ -18,6 +19,7 @@ __all__ = [
     "Attention",
     "Block",
     "FixedBuffers",
+    "InvariantBridge",
     "LayerNorm",
     "LayerScale",
     "Linear",
@@ -32,6 +34,7 @@ __all__ = [
     "PatchEmbed",
     "PositionEmbedding",
     "PrefixToken",
+    "RegularBridge",
     "as_rep",
     "invariant_bias",
     "quick_gelu",

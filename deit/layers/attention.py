@@ -67,7 +67,7 @@ class Attention(nn.Module):
             if use_fused_attn is None
             else use_fused_attn
         )
-        self.rep = group.regular(dim)
+        self.rep, self.head_rep = group.regular(dim), group.regular(dim // num_heads)
         self.qkv = Linear(self.rep, group.regular(3 * dim), qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = Linear(self.rep, self.rep, **dd)
@@ -90,13 +90,13 @@ class Attention(nn.Module):
             # (B, N, d, 3, heads, width) -> (3, B, heads, N, d, width)
             block = block.unflatten(-1, (irrep.dim, 3, self.num_heads, -1))
             heads.append(block.permute(3, 0, 4, 1, 2, 5).flatten(-2))
-        return torch.cat(heads, -1).unbind(0)
+        heads = torch.cat(heads, -1)
+        return heads[0], heads[1], heads[2]
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """(B, heads, N, C/heads) with packed heads to packed (B, N, C)."""
-        sizes = [size // self.num_heads for size in self.rep.sizes]
         blocks = []
-        for block, irrep in zip(x.split(sizes, -1), self.rep.group.irreps, strict=True):
+        for block, irrep in zip(self.head_rep.split(x), self.rep.group.irreps, strict=True):
             # (B, heads, N, d, width) -> (B, N, d, heads, width)
             block = block.unflatten(-1, (irrep.dim, -1)).permute(0, 2, 3, 1, 4)
             blocks.append(block.flatten(2))
@@ -109,8 +109,8 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         else:
             if self.attn_mixer is not None:
-                sizes = [size // self.num_heads for size in self.rep.sizes]
-                mixer = [m.expand(n) for m, n in zip(self.attn_mixer, sizes, strict=True)]
+                sizes = self.head_rep.sizes
+                mixer = [self.attn_mixer[i].expand(n) for i, n in enumerate(sizes)]
                 q = q * torch.cat(mixer).to(q.dtype)
             logits = (q * self.scale) @ k.mT
             x = self.attn_drop(logits.softmax(-1)) @ v

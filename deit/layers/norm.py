@@ -8,6 +8,7 @@ acts on every irrep, the shift on the trivial one.
 from __future__ import annotations
 
 import torch
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
@@ -17,6 +18,7 @@ from deit.layers.linear import as_rep
 __all__ = ["LayerNorm"]
 
 
+@register_notrace_module  # its dtype branch is decided for each call, not by a symbolic tracer
 class LayerNorm(nn.Module):
     """Equivariant LayerNorm over the last axis; keys `scaling.alpha_<irrep>`, `scaling.beta`.
 

@@ -6,6 +6,7 @@ from math import sqrt
 
 import torch
 from timm.layers import to_2tuple
+from timm.models import register_notrace_module
 from torch import Tensor
 
 from deit.groups import FLOP, Rep
@@ -15,6 +16,7 @@ from deit.layers.tokens import MirrorGrid
 __all__ = ["PatchEmbed"]
 
 
+@register_notrace_module  # looks at the size of its input
 class PatchEmbed(MirrorConv2d):
     """Convolution with kernel = stride = patch size: (B, in_chans, H, W) to packed (B, N, C).
 

@@ -42,6 +42,16 @@ class MirrorGrid:
         patches = torch.arange(self.height * self.width, device="cpu")
         return self.to_mirror_order(patches.view(1, self.height, self.width, 1)).flatten()
 
+    @classmethod
+    def from_permutation(cls, permutation: Tensor) -> MirrorGrid:
+        """The grid whose `permutation` this is; raises ValueError if there is none."""
+        count = len(permutation)
+        for width in (w for w in range(1, count + 1) if count % w == 0):
+            grid = cls(count // width, width)
+            if torch.equal(grid.permutation(), permutation.cpu()):
+                return grid
+        raise ValueError("the token order in the checkpoint is not that of any grid")
+
     def to_mirror_order(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, N, C)."""
         half, odd = divmod(self.width, 2)

@@ -1,0 +1,38 @@
+"""From packed features to ordinary ones (arXiv:2502.05169, section 4: hybrids)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deit.groups import FLOP, Group
+
+__all__ = ["InvariantBridge", "RegularBridge"]
+
+
+class RegularBridge(nn.Module):
+    """[(s + a)/sqrt 2, (s - a)/sqrt 2]: all information is kept, invariance is given up."""
+
+    def __init__(self, dim: int, group: Group = FLOP) -> None:
+        super().__init__()
+        self.rep = group.regular(dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim), same shape
+        return self.rep.to_regular(x)
+
+
+class InvariantBridge(nn.Module):
+    """[s, |a|]: what follows sees features that the group leaves alone.
+
+    Needs irreps of dimension one, on which the group acts by signs.
+    """
+
+    def __init__(self, dim: int, group: Group = FLOP) -> None:
+        super().__init__()
+        self.rep = group.regular(dim)
+        if not self.rep.is_uniform:
+            raise NotImplementedError("the invariants of an irrep of more than one dimension")
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim), same shape
+        trivial, *others = self.rep.split(x)
+        return torch.cat([trivial, *(part.abs() for part in others)], -1)

@@ -1,0 +1,5 @@
+"""All networks; importing this package registers them with timm."""
+
+from deit.models.vit import OrdinaryVisionTransformer, VisionTransformer
+
+__all__ = ["OrdinaryVisionTransformer", "VisionTransformer"]

@@ -1,0 +1,511 @@
+"""Vision transformers (DeiT III): equivariant, hybrid, invariant-early, and their ordinary twins.
+
+One class builds the first three: so many equivariant blocks, then a bridge, then ordinary blocks.
+Equivariant features are packed, (B, N, [s | a]) with tokens in mirror order; whatever leaves the
+network as a map or as tokens is in the ordinary order, row-major and left to right. There flopping
+the image flips the map, leaves channels [0, C/2) alone and negates channels [C/2, C);
+`feature_info[i]["symmetric_channels"]` says how many are left alone.
+
+Source: arXiv:2502.05169, section 4; DeiT III, arXiv:2204.07118.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from timm.layers import to_2tuple
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
+from torch import Tensor, nn
+
+from deit.groups import FLOP
+from deit.layers import (
+    Block,
+    InvariantBridge,
+    LayerNorm,
+    MirrorGrid,
+    MirrorOrder,
+    OrdinaryBlock,
+    OrdinaryLayerNorm,
+    PatchEmbed,
+    PositionEmbedding,
+    PrefixToken,
+    RegularBridge,
+)
+from deit.layers.tokens import resample
+from deit.models.registry import register_sizes
+
+__all__ = ["OrdinaryVisionTransformer", "VisionTransformer", "checkpoint_filter_fn"]
+
+BRIDGES = {"regular": RegularBridge, "invariant": InvariantBridge}
+Pool = Literal["", "token", "avg"]
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer whose first blocks are equivariant under flopping.
+
+    Args:
+        img_size, patch_size: one number or (height, width).
+        num_classes: 0 for no classifier.
+        global_pool: class token, average over patches, or none.
+        bridge: None if all blocks are equivariant. Otherwise the first depth // 2 are, and the
+            pair becomes one vector by "regular", [(s + a)/sqrt 2, (s - a)/sqrt 2], or by
+            "invariant", [s, |a|].
+        init_scale: initial LayerScale.
+        class_token, reg_tokens: tokens that belong to no patch.
+        dynamic_img_size: accept any image that the patches tile.
+        drop_rate: dropout before the classifier; the other rates as in timm. `drop_path_rate` is
+            the same for all blocks.
+        use_symmetrized_asym_feats: classify [s, |a|] in place of s.
+        use_attn_mixer, use_fused_attn: see `Attention`.
+        head_init_scale: factor on the classifier's initial weights.
+
+    Raises:
+        ValueError: for sizes that do not divide and options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Pool = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        *,
+        bridge: Literal["regular", "invariant"] | None = None,
+        qkv_bias: bool = True,
+        init_scale: float = 1e-4,
+        class_token: bool = True,
+        reg_tokens: int = 0,
+        dynamic_img_size: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        use_symmetrized_asym_feats: bool = False,
+        use_attn_mixer: bool = False,
+        use_fused_attn: bool | None = None,
+        head_init_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if bridge is not None and use_symmetrized_asym_feats:
+            raise ValueError(
+                "use_symmetrized_asym_feats needs equivariant features at the head: "
+                f"after the bridge {bridge!r} there is no antisymmetric part"
+            )
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.embed_dim = embed_dim
+        self.has_class_token = class_token
+        self.num_reg_tokens = reg_tokens
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
+        self.head_init_scale = head_init_scale
+        self.equivariant_depth = depth if bridge is None else depth // 2
+        self.global_pool = self._check_pool(global_pool)
+
+        self.patch_embed = PatchEmbed(
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            strict_img_size=not dynamic_img_size,
+            **dd,
+        )
+        self.patch_embed.flatten_and_permute = MirrorOrder(self.patch_embed.grid, device)
+        self.cls_token = PrefixToken(embed_dim, 1, **dd) if class_token else None
+        self.reg_token = PrefixToken(embed_dim, reg_tokens, **dd) if reg_tokens else None
+        self.pos_embed = PositionEmbedding(embed_dim, self.patch_embed.grid, **dd)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        shared = dict(
+            qkv_bias=qkv_bias,
+            init_values=init_scale,
+            proj_drop=proj_drop_rate,
+            attn_drop=attn_drop_rate,
+            drop_path=drop_path_rate,
+            use_fused_attn=use_fused_attn,
+            **dd,
+        )
+        self.blocks = nn.Sequential(
+            *(
+                Block(embed_dim, num_heads, mlp_ratio, use_attn_mixer=use_attn_mixer, **shared)
+                if i < self.equivariant_depth
+                else OrdinaryBlock(embed_dim, num_heads, mlp_ratio, **shared)
+                for i in range(depth)
+            )
+        )
+        self.bridge = None if bridge is None else BRIDGES[bridge](embed_dim)
+        norm_layer = LayerNorm if bridge is None else OrdinaryLayerNorm
+        pool_first = global_pool == "avg"
+        self.norm = nn.Identity() if pool_first else norm_layer(embed_dim, **dd)
+        self.fc_norm = norm_layer(embed_dim, **dd) if pool_first else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+
+        self.invariants: nn.Module = nn.Identity()
+        self.head_hidden_size = embed_dim
+        if bridge is None and use_symmetrized_asym_feats:
+            self.invariants = InvariantBridge(embed_dim)
+        elif bridge is None:
+            self.head_hidden_size = FLOP.regular(embed_dim).invariant
+        self.head = self._classifier(num_classes, **dd)
+        self.feature_info = [
+            {
+                "module": f"blocks.{i}",
+                "num_chs": embed_dim,
+                "reduction": self.patch_embed.feat_ratio(),
+                "symmetric_channels": self._symmetric_channels(i, bridge),
+            }
+            for i in range(depth)
+        ]
+        self.init_weights()
+
+    def _symmetric_channels(self, block: int, bridge: str | None) -> int | None:
+        if block < self.equivariant_depth:
+            return self.embed_dim // 2
+        return self.embed_dim if bridge == "invariant" else None
+
+    def _check_pool(self, pool: str) -> str:
+        if pool not in ("", "token", "avg"):
+            raise ValueError(
+                f"global_pool {pool!r} is not equivariant or not known: use 'token', 'avg' or ''"
+            )
+        if pool == "token" and not self.has_class_token:
+            raise ValueError("global_pool 'token' needs class_token=True; use 'avg' without one")
+        return pool
+
+    def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
+        if num_classes <= 0:
+            return nn.Identity()
+        return nn.Linear(self.head_hidden_size, num_classes, **dd)
+
+    def init_weights(self) -> None:
+        """Truncated normal, 0.02, for linear weights; zero biases; the rest by its own rule."""
+        self.apply(_init_linear)
+        if isinstance(self.head, nn.Linear):
+            with torch.no_grad():
+                self.head.weight.mul_(self.head_init_scale)
+                self.head.bias.mul_(self.head_init_scale)
+
+    # timm's interface
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beyond those of one dimension."""
+        return {"pos_embed.0", "pos_embed.1", "cls_token.0", "reg_token.0"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^reg_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass to save memory."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The final linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
+        """Replace the classifier; 0 classes for none. `global_pool` changes the pooling."""
+        parameter = self.pos_embed.get_parameter("0")
+        if global_pool is not None:
+            self.global_pool = self._check_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
+        self.head.apply(_init_linear).train(self.training)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size for good: resamples the position embedding in place.
+
+        Raises:
+            ValueError: if the patches do not tile the image, or for another patch size.
+        """
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
+            raise ValueError(
+                f"the patch size is fixed at {self.patch_embed.patch_size} once a network is made"
+            )
+        if img_size is None:
+            return
+        self.patch_embed.set_input_size(to_2tuple(img_size))
+        grid = self.patch_embed.grid
+        device = self.pos_embed.get_parameter("0").device
+        self.patch_embed.flatten_and_permute = MirrorOrder(grid, device)
+        self.pos_embed.set_grid(grid)
+
+    # forward
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Patches with their positions after the prefix tokens, (B, prefix + N, C)."""
+        x = self.patch_embed(images)
+        x = x + self.pos_embed.packed(self._grid(images) if self.dynamic_img_size else None)
+        prefix = [t(x.shape[0]) for t in (self.cls_token, self.reg_token) if t is not None]
+        return self.pos_drop(torch.cat([*prefix, x], 1) if prefix else x)
+
+    def _grid(self, images: Tensor) -> MirrorGrid:
+        if not self.dynamic_img_size:
+            return self.patch_embed.grid
+        return self.patch_embed.grid_for(images.shape[-2], images.shape[-1])
+
+    def _run(self, x: Tensor, start: int = 0) -> Tensor:
+        """All blocks, with the bridge in its place."""
+        first, second = self.blocks[: self.equivariant_depth], self.blocks[self.equivariant_depth :]
+        for blocks in (first, second):
+            if blocks is second and self.bridge is not None:
+                x = self.bridge(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(blocks, x)
+            else:
+                x = blocks(x)
+        return x
+
+    def _to_image_order(self, x: Tensor, grid: MirrorGrid) -> Tensor:
+        """Patch tokens from mirror order to row-major order; prefix tokens stay first."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, grid.to_image_order(patches).flatten(1, 2)], 1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to normalised tokens, prefix first, patches row-major: (B, prefix + N, C)."""
+        return self._to_image_order(self.norm(self._run(self._embed(x))), self._grid(x))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, prefix + N, C) to (B, C), or all tokens if pooling is off."""
+        if self.global_pool == "token":
+            return x[:, 0]
+        if self.global_pool == "avg":
+            return x[:, self.num_prefix_tokens :].mean(1)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits (B, num_classes), or to the invariant features before the classifier.
+
+        Without pooling and classifier the tokens are returned packed, with all their channels.
+        """
+        x = self.fc_norm(self.pool(x))
+        if self.global_pool or self.num_classes > 0 or pre_logits:
+            x = self.invariants(x)[..., : self.head_hidden_size]
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
+        tokens = self.norm(self._run(self._embed(x)))
+        if not self.global_pool:  # then the order of the tokens is seen outside
+            tokens = self._to_image_order(tokens, self._grid(x))
+        return self.forward_head(tokens)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Features after chosen blocks, as timm's VisionTransformer returns them.
+
+        Maps are (B, C, H, W) or tokens (B, N, C), left to right. Of a hybrid, `norm` passes
+        intermediates from before the bridge through it, because the norm stands behind it.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is not known: use 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        grid = self._grid(x)
+        x = self._embed(x)
+        taken = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            if i == self.equivariant_depth and self.bridge is not None:
+                x = self.bridge(x)
+            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
+            if i in take:
+                y = self._normalize(x, i) if norm else x
+                taken.append(self._to_image_order(y, grid))
+        prefixes = [y[:, : self.num_prefix_tokens] for y in taken]
+        maps = [y[:, self.num_prefix_tokens :] for y in taken]
+        if output_fmt == "NCHW":
+            size = (grid.height, grid.width)
+            maps = [y.mT.unflatten(-1, size).contiguous() for y in maps]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                result["image_features"] = self._to_image_order(self._normalize(x, i), grid)
+            return result
+        if with_prefix:
+            maps = list(zip(maps, prefixes, strict=True))
+        if intermediates_only:
+            return maps
+        return self._to_image_order(self._normalize(x, i), grid), maps
+
+    def _normalize(self, x: Tensor, block: int) -> Tensor:
+        """The final norm after block number `block`, with the bridge if that is still ahead."""
+        if self.bridge is not None and block < self.equivariant_depth:
+            x = self.bridge(x)
+        return self.norm(x)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """Intermediates by the interface of DINO; `n` as `indices` of forward_intermediates."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the blocks behind the last one wanted; returns the kept indices."""
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return take
+
+
+class OrdinaryVisionTransformer(TimmVisionTransformer):
+    """timm's VisionTransformer as DeiT III uses it, with the published keys.
+
+    Args:
+        init_scale: initial LayerScale.
+        drop_path_rate: the same for all blocks, as published (timm's rises with depth).
+        use_fused_attn: None leaves the choice to timm.
+        head_init_scale: factor on the classifier's initial weights.
+        kwargs: timm's.
+    """
+
+    def __init__(
+        self,
+        *,
+        init_scale: float = 1e-4,
+        drop_path_rate: float = 0.0,
+        use_fused_attn: bool | None = None,
+        head_init_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        def block(**options: Any) -> OrdinaryBlock:
+            options.update(
+                init_values=init_scale, drop_path=drop_path_rate, use_fused_attn=use_fused_attn
+            )
+            return OrdinaryBlock(**options)
+
+        super().__init__(
+            block_fn=block, norm_layer=OrdinaryLayerNorm, no_embed_class=True, **kwargs
+        )
+        if self.cls_token is not None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if isinstance(self.head, nn.Linear):
+            with torch.no_grad():
+                self.head.weight.mul_(head_init_scale)
+                self.head.bias.mul_(head_init_scale)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(
+    state_dict: dict[str, Tensor], model: VisionTransformer
+) -> dict[str, Tensor]:
+    """Fit a checkpoint of another image size to `model`: positions are resampled equivariantly.
+
+    The old grid is read off the stored token order. Other tensors pass through.
+    """
+    state_dict = dict(state_dict.get("model", state_dict))
+    key = "patch_embed.flatten_and_permute.permutation"
+    new = model.patch_embed.grid
+    if key not in state_dict or "pos_embed.0" not in state_dict:
+        return state_dict
+    old = MirrorGrid.from_permutation(state_dict[key])
+    if old != new:
+        sym, asym = state_dict["pos_embed.0"], state_dict["pos_embed.1"]
+        state_dict["pos_embed.0"], state_dict["pos_embed.1"] = resample(sym, asym, old, new)
+        state_dict[key] = new.permutation()
+    return state_dict
+
+
+# name: embed_dim, depth, num_heads, patch_size
+SIZES = {
+    "tiny_patch16_LS": (192, 12, 3, 16),
+    "small_patch16_LS": (384, 12, 6, 16),
+    "medium_patch16_LS": (512, 12, 8, 16),
+    "base_patch16_LS": (768, 12, 12, 16),
+    "large_patch16_LS": (1024, 24, 16, 16),
+    "huge_patch14_LS": (1280, 32, 16, 14),
+    "huge_patch14_52_LS": (1280, 52, 16, 14),
+}
+DEEP_SIZES = {
+    "small_patch16_36_LS": (384, 36, 6, 16),
+    "base_patch16_36x1_LS": (768, 36, 12, 16),
+}
+FAMILIES = {"d2_deit": None, "hybrid_deit": "regular", "d2_inv_early_deit": "invariant"}
+
+
+def _row(size: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("embed_dim", "depth", "num_heads", "patch_size"), size, strict=True))
+
+
+for _family, _bridge in FAMILIES.items():
+    register_sizes(
+        __name__,
+        VisionTransformer,
+        {f"{_family}_{name}": {**_row(size), "bridge": _bridge} for name, size in SIZES.items()},
+        cfg={
+            "first_conv": ("patch_embed.proj_sym", "patch_embed.proj_asym"),
+            "fixed_input_size": True,
+        },
+        filter_fn=checkpoint_filter_fn,
+    )
+register_sizes(
+    __name__,
+    OrdinaryVisionTransformer,
+    {f"deit_{name}": _row(size) for name, size in {**SIZES, **DEEP_SIZES}.items()},
+    cfg={"first_conv": "patch_embed.proj", "fixed_input_size": True},
+    filter_fn=timm_filter_fn,
+)
