@@ -1,0 +1,313 @@
+"""The launcher without a cluster: what it would submit, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deit.args import parse_args
+from deit.errors import UserError
+from deit.launch.cluster import load_cluster_file, parse_time
+from deit.launch.plan import make_plan
+from deit.launch.recipes import recipe_names
+from deit.launch.submit import dry_run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_user_file(monkeypatch, tmp_path):
+    """The machine's own cluster file must not decide what these tests see."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DEIT_CLUSTER", raising=False)
+
+
+@pytest.fixture
+def cluster_file(tmp_path):
+    path = tmp_path / "cluster.toml"
+    path.write_text(
+        'partition = "gpu"\naccount = "proj"\nngpus = 4\ntime = "1-0"\ncpus_per_task = 16\n'
+        'setup = ["module load CUDA"]\njob_dir = "~/jobs/%j"\n'
+        '[options]\ndata_path = "/data/imagenet"\nnum_workers = 14\n'
+        '[sbatch]\nexclude = "bad[1-3]"\n'
+    )
+    return path
+
+
+def plan(*argv: str):
+    return make_plan(argv)[0]
+
+
+def sbatch_flags(text: str) -> dict[str, str]:
+    flags = [line.removeprefix("#SBATCH --") for line in text.splitlines() if "#SBATCH" in line]
+    return {
+        name: shlex.split(value)[0] if value else ""
+        for name, _, value in (flag.partition("=") for flag in flags)
+    }
+
+
+def run_script(*argv: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    env = os.environ | ({} if path is None else {"PATH": path})
+    script = [sys.executable, "deit/run_with_submitit.py", *argv]
+    return subprocess.run(
+        script, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_original_command_and_its_defaults():
+    made = plan("--model", "deit_small_patch16_LS", "--batch", "64", "--lr", "5e-4")
+    flags = sbatch_flags(dry_run(made))
+    assert flags["nodes"] == "2"
+    assert flags["ntasks-per-node"] == "8"
+    assert flags["gres"] == "gpu:A100:8"
+    assert flags["time"] == str(72 * 60)
+    assert flags["cpus-per-task"] == "10"
+    assert flags["signal"].startswith("USR2@")
+    assert "requeue" in flags
+    assert made.global_batch() == 64 * 16
+    assert not {"partition", "account", "qos", "constraint", "mem"} & flags.keys()
+
+
+def test_every_cluster_option_reaches_sbatch():
+    given = {
+        "partition": "gpu",
+        "account": "proj",
+        "qos": "long",
+        "constraint": "ib&big",
+        "mem": "64G",
+        "mail-user": "me@here",
+        "mail-type": "END,FAIL",
+        "comment": "a b",
+        "cpus-per-task": "3",
+    }
+    words = [f"--{name}={value}" for name, value in given.items()]
+    text = dry_run(
+        plan(
+            *words,
+            "--nodes=3",
+            "--ngpus=2",
+            "--tgpu=V100",
+            "--signal-delay=77",
+            "--setup",
+            "module load A",
+            "--setup",
+            "source env/bin/activate",
+        )
+    )
+    flags = sbatch_flags(text)
+    assert {name: flags[name] for name in given} == given
+    assert (flags["nodes"], flags["ntasks-per-node"], flags["gres"]) == ("3", "2", "gpu:V100:2")
+    assert flags["signal"] == "USR2@77"
+    assert "\nmodule load A\nsource env/bin/activate\n" in text
+
+
+@pytest.mark.parametrize(
+    ("tgpu", "gres"), [("none", None), ("any", "gpu:2"), ("H100", "gpu:H100:2")]
+)
+def test_gpu_type(tgpu, gres):
+    flags = sbatch_flags(dry_run(plan("--tgpu", tgpu, "--ngpus", "2", "--nodes", "1")))
+    assert flags.get("gres") == gres
+
+
+def test_precedence_is_command_line_recipe_cluster_file_default(cluster_file):
+    words = ["--cluster-file", str(cluster_file), "--recipe", "resmlp_equi_d2_12"]
+    made = plan(*words, "--account", "mine", "--setup", "module load X", "--epochs", "3")
+    assert (made.resources.partition, made.resources.account) == ("gpu", "mine")
+    assert (made.resources.nodes, made.resources.ngpus) == (2, 4)  # 8 GPUs, four a node
+    assert made.resources.setup == ["module load CUDA", "module load X"]
+    assert made.options["num_workers"] == 32  # the recipe's
+    assert made.options["epochs"] == 3
+    assert made.options["data_path"] == "/data/imagenet"
+    assert made.job_dir == os.path.expanduser("~/jobs/%j")
+    flags = sbatch_flags(dry_run(made))
+    assert (flags["exclude"], flags["cpus-per-task"], flags["time"]) == ("bad[1-3]", "16", "1440")
+
+
+def test_cluster_file_from_the_environment_and_from_the_home_folder(
+    cluster_file, monkeypatch, tmp_path
+):
+    assert load_cluster_file().path is None
+    home = tmp_path / ".config" / "deit" / "cluster.toml"
+    home.parent.mkdir(parents=True)
+    home.write_text('partition = "home"\n')
+    assert load_cluster_file().resources == {"partition": "home"}
+    monkeypatch.setenv("DEIT_CLUSTER", str(cluster_file))
+    assert load_cluster_file().resources["partition"] == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('partitoin = "x"', r"unknown partitoin; known are account, .*partition"),
+        ('nodes = "2"', r"nodes = '2' should be a int"),
+        ("partition = 3", r"partition = 3 should be a str"),
+        ("[options]\nlearning_rat = 1", r"no option 'learning_rat'"),
+    ],
+)
+def test_wrong_cluster_file(tmp_path, text, message):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        plan("--cluster-file", str(path))
+
+
+def test_asked_for_cluster_file_must_exist(monkeypatch):
+    monkeypatch.setenv("DEIT_CLUSTER", "/nowhere/c.toml")
+    with pytest.raises(UserError, match=r"cannot read cluster file /nowhere/c\.toml"):
+        plan("--dry-run")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_dry_run_that_can_be_typed_by_hand(name):
+    made = plan("--recipe", name, "--dry-run", "--data-path", "/imagenet")
+    text = dry_run(made)
+    by_hand = shlex.split(text.splitlines()[-1])
+    assert by_hand[0] == "torchrun"
+    typed = parse_args(by_hand[by_hand.index("deit/main.py") + 1 :])
+    assert vars(typed) == vars(parse_args(made.argv()))
+    shown = json.loads(text[text.index("{\n") : text.rindex("}\n") + 1])
+    assert shown["model"] == name
+    assert typed.batch_size * typed.update_freq * made.resources.processes == made.global_batch()
+
+
+def test_resplit_keeps_the_global_batch():
+    words = ["--recipe", "d2_deit_large_patch16_LS", "--data-path", "x"]
+    for nodes, ngpus, extra, split in [
+        (1, 4, [], (64, 8)),
+        (2, 8, ["--batch", "128"], (128, 1)),
+        (8, 8, [], (32, 1)),
+    ]:
+        made = plan(*words, "--nodes", str(nodes), "--ngpus", str(ngpus), *extra)
+        assert (made.options["batch_size"], made.options["update_freq"]) == split
+        assert made.global_batch() == 2048
+    with pytest.raises(UserError, match="2048 cannot be split evenly over 24 processes"):
+        plan(*words, "--nodes", "3")
+    with pytest.raises(UserError, match="--batch-size 100 does not divide"):
+        plan(*words, "--nodes", "1", "--batch", "100")
+
+
+def test_recipe_without_imagenet_is_shown_but_not_started():
+    words = ["--recipe", "d2_deit_base_patch16_LS"]
+    assert "/path/to/imagenet" in dry_run(plan(*words, "--dry-run"))
+    with pytest.raises(UserError, match="trains on ImageNet: give --data-path"):
+        plan(*words)
+
+
+def test_array_over_seeds_and_models():
+    made = plan("--array", "seed=0-2,7", "--nodes", "1")
+    assert [task["seed"] for task in made.array] == [0, 1, 2, 7]
+    assert parse_args(made.argv(3)).seed == 7
+    assert sbatch_flags(dry_run(made))["array"] == "0-3%4"
+    made = plan("--array", "model=deit_base_patch16_LS,d2_deit_base_patch16_LS")
+    assert [parse_args(made.argv(t)).model for t in (0, 1)] == [
+        "deit_base_patch16_LS",
+        "d2_deit_base_patch16_LS",
+    ]
+
+
+@pytest.mark.parametrize(
+    "spec", ["seed", "seed=", "seed=a", "seed=3-1", "seed=1,1", "lr=1", "model=a,"]
+)
+def test_wrong_array(spec):
+    with pytest.raises(UserError, match="--array"):
+        plan("--array", spec)
+
+
+def test_array_runs_need_folders_of_their_own():
+    with pytest.raises(UserError, match="need %j in it"):
+        plan("--array", "seed=0-1", "--job-dir", "/same/for/all")
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("0-72:00:00", 4320),
+        ("90", 90),
+        ("1:30", 2),
+        ("02:00:00", 120),
+        ("1-12", 36 * 60),
+        ("1-0:30", 24 * 60 + 30),
+        ("0-0:0:30", 1),
+    ],
+)
+def test_slurm_times(text, minutes):
+    assert parse_time(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "3h", "1-", "-5", "0", "1:2:3:4", "0-00:00:00"])
+def test_wrong_times(text):
+    with pytest.raises(UserError, match="--time"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "0"], "--nodes 0: at least 1"),
+        (["--local", "--nodes", "2"], "--local is one machine: --nodes 2"),
+        (["--bach-size", "3"], "unrecognized arguments: --bach-size.*did you mean --batch-size"),
+        (["--model", "x", "--lr", "fast"], "'fast' is not a number"),
+        (["--attn-mixer", "--fused-attn"], "--attn-mixer cannot be used with --fused-attn"),
+    ],
+)
+def test_wrong_command_lines(words, message):
+    with pytest.raises(UserError, match=message):
+        plan(*words)
+
+
+def test_local_takes_one_cpu_process_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    made = plan("--local", "--model", "m")
+    assert (made.resources.nodes, made.resources.ngpus, made.resources.gres) == (1, 1, None)
+    assert made.command().startswith("python deit/main.py ")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert plan("--local", "--model", "m").resources.gres == "gpu:4"
+
+
+def test_options_of_main_pass_through_in_any_spelling():
+    words = ["--opt_betas", "0.9", "0.95", "--no-repeated_aug", "--weight-dec", "0.3", "--wandb"]
+    made = plan(*words)
+    assert made.options == {
+        "opt_betas": [0.9, 0.95],
+        "repeated_aug": False,
+        "weight_decay": 0.3,
+        "wandb": True,
+    }
+    assert vars(parse_args(made.argv())) == vars(parse_args(words))
+
+
+def test_missing_slurm_is_one_line_that_suggests_local():
+    done = run_script("--model", "deit_tiny_patch16_LS", path="/nonexistent")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "no sbatch command" in done.stderr
+    assert "--local" in done.stderr
+
+
+def test_dry_run_and_print_command_of_the_script_need_no_slurm():
+    words = ["--recipe", "resmlp_equi_d2_24", "--nodes", "1"]
+    done = run_script(*words, "--dry-run", path="/nonexistent")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "#SBATCH --nodes=1" in done.stdout
+    done = run_script(*words, "--print-command")
+    assert done.stdout.startswith("torchrun --nproc-per-node 8 deit/main.py ")
+    assert not (REPOSITORY / "runs" / "%j").exists()
+
+
+def test_the_launcher_loads_neither_torch_nor_submitit():
+    code = (
+        "import sys; from deit.launch.plan import make_plan; "
+        "import deit.run_with_submitit; make_plan(['--recipe', 'resmlpL_24', '--dry-run']); "
+        "print(sorted({'torch', 'submitit', 'timm'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "[]\n", done.stderr
