@@ -271,12 +271,12 @@ def test_local_takes_one_cpu_process_where_there_is_no_gpu(monkeypatch):
 
 
 def test_options_of_main_pass_through_in_any_spelling():
-    words = ["--opt_betas", "0.9", "0.95", "--no-repeated_aug", "--weight-dec", "0.3", "--wandb"]
+    words = ["--opt_betas", "0.9", "0.95", "--no-repeated_aug", "--epo", "3", "--wandb"]
     made = plan(*words)
     assert made.options == {
         "opt_betas": [0.9, 0.95],
         "repeated_aug": False,
-        "weight_decay": 0.3,
+        "epochs": 3,
         "wandb": True,
     }
     assert vars(parse_args(made.argv())) == vars(parse_args(words))
