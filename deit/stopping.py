@@ -114,7 +114,8 @@ class StopAgreement:
             self._work.wait()
             self._work = None
             if self._flag.item():
-                raise Stopped(_reason or "asked for in another process")
+                request_stop("asked for in another process")
+                raise Stopped(_reason)
         self._flag.fill_(_reason is not None)
         self._work = dist.all_reduce(
             self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True

@@ -1,0 +1,181 @@
+"""From the command line's options to the objects that `deit.main` works with."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from typing import Any
+
+import timm
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+
+import deit.models  # noqa: F401 - registers the networks
+from deit.args import get_parser
+from deit.data import (
+    ImageDataset,
+    build_dataset,
+    check_same_classes,
+    eval_transform,
+    train_transform,
+)
+from deit.errors import UserError, one_line, suggest
+
+# Arguments of a network, and the options that they come from.
+_OPTION_OF = {
+    "patch_size": "--patch-size",
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+    "use_symmetrized_asym_feats": "--symmetrized-asym-feats",
+    "use_attn_mixer": "--attn-mixer",
+    "use_fused_attn": "--fused-attn",
+    "layer_scale_init_value": "--layer-scale-init-value",
+    "head_init_scale": "--head-init-scale",
+}
+
+
+def model_arguments(args: Namespace, num_classes: int) -> dict[str, Any]:
+    """The keyword arguments for `timm.create_model`: those that say something."""
+    silent = {
+        "patch_size": None,
+        "drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "use_symmetrized_asym_feats": False,
+        "use_attn_mixer": False,
+        "use_fused_attn": None,
+        "layer_scale_init_value": None,
+        "head_init_scale": 1.0,
+    }
+    given = {
+        name: getattr(args, _OPTION_OF[name].removeprefix("--").replace("-", "_"))
+        for name in silent
+    }
+    # Off is what networks without equivariant features are anyway.
+    given = {name: value for name, value in given.items() if value != silent[name]}
+    return {"num_classes": num_classes, "img_size": args.input_size} | given
+
+
+def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """The network `args.model`, in training mode on the CPU.
+
+    Returns:
+        The network, and remarks for the user.
+
+    Raises:
+        UserError: an unknown name, an option that this network does not have, or values of which
+            it cannot be built.
+    """
+    name = args.model
+    if not timm.is_model(name):
+        raise UserError(f"unknown model {name!r}{suggest(name, timm.list_models())}")
+    kwargs = model_arguments(args, num_classes)
+    notes: list[str] = []
+    while True:
+        try:
+            model = timm.create_model(name, **kwargs)
+            break
+        except TypeError as error:
+            lacking = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if lacking is None or lacking.group(1) not in kwargs:
+                raise
+            note = _without(kwargs, lacking.group(1), args)
+            notes += [note] if note else []
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise UserError(f"model {name!r} cannot be built: {one_line(error)}") from error
+    _check_grid(model, args)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"model {name!r} has no --grad-checkpointing") from error
+    return model, notes
+
+
+def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
+    """Take the argument that the network lacks out of `kwargs`, if that does no harm."""
+    value = kwargs.pop(name)
+    if name == "img_size":  # convolutional networks take any size
+        return ""
+    option = _OPTION_OF[name]
+    if value == get_parser().get_default(option.removeprefix("--").replace("-", "_")):
+        return f"{args.model} has no {option}; its default, {value}, is not applied"
+    raise UserError(f"model {args.model!r} has no option {option} ({name}); leave it away")
+
+
+def _check_grid(model: nn.Module, args: Namespace) -> None:
+    """Some of timm's networks ignore the pixels that do not fill a patch."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        return
+    for side in to_2tuple(patch):
+        if args.input_size % side:
+            below = args.input_size // side * side
+            raise UserError(
+                f"--input-size {args.input_size} does not fit the patches of {side} pixels of "
+                f"{args.model}: use {' or '.join(str(s) for s in (below, below + side) if s)}, "
+                "or another --patch-size"
+            )
+
+
+def build_train_dataset(args: Namespace) -> ImageDataset:
+    """The training split with its random transforms."""
+    transform = train_transform(
+        args.input_size,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        three_augment=args.ThreeAugment,
+        simple_crop=args.src,
+        hflip=args.hflip,
+    )
+    return build_dataset("train", transform=transform, **_data_options(args))
+
+
+def build_val_dataset(args: Namespace) -> ImageDataset:
+    """The validation split with the deterministic transform."""
+    transform = eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio)
+    return build_dataset("val", transform=transform, **_data_options(args))
+
+
+def _data_options(args: Namespace) -> dict[str, Any]:
+    return {
+        # Without a path IMNET is the bundled sample.
+        "name": "IMNET" if args.data_set == "SAMPLE" else args.data_set,
+        "root": args.data_path or None,
+        "inat_category": args.inat_category,
+        "zip_archive": args.zip_dataloader,
+        "download": args.download,
+    }
+
+
+def number_of_classes(args: Namespace, val: ImageDataset, train: ImageDataset | None) -> int:
+    """The outputs that the network needs.
+
+    Raises:
+        UserError: the splits differ in their classes, or --nb-classes is too small for them.
+    """
+    if train is not None:
+        check_same_classes(train, val)
+    if args.nb_classes is None:
+        return val.num_classes
+    if args.nb_classes < val.num_classes:
+        raise UserError(
+            f"--nb-classes {args.nb_classes} is too few: the data have {val.num_classes} classes"
+        )
+    return args.nb_classes
+
+
+def compile_in_place(model: nn.Module) -> None:
+    """Have `model` compiled at its first call; its keys get no prefix, unlike by torch.compile."""
+    model.compile()
+
+
+def set_precision(args: Namespace, device: torch.device) -> None:
+    """`--high-precision-matmul`, `--threads`, and what makes fixed shapes fast."""
+    torch.set_float32_matmul_precision("highest" if args.high_precision_matmul else "high")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = not args.high_precision_matmul

@@ -1,0 +1,313 @@
+"""What a run tells: progress on the terminal, log.txt, TensorBoard, Weights & Biases, curves.
+
+Only rank 0 speaks and writes. Without an output folder nothing is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from deit.errors import UserError, one_line
+from deit.saving import atomic_path, write_text
+
+LOG_FILE = "log.txt"
+CONFIG_FILE = "config.json"
+CURVES_FILE = "curves.png"
+_WANDB_PROJECT = "mirror-equivariant-vision"
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Versions, hardware, git commit and command line, for the record of a run."""
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "processes": world_size,
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "folder": os.getcwd(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git(*words: str) -> str | None:
+    """What a git command says about this source tree; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, or `2d 3:04:05`."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{hour}:{minute:02d}:{second:02d}"
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: the peak of what tensors took on a GPU, else the peak of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The epochs in a folder's log.txt, without a last line that was cut short."""
+    path = folder / LOG_FILE
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+    """Draw loss, accuracy and learning rate over the epochs as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = {
+        "loss": {"train_loss": "train", "test_loss": "test"},
+        "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5"},
+        "learning rate": {"train_lr": None},
+    }
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for key, label in curves.items():
+            points = [(record["epoch"] + 1, record[key]) for record in history if key in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker=".", linewidth=1.2)
+        axes.set(xlabel="epoch", title=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.suptitle(title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+class Reporter:
+    """Tells the user and the files how a training goes.
+
+    Args:
+        folder: the output folder, None to write nothing.
+        active: whether this process speaks (rank 0).
+        epochs: of the whole training.
+        updates: in an epoch.
+        images: that all processes take in one update.
+        log_interval: updates between two lines where the output is not a terminal.
+        wandb: log to Weights & Biases too.
+
+    Raises:
+        UserError: `wandb` without the package, or it cannot start.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        active: bool,
+        device: torch.device,
+        epochs: int,
+        updates: int,
+        images: int,
+        log_interval: int,
+        config: Mapping[str, Any],
+        wandb: bool = False,
+        done: int = 0,
+    ) -> None:
+        """`done`: updates of the whole training that are behind us, when resuming."""
+        self.folder = folder if active else None
+        self.history: list[dict[str, Any]] = []
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not active)
+        self._active = active
+        self._device = device
+        self._epochs, self._updates, self._images = epochs, updates, images
+        self._log_interval = log_interval
+        self._session_start = time.perf_counter()
+        self._session_done = 0
+        self._bar: Progress | None = None
+        self._loss = float("nan")
+        self._mark = (time.perf_counter(), 0)
+        if self.folder is not None:
+            text = json.dumps(config, indent=2, sort_keys=True, default=str)
+            write_text(self.folder / CONFIG_FILE, text + "\n")
+        self._tensorboard = self._open_tensorboard(done)
+        self._wandb = self._open_wandb(config) if wandb and active else None
+
+    def _open_tensorboard(self, done: int) -> Any:
+        if self.folder is None:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(self.folder / "tensorboard", purge_step=done + 1 if done else None)
+
+    def _open_wandb(self, config: Mapping[str, Any]) -> Any:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise UserError("--wandb needs the package wandb: pip install wandb") from None
+        identity = None
+        if self.folder is not None:
+            # The same run again after a restart.
+            remembered = self.folder / "wandb_id.txt"
+            if not remembered.exists():
+                write_text(remembered, wandb.util.generate_id())
+            identity = remembered.read_text(encoding="utf-8").strip()
+        try:
+            return wandb.init(
+                project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
+                config=dict(config),
+                dir=str(self.folder) if self.folder else None,
+                id=identity,
+                resume="allow",
+            )
+        except Exception as error:  # no network, no login, ...
+            raise UserError(
+                f"--wandb: Weights & Biases did not start: {one_line(error)}"
+            ) from error
+
+    def restore(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Make log.txt hold exactly the epochs that a resumed checkpoint has behind it."""
+        self.history = [dict(record) for record in history]
+        self._write_log()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        self.console.print(text, markup=False)
+
+    def start(self, title: str, total: int, done: int = 0) -> None:
+        """Begin to show the progress of an epoch or an evaluation, of which `done` is behind us."""
+        self._title, self._total = title, total
+        self._mark = (time.perf_counter(), done)
+        if self.console.is_terminal and self._active:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bar.start()
+            self._bar.add_task(title, total=total, completed=done, info="")
+
+    def on_update(self, epoch: int, done: int, lr: float, loss: float | None) -> None:
+        """Show that `done` updates of `epoch` are done; `loss` is their mean, where known."""
+        self._session_done += 1
+        if not self._active:
+            return
+        if loss is not None:
+            self._loss = loss
+        number = epoch * self._updates + done
+        if loss is not None and (done % self._log_interval == 0 or done == self._updates):
+            self._scalars({"train_running/loss": loss, "train_running/lr": lr}, number)
+        line = self._bar is None and (done % self._log_interval == 0 or done == self._updates)
+        if self._bar is None and not line:
+            return
+        now = time.perf_counter()
+        since, before = self._mark
+        speed = (done - before) * self._images / max(now - since, 1e-9)
+        left = (now - self._session_start) / self._session_done
+        left *= self._epochs * self._updates - number
+        info = (
+            f"loss {self._loss:.4f}  lr {lr:.2e}  {speed:,.0f} images/s  "
+            f"{memory_used(self._device) / 2**30:.1f} GiB  {duration(left)} left"
+        )
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, info=info)
+        else:
+            self.say(f"{self._title}  step {done}/{self._updates}  {info}")
+
+    def on_batch(self, done: int, total: int) -> None:
+        """Show that `done` of `total` batches are evaluated."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def stop(self) -> None:
+        """Take the progress bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def end_epoch(self, record: Mapping[str, Any]) -> None:
+        """Append a line to log.txt, before the checkpoint that counts on it is written."""
+        self.history.append(dict(record))
+        self._write_log()
+        self._scalars(
+            {
+                key.replace("_", "/", 1) if key.startswith(("train_", "test_")) else key: value
+                for key, value in record.items()
+                if key != "epoch"
+            },
+            (record["epoch"] + 1) * self._updates,
+        )
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def close(self, title: str = "") -> Path | None:
+        """Draw the curves and close all files; returns the figure's path if there is one."""
+        self.stop()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self.folder is None or not self.history:
+            return None
+        draw_curves(self.history, self.folder / CURVES_FILE, title)
+        return self.folder / CURVES_FILE
+
+    def _write_log(self) -> None:
+        # Rewritten as a whole: it is small, and so never holds half a line.
+        if self.folder is not None:
+            lines = [json.dumps(record) + "\n" for record in self.history]
+            write_text(self.folder / LOG_FILE, "".join(lines))
+
+    def _scalars(self, values: Mapping[str, float], number: int) -> None:
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, number)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=number)

@@ -1,0 +1,288 @@
+"""The exact state of a training, to save and to go on from: nothing that a later bit depends on
+is missing.
+
+On top of the published checkpoint format (`model`, `model_ema`, `optimizer`, `lr_scheduler`,
+`epoch`, `scaler`, `args`) a checkpoint has
+
+    step        optimizer updates done in the epoch after `epoch`; 0 unless stopped in mid-epoch
+    progress    images seen in that epoch, best result, history (the lines of log.txt), time spent
+    processes   for every rank: the states of all random generators, the running loss
+
+`epoch` is the last completed one, -1 before the first is. All tensors are whole, whatever they
+were sharded over, and no key has a prefix, so that checkpoints move between any numbers of
+processes, DDP and FSDP, compiled and not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deit.distributed import Processes, full_tensor, like_sharded
+from deit.errors import UserError
+
+# Set by the command line, which wins over the checkpoint; everything else in a parameter group
+# (step counts, estimated distances, ...) is state of the optimizer.
+_FROM_COMMAND_LINE = frozenset(
+    {"lr", "initial_lr", "lr_scale", "weight_decay", "wd_scale", "betas", "eps", "momentum"}
+)
+
+
+@dataclass
+class Progress:
+    """How far a training has come."""
+
+    epoch: int = 0
+    """The epoch under way, from 0."""
+    step: int = 0
+    """Updates done in it."""
+    images: int = 0
+    """Images seen in it by all processes: `step` for another global batch."""
+    best_acc1: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0
+    """Time spent so far, in all sessions together."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What log.txt holds."""
+
+    @property
+    def fresh(self) -> bool:
+        return self.epoch == 0 and self.step == 0
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's global generators, as safe plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - timm's mixup
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore what `random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    keys = keys.numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every global generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - timm's mixup draws from the global generator
+    torch.manual_seed(seed)
+
+
+def whole(value: Any, keep: bool) -> Any:
+    """`value` with every sharded tensor in it made whole (a collective).
+
+    Args:
+        keep: whether this process wants them; the others only take part. Whole tensors go to the
+            host one by one, so that no device has to hold all of them.
+    """
+    if isinstance(value, Tensor):
+        gathered = full_tensor(value.detach())
+        return gathered if gathered is value or not keep else gathered.cpu()
+    if isinstance(value, Mapping):
+        return {key: whole(item, keep) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item, keep) for item in value)
+    return value
+
+
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], source: str) -> None:
+    """Load a whole optimizer state dict into `optimizer`, sharded as its parameters are.
+
+    Raises:
+        UserError: it belongs to another optimizer or to other parameters.
+    """
+    own_groups = optimizer.state_dict()["param_groups"]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    saved_groups = saved["param_groups"]
+    sizes = [len(group["params"]) for group in own_groups]
+    if [len(group["params"]) for group in saved_groups] != sizes:
+        raise UserError(
+            f"the optimizer in {source!r} has other parameter groups than this run: use the same "
+            "model, --opt, --layer-decay and --weight-decay, or start from it with --finetune"
+        )
+    order = {index: n for n, index in enumerate(i for g in saved_groups for i in g["params"])}
+    state: dict[int, dict[str, Any]] = {}
+    for index, values in saved["state"].items():
+        param = params[order[index]]
+        placed = {key: _place(value, param) for key, value in values.items()}
+        if any(
+            v.ndim and v.shape != param.shape and v.numel() == param.numel()
+            for v in placed.values()
+            if isinstance(v, Tensor)
+        ):
+            raise UserError(
+                f"the optimizer state in {source!r} is of tensors of other shapes than this run's: "
+                "use the same model and --opt, or start from it with --finetune"
+            )
+        state[order[index]] = placed
+    groups = []
+    for own, theirs in zip(own_groups, saved_groups, strict=True):
+        groups.append(
+            {k: v for k, v in theirs.items() if k in own and k not in _FROM_COMMAND_LINE}
+            | {k: v for k, v in own.items() if k in _FROM_COMMAND_LINE or k not in theirs}
+            | {"params": own["params"]}
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _place(value: Any, param: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return like_sharded(value, param) if value.shape == param.shape else value.clone()
+
+
+@dataclass
+class RunningLoss:
+    """Sums over the steps of an epoch on this process; they stay on the device between reports."""
+
+    total: Tensor
+    count: Tensor
+    first_bad: Tensor
+    """The first update whose loss was not finite, -1 if there was none."""
+
+    @classmethod
+    def on(cls, device: torch.device) -> RunningLoss:
+        real = torch.float32 if device.type == "mps" else torch.float64
+        return cls(
+            torch.zeros((), dtype=real, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.full((), -1, dtype=torch.int64, device=device),
+        )
+
+    def add(self, loss: Tensor, update: int) -> None:
+        """Take in the mean loss () of one batch, which belongs to number `update` of the epoch."""
+        loss = loss.detach()
+        self.total += loss
+        self.count += 1
+        new = ~torch.isfinite(loss) & (self.first_bad < 0)
+        self.first_bad.masked_fill_(new, update)
+
+    def reduce(self, processes: Processes) -> tuple[float, int, int | None]:
+        """(sum, count, first bad update or None) over all processes; waits for the device."""
+        sums = torch.stack([self.total.double().cpu(), self.count.double().cpu()])
+        bad = self.first_bad.cpu()
+        if processes.world_size > 1:
+            bad = torch.where(bad < 0, torch.iinfo(bad.dtype).max, bad)
+            processes.all_reduce(sums)
+            processes.all_reduce(bad, dist.ReduceOp.MIN)
+            bad = torch.where(bad == torch.iinfo(bad.dtype).max, -1, bad)
+        total, count = sums.tolist()
+        return total, int(count), None if bad < 0 else int(bad)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name).cpu().clone() for f in fields(self)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.count.zero_()
+        self.first_bad.fill_(-1)
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while training, gathered for saving and restoring."""
+
+    model: nn.Module
+    """Not wrapped in DDP; possibly sharded or compiled in place."""
+    optimizer: Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    processes: Processes
+    args: argparse.Namespace
+    running: RunningLoss
+    ema: nn.Module | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    def collect(self) -> dict[str, Any]:
+        """The checkpoint (a collective; only what rank 0 returns is to be saved)."""
+        keep = self.processes.is_main
+        own = {"random": random_state(self.processes.device), "running": self.running.state()}
+        checkpoint = {
+            "model": whole(self.model.state_dict(), keep),
+            "optimizer": whole(self.optimizer.state_dict(), keep),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.progress.epoch - 1,
+            "step": self.progress.step,
+            "progress": asdict(self.progress),
+            "processes": self.processes.gather(own),
+            "args": self.args,
+        }
+        if self.ema is not None:
+            checkpoint["model_ema"] = whole(self.ema.state_dict(), keep)
+        return checkpoint
+
+    def restore(
+        self, checkpoint: Mapping[str, Any], *, source: str, global_batch: int
+    ) -> list[str]:
+        """Go on from `checkpoint`, whose `model` and `model_ema` have been loaded already.
+
+        Args:
+            global_batch: images an update of this run.
+
+        Returns:
+            What could not be restored exactly, in sentences for the user; none if all was.
+        """
+        notes = []
+        if isinstance(checkpoint.get("optimizer"), Mapping):
+            load_optimizer(self.optimizer, checkpoint["optimizer"], source)
+        else:
+            notes.append("it has no optimizer state, so the moments start at zero")
+        if checkpoint.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        known = {f.name for f in fields(Progress)}
+        saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
+        self.progress = Progress(**saved)
+        self.progress.epoch = int(checkpoint.get("epoch", -1)) + 1
+        self.progress.step = int(checkpoint.get("step", 0))
+        if self.progress.step and self.progress.images != self.progress.step * global_batch:
+            self.progress.step, rest = divmod(self.progress.images, global_batch)
+            self.progress.images -= rest
+            notes.append("its global batch was another one, so the rest of the epoch differs")
+        notes += self._restore_processes(checkpoint.get("processes"))
+        return notes
+
+    def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:
+        if saved is None:
+            return ["it has no states of random generators, so they start from --seed"]
+        world_size, rank = self.processes.world_size, self.processes.rank
+        if len(saved) == world_size:
+            self.running.load(saved[rank]["running"])
+            set_random_state(saved[rank]["random"], self.processes.device)
+            return []
+        # Of the running sums only the total matters; random streams cannot be split or joined.
+        for n, state in enumerate(saved):
+            if n % world_size == rank:
+                self.running.total += state["running"]["total"].to(self.running.total)
+                self.running.count += state["running"]["count"].to(self.running.count)
+        if rank < len(saved):
+            set_random_state(saved[rank]["random"], self.processes.device)
+        return [
+            f"it was saved by {len(saved)} processes, this run has {world_size}: the same images "
+            "in the same order, but dropout, stochastic depth and mixup draw differently"
+        ]
