@@ -173,9 +173,9 @@ def compile_in_place(model: nn.Module) -> None:
 
 def set_precision(args: Namespace, device: torch.device) -> None:
     """`--high-precision-matmul`, `--threads`, and what makes fixed shapes fast."""
-    torch.set_float32_matmul_precision("highest" if args.high_precision_matmul else "high")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if args.high_precision_matmul else "high")
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = not args.high_precision_matmul

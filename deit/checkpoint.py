@@ -16,6 +16,7 @@ import os
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,7 +108,10 @@ def _read_file(path: Path, source: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # about pickle protocols; an error follows if it matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"checkpoint {source!r} cannot be read: permission denied") from error

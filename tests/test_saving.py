@@ -1,0 +1,146 @@
+"""Atomic and background writing: whatever fails, the old file survives."""
+
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+
+from deit.saving import (
+    CheckpointWriter,
+    SaveError,
+    atomic_path,
+    clean_temporaries,
+    snapshot,
+    write_text,
+)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    writer = CheckpointWriter(tmp_path)
+    yield writer
+    writer.close()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    write_text(tmp_path / "a", "old")
+
+    def fail():
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text("new, but not completely")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(SaveError, match=r"disk or quota is full.*previous file is unchanged"):
+        fail()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(SaveError, match="folder is gone"):
+        write_text(tmp_path / "absent" / "a", "text")
+
+
+def test_snapshot_is_deep_and_compact():
+    base = torch.arange(100.0)
+    state = {"a": [base[:2]], "b": (base[::50], 3)}
+    copied = snapshot(state)
+    base.zero_()
+    assert copied["a"][0].tolist() == [0.0, 1.0]
+    assert copied["b"][0].tolist() == [0.0, 50.0]
+    assert copied["a"][0].untyped_storage().nbytes() == 8
+    assert copied["b"][1] == 3
+
+
+def test_save_under_several_names(writer, tmp_path):
+    writer.save({"model": torch.ones(3)}, ["best.pth", "last.pth"])
+    writer.save({"model": torch.zeros(3)}, ["last.pth"])
+    writer.flush()
+    assert torch.load(tmp_path / "best.pth")["model"].sum() == 3
+    assert torch.load(tmp_path / "last.pth")["model"].sum() == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "last.pth"]
+    assert writer.last_path == tmp_path / "last.pth"
+
+
+def test_training_goes_on_while_a_file_is_written(writer, monkeypatch, tmp_path):
+    started, released = threading.Event(), threading.Event()
+    save = torch.save
+
+    def slow_save(*args):
+        started.set()
+        assert released.wait(10)
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", slow_save)
+    weights = torch.ones(3)
+    writer.save({"model": weights}, ["last.pth"])
+    assert started.wait(10)
+    weights.zero_()  # training changes them while they are being written
+    assert not (tmp_path / "last.pth").exists()
+    released.set()
+    writer.flush()
+    assert torch.load(tmp_path / "last.pth")["model"].sum() == 3
+
+
+def test_error_surfaces_at_the_next_call(writer, monkeypatch, tmp_path):
+    writer.save({"model": torch.ones(3)}, ["last.pth"])
+    writer.flush()
+    before = (tmp_path / "last.pth").read_bytes()
+
+    def fail(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    writer.save({"model": torch.zeros(3)}, ["last.pth"])
+    while not writer._pending.done():
+        pass
+    with pytest.raises(SaveError, match="full"):
+        writer.check()
+    assert (tmp_path / "last.pth").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_really_too_large_a_file(tmp_path):
+    """The kernel's limit on the size of a file acts as a full disk does, down in the C++ writer."""
+    script = """
+        import sys, torch
+        from pathlib import Path
+        from deit.errors import one_line_errors
+        from deit.saving import CheckpointWriter
+        import resource, signal
+        def body():
+            writer = CheckpointWriter(Path(sys.argv[1]))
+            writer.save({"model": torch.ones(3)}, ["last.pth"])
+            writer.flush()
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            writer.save({"model": torch.zeros(1_000_000)}, ["last.pth"])
+            writer.close()
+        sys.exit(one_line_errors(body))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: cannot save")
+    assert done.stderr.count("\n") == 1
+    assert torch.load(tmp_path / "last.pth")["model"].sum() == 3
+    assert len(list(tmp_path.iterdir())) == 1
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+
+
+def test_leftovers_are_cleaned(tmp_path):
+    (tmp_path / ".checkpoint.pth.123.tmp").touch()
+    (tmp_path / "checkpoint.pth").touch()
+    (tmp_path / "notes.tmp").touch()
+    clean_temporaries(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "notes.tmp"]
