@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import sqrt
+from math import isclose, sqrt
 
 import torch
 from torch import Tensor
@@ -108,6 +108,22 @@ class Group:
             images = images.flip(-1)
         return torch.rot90(images, turns, (-2, -1)) if turns else images
 
+    def mix(self, pieces: Sequence[Tensor], inverse: bool, gain: float = 1.0) -> list[Tensor]:
+        """Multiply |G| tensors of one shape by `gain` times Q, or its transpose if `inverse`.
+
+        `pieces` are the irreps' components in packed order, or the copies of the regular basis.
+        """
+        if self.order == 2:  # the butterfly; elementwise, and without a factor where gain undoes it
+            x, y = pieces
+            factor = gain * sqrt(0.5)
+            if isclose(factor, 1.0):
+                return [x + y, x - y]
+            return [(x + y) * factor, (x - y) * factor]
+        stacked = torch.stack(list(pieces))
+        q = self.change_of_basis.to(stacked) * gain
+        mixed = torch.tensordot(q.mT if inverse else q, stacked, dims=1)
+        return [mixed[i] for i in range(self.order)]
+
     def regular(self, features: int) -> Rep:
         """The `Rep` of `features` channels in copies of the regular representation.
 
@@ -175,22 +191,23 @@ class Rep:
         """The irreps' blocks of a packed tensor, as views."""
         return _pieces(x, self.sizes, dim)
 
-    def to_regular(self, x: Tensor, dim: int = -1) -> Tensor:
+    def to_regular(self, x: Tensor, dim: int = -1, gain: float = 1.0) -> Tensor:
         """From the packed basis to the one in which the group permutes entries; same shape.
 
         Order: the copy of the identity, the fixed entries, then the copies of the other elements.
         For tokens that is the left half of the grid, its middle column, the right half mirrored.
+        The result is multiplied by `gain`.
         """
-        blocks = _pieces(x, self._piece_sizes, dim)
-        fixed = [blocks.pop(1)] if self.fixed else []
-        first, *rest = _mix(blocks, self.group, inverse=True)
-        return torch.cat([first, *fixed, *rest], dim)
+        return self._change_basis(x, dim, gain, inverse=True)
 
-    def from_regular(self, x: Tensor, dim: int = -1) -> Tensor:
-        """The inverse of `to_regular`."""
-        blocks = _pieces(x, self._piece_sizes, dim)
-        fixed = [blocks.pop(1)] if self.fixed else []
-        first, *rest = _mix(blocks, self.group, inverse=False)
+    def from_regular(self, x: Tensor, dim: int = -1, gain: float = 1.0) -> Tensor:
+        """The inverse of `to_regular`, multiplied by `gain`."""
+        return self._change_basis(x, dim, gain, inverse=False)
+
+    def _change_basis(self, x: Tensor, dim: int, gain: float, inverse: bool) -> Tensor:
+        pieces = _pieces(x, self._piece_sizes, dim)
+        fixed = [pieces.pop(1) * gain] if self.fixed else []
+        first, *rest = self.group.mix(pieces, inverse, gain)
         return torch.cat([first, *fixed, *rest], dim)
 
     def act(self, g: int, x: Tensor, dim: int = -1) -> Tensor:
@@ -208,17 +225,6 @@ def _pieces(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
     # indexing and not unpacking: symbolic tracers cannot iterate over the result of split
     pieces = x.split(sizes, dim)
     return [pieces[i] for i in range(len(sizes))]
-
-
-def _mix(blocks: list[Tensor], group: Group, inverse: bool) -> list[Tensor]:
-    """Multiply a list of |G| equally shaped tensors by Q, or by its transpose if `inverse`."""
-    if group.order == 2:  # the butterfly; one pass for a compiler to fuse, no matrix product
-        x, y = blocks
-        root = sqrt(0.5)
-        return [(x + y) * root, (x - y) * root]
-    stacked = torch.stack(blocks)
-    q = group.change_of_basis.to(stacked)
-    return list(torch.tensordot(q.mT if inverse else q, stacked, dims=1).unbind(0))
 
 
 def direct_product(first: Group, second: Group) -> Group:

@@ -7,7 +7,8 @@ r+- = (s +- a)/sqrt 2, g+- = GELU(r+-), s' = (g+ + g-)/sqrt 2, a' = (g+ - g-)/sq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import sqrt
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +47,48 @@ class GELU(nn.Module):
         self.act = act
         self.across = across
 
+    @property
+    def gain(self) -> float:
+        """The factor that `map` leaves to the linear layers before and after it.
+
+        Each butterfly of two elements has a factor root one half, which a matrix product applies
+        at no cost. Tokens of a middle column take no part in one, so then theirs stays here.
+        """
+        gain = sqrt(0.5) if self.rep.group.order == 2 else 1.0
+        return gain * sqrt(0.5) if self._leaves_token_factor else gain
+
+    @property
+    def _leaves_token_factor(self) -> bool:
+        return self.across is not None and self.across.group.order == 2 and not self.across.fixed
+
+    def map(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The nonlinearity irrep by irrep, for input that was multiplied by `gain`, and giving
+        output that must be multiplied by it."""
+        group = self.rep.group
+        # without the factor that others apply
+        gain = sqrt(2) if group.order == 2 else 1.0
+        pieces = []
+        for part, irrep in zip(parts, group.irreps, strict=True):
+            chunks = part.unflatten(-1, (irrep.dim**2, -1)) if irrep.dim > 1 else part[..., None, :]
+            pieces.extend(chunks[..., i, :] for i in range(irrep.dim**2))
+        copies = [self._act(copy) for copy in group.mix(pieces, inverse=True, gain=gain)]
+        pieces = group.mix(copies, inverse=False, gain=gain)
+        outputs = []
+        for irrep in group.irreps:
+            own, pieces = pieces[: irrep.dim**2], pieces[irrep.dim**2 :]
+            outputs.append(own[0] if len(own) == 1 else torch.cat(own, -1))
+        return outputs
+
+    def _act(self, x: Tensor) -> Tensor:
+        if self.across is None:
+            return self.act(x)
+        gain = sqrt(2) if self._leaves_token_factor else 1.0
+        x = self.act(self.across.to_regular(x, -2, gain))
+        return self.across.from_regular(x, -2, gain)
+
     def forward(self, x: Tensor) -> Tensor:  # (..., [across,] features), same shape
-        x = self.rep.to_regular(x)
-        if self.across is not None:
-            x = self.across.to_regular(x, -2)
-        x = self.act(x)
-        if self.across is not None:
-            x = self.across.from_regular(x, -2)
-        return self.rep.from_regular(x)
+        parts = [part * self.gain for part in self.rep.split(x)]
+        return torch.cat(self.map(parts), -1) * self.gain
 
     def extra_repr(self) -> str:
         return f"{self.rep.size}, act={getattr(self.act, '__name__', self.act)}"

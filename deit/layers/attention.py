@@ -7,6 +7,8 @@ so the group leaves them alone, and the values go through packed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import use_fused_attn as fused_attn_is_available
@@ -83,27 +85,27 @@ class Attention(nn.Module):
             with torch.no_grad():
                 self.attn_mixer.zero_()[0] = 1.0
 
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed (B, N, 3C) to q, k, v, each (B, heads, N, C/heads) with packed heads."""
+    def split_heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Irreps' blocks of (B, N, 3C) to q, k, v, each (B, heads, N, C/heads), heads packed."""
         heads = []
-        for block, irrep in zip(self.qkv.out_rep.split(qkv), self.qkv.group.irreps, strict=True):
+        for block, irrep in zip(qkv, self.qkv.group.irreps, strict=True):
             # (B, N, d, 3, heads, width) -> (3, B, heads, N, d, width)
             block = block.unflatten(-1, (irrep.dim, 3, self.num_heads, -1))
             heads.append(block.permute(3, 0, 4, 1, 2, 5).flatten(-2))
         heads = torch.cat(heads, -1)
         return heads[0], heads[1], heads[2]
 
-    def merge_heads(self, x: Tensor) -> Tensor:
-        """(B, heads, N, C/heads) with packed heads to packed (B, N, C)."""
+    def merge_heads(self, x: Tensor) -> list[Tensor]:
+        """(B, heads, N, C/heads) with packed heads to the irreps' blocks of (B, N, C)."""
         blocks = []
         for block, irrep in zip(self.head_rep.split(x), self.rep.group.irreps, strict=True):
             # (B, heads, N, d, width) -> (B, N, d, heads, width)
             block = block.unflatten(-1, (irrep.dim, -1)).permute(0, 2, 3, 1, 4)
             blocks.append(block.flatten(2))
-        return torch.cat(blocks, -1)
+        return blocks
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
-        q, k, v = self.split_heads(self.qkv(x))
+        q, k, v = self.split_heads(self.qkv.map(self.rep.split(x)))
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -114,4 +116,4 @@ class Attention(nn.Module):
                 q = q * torch.cat(mixer).to(q.dtype)
             logits = (q * self.scale) @ k.mT
             x = self.attn_drop(logits.softmax(-1)) @ v
-        return self.proj_drop(self.proj(self.merge_heads(x)))
+        return self.proj_drop(torch.cat(self.proj.map(self.merge_heads(x)), -1))

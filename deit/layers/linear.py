@@ -6,6 +6,8 @@ packed basis: for flopping y_s = W_sym x_s + b and y_a = W_asym x_a, half the mu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,22 +87,43 @@ class Linear(nn.Module):
         """The irreps' blocks, in order."""
         return [getattr(self, f"{self.prefix}_{irrep.name}") for irrep in self.group.irreps]
 
+    def map(
+        self, parts: Sequence[Tensor], *, in_gain: float = 1.0, out_gain: float = 1.0
+    ) -> list[Tensor]:
+        """The map on a feature given irrep by irrep, with factors on its input and its output.
+
+        Layers that work irrep by irrep pass their parts on as they are, without packing them, and
+        leave constant factors to the matrix products, where they cost nothing.
+        """
+        return [
+            self._map_block(index, block, part, in_gain, out_gain)
+            for index, (block, part) in enumerate(zip(self.blocks(), parts, strict=True))
+        ]
+
+    def _map_block(
+        self, index: int, block: nn.Module, x: Tensor, in_gain: float, out_gain: float
+    ) -> Tensor:
+        weight, bias = block.weight.flatten(1), block.bias
+        d = self.group.irreps[index].dim
+        if d > 1:  # the same weight acts on each component of the irrep
+            x = x.unflatten(-1, (d, -1))
+        # Two-dimensional operands and one addmm: the parts of a packed feature are rows with a
+        # stride, which matrix products take as they are.
+        rows = x.reshape(-1, x.shape[-1])
+        if bias is None or self.across is not None:
+            zero = weight.new_zeros(1)
+            y = torch.addmm(zero, rows, weight.t(), beta=0, alpha=in_gain * out_gain)
+        else:
+            y = torch.addmm(bias, rows, weight.t(), beta=out_gain, alpha=in_gain * out_gain)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        if d > 1:
+            y = y.flatten(-2)
+        if bias is not None and self.across is not None:
+            y = y + invariant_bias(bias.to(y.dtype) * out_gain, index, self.out_rep, self.across)
+        return y
+
     def forward(self, x: Tensor) -> Tensor:  # (..., [across,] in) -> (..., [across,] out)
-        outputs = []
-        for index, (block, part) in enumerate(
-            zip(self.blocks(), self.in_rep.split(x), strict=True)
-        ):
-            d = self.group.irreps[index].dim
-            weight = block.weight.flatten(1)
-            if d > 1:  # the same weight acts on each component of the irrep
-                y = F.linear(part.unflatten(-1, (d, -1)), weight).flatten(-2)
-            elif self.across is None or block.bias is None:
-                y = F.linear(part, weight, block.bias)
-            else:
-                y = F.linear(part, weight)
-                y = y + invariant_bias(block.bias.to(y.dtype), index, self.out_rep, self.across)
-            outputs.append(y)
-        return torch.cat(outputs, -1)
+        return torch.cat(self.map(self.in_rep.split(x)), -1)
 
     def extra_repr(self) -> str:
         return f"{self.in_rep.size}, {self.out_rep.size}, group={self.group.name}"

@@ -50,5 +50,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.fc1(x)))
-        return self.drop(self.fc2(x))
+        gain = self.act.gain
+        parts = self.fc1.map(self.fc1.in_rep.split(x), out_gain=gain)
+        parts = [self.drop(part) for part in self.act.map(parts)]
+        return self.drop(torch.cat(self.fc2.map(parts, in_gain=gain), -1))
