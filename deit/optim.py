@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from timm.models import group_with_matcher
+from timm.models._manipulate import group_with_matcher  # timm.models has it for whole modules only
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
@@ -57,7 +57,8 @@ def decays(name: str, parameter: torch.Tensor, exempt: Collection[str] = ()) -> 
     is_vector = parameter.ndim <= 1 or (
         parameter.ndim > 2 and parameter.numel() == parameter.shape[-1]
     )
-    if is_vector or name.endswith(".bias") or _TOKENS & set(name.split(".")):
+    parts = name.split(".")
+    if is_vector or parts[-1] == "bias" or not _TOKENS.isdisjoint(parts):
         return False
     return not any(
         fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in exempt
@@ -156,8 +157,7 @@ def build_optimizer(
 
 
 def _build_lamb(groups: list[dict[str, Any]], settings: dict[str, Any], fused: bool) -> Optimizer:
-    first = groups[0]["params"][0]
-    if fused and first.is_cuda and not hasattr(first, "to_local"):
+    if fused and _on_one_gpu(groups):
         try:
             from apex.optimizers import FusedLAMB
 
@@ -169,3 +169,9 @@ def _build_lamb(groups: list[dict[str, Any]], settings: dict[str, Any], fused: b
             return optimizer
     _logger.info("LAMB is this package's own implementation, by foreach operations")
     return Lamb(groups, **settings)
+
+
+def _on_one_gpu(groups: list[dict[str, Any]]) -> bool:
+    """Whether apex's kernels can have the parameters: on a GPU, and not sharded."""
+    first = groups[0]["params"][0]
+    return first.is_cuda and not hasattr(first, "to_local")

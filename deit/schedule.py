@@ -1,0 +1,235 @@
+"""Learning rate and weight decay as functions of the number of optimizer updates.
+
+    schedule = build_scheduler(optimizer, sched="cosine", epochs=300, updates_per_epoch=1251, ...)
+    optimizer.step(); updates += 1
+    schedule.step_update(updates)           # after each update
+    schedule.step(epoch, metric)            # after each evaluation, for `plateau`
+
+All but `plateau` are pure functions of the number of updates, so a resumed run is exact by
+construction; what `plateau` has seen is in the state dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch.optim import Optimizer
+
+from deit.errors import UserError, suggest
+
+# The sched names that create_scheduler_v2 is asked for. A step that divides by 1 is constant.
+_TIMM_NAMES = {
+    "cosine": "cosine",
+    "tanh": "tanh",
+    "poly": "poly",
+    "step": "step",
+    "constant": "step",
+}
+
+
+class PlateauScheduler(Scheduler):
+    """Multiply the learning rate by `decay_rate` when the metric (larger is better) stagnates.
+
+    The reduction comes when more than `patience` calls of `step` in a row brought no new best;
+    the `cooldown` calls after it do not count, nor do those during the warm-up. timm's own of
+    that name counts in epochs and loses its counters in a checkpoint.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        decay_rate: float,
+        patience: int,
+        cooldown: int,
+        lr_min: float,
+        warmup_updates: float,
+        warmup_lr: float,
+        **noise: Any,
+    ) -> None:
+        super().__init__(optimizer, param_group_field="lr", t_in_epochs=False, **noise)
+        self.decay_rate = decay_rate
+        self.patience = patience
+        self.cooldown = cooldown
+        self.lr_min = lr_min
+        self.warmup_updates = warmup_updates
+        self.warmup_lr = warmup_lr
+        self.updates = 0
+        self.factor = 1.0
+        self.best = -math.inf
+        self.bad = 0
+        self.waiting = 0
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t < self.warmup_updates:
+            done = t / self.warmup_updates
+            return [self.warmup_lr + done * (base - self.warmup_lr) for base in self.base_values]
+        # A base below the minimum stays as it is.
+        return [max(base * self.factor, min(base, self.lr_min)) for base in self.base_values]
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        self.updates = num_updates
+        super().step_update(num_updates, metric)
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        """Take note of an evaluation; `epoch` is timm's interface and has no meaning here."""
+        if metric is None or self.updates < self.warmup_updates:
+            return
+        if metric > self.best:
+            self.best, self.bad = metric, 0
+        else:
+            self.bad += 1
+        if self.waiting > 0:
+            self.waiting -= 1
+            self.bad = 0
+        if self.bad > self.patience:
+            self.factor *= self.decay_rate
+            self.waiting, self.bad = self.cooldown, 0
+        super().step_update(self.updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("factor", "best", "bad", "waiting")}
+
+
+class TrainingSchedule:
+    """Sets `lr` and, where it changes, `weight_decay` of an optimizer's parameter groups.
+
+    Args:
+        lr_scheduler: a timm scheduler that counts updates.
+        weight_decay: its start, its end, and the updates that the cosine between them takes;
+            None if it is constant. Groups are given it times their `wd_scale`.
+    """
+
+    def __init__(
+        self, lr_scheduler: Scheduler, weight_decay: tuple[float, float, int] | None = None
+    ) -> None:
+        self.optimizer = lr_scheduler.optimizer
+        self.lr_scheduler = lr_scheduler
+        self.weight_decay = weight_decay
+        self.updates = 0
+        self.step_update(0)
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the values for the update that follows the first `num_updates`."""
+        self.updates = num_updates
+        self.lr_scheduler.step_update(num_updates)
+        if self.weight_decay is not None:
+            start, end, total = self.weight_decay
+            done = min(num_updates / total, 1.0)
+            value = end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = value * group.get("wd_scale", 1.0)
+
+    def step(self, epoch: int, metric: float | None = None) -> None:
+        """Report the accuracy after an epoch; only `plateau` reacts."""
+        if isinstance(self.lr_scheduler, PlateauScheduler):
+            self.lr_scheduler.step(epoch, metric)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers: the updates done, and what a `plateau` schedule has seen."""
+        state: dict[str, Any] = {"updates": self.updates}
+        if isinstance(self.lr_scheduler, PlateauScheduler):
+            state["plateau"] = self.lr_scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. Load the optimizer first: its groups are set here.
+
+        The course itself is that of the present options, so that a run may be resumed with more
+        epochs. A state that another program has written (published ones count epochs) is passed
+        over; `step_update` with the number of updates then does the same.
+        """
+        if "updates" not in state:
+            return
+        if isinstance(self.lr_scheduler, PlateauScheduler):
+            self.lr_scheduler.load_state_dict(state.get("plateau", {}))
+        self.step_update(state["updates"])
+
+
+def build_scheduler(
+    optimizer: Optimizer,
+    *,
+    sched: str = "cosine",
+    epochs: int,
+    updates_per_epoch: int,
+    warmup_epochs: float = 0.0,
+    warmup_lr: float = 0.0,
+    warmup_prefix: bool = False,
+    min_lr: float = 0.0,
+    decay_epochs: float = 30.0,
+    decay_rate: float = 0.1,
+    patience_epochs: int = 10,
+    cooldown_epochs: int = 10,
+    lr_noise: Collection[float] | None = None,
+    lr_noise_pct: float = 0.67,
+    lr_noise_std: float = 1.0,
+    seed: int = 0,
+    weight_decay: float = 0.0,
+    weight_decay_end: float | None = None,
+) -> TrainingSchedule:
+    """The schedule that the options ask for; see the help of the command line.
+
+    The optimizer's present learning rates are the ones after the warm-up. Training takes
+    `epochs` * `updates_per_epoch` updates, the warm-up included. Without `warmup_prefix` the
+    course starts with the training and the warm-up hides its beginning (the published script's
+    way, timm's default); with it the course starts where the warm-up ends and fills the rest.
+
+    Args:
+        updates_per_epoch: optimizer updates, not steps: gradients may be accumulated over steps.
+        lr_noise: start, or start and end, of the noise, as fractions of the course.
+        seed: of the noise, which depends on it and on the number of the update alone.
+
+    Raises:
+        UserError: an unknown `sched`, or no update to make.
+    """
+    if sched != "plateau" and sched not in _TIMM_NAMES:
+        known = [*_TIMM_NAMES, "plateau"]
+        raise UserError(
+            f"unknown schedule {sched!r}, use {', '.join(known)}{suggest(sched, known)}"
+        )
+    if updates_per_epoch < 1:
+        raise UserError(
+            f"an epoch has {updates_per_epoch} updates: the data do not fill one global batch; "
+            "use a smaller --batch-size or --update-freq"
+        )
+    course_epochs = epochs - warmup_epochs if warmup_prefix else epochs
+    if course_epochs <= 0:
+        raise UserError(f"a warm-up of {warmup_epochs:g} epochs leaves none of the {epochs}")
+    noise = {"noise_pct": lr_noise_pct, "noise_std": lr_noise_std, "noise_seed": seed}
+    if sched == "plateau":
+        span = [x * epochs * updates_per_epoch for x in lr_noise] if lr_noise else None
+        scheduler: Scheduler = PlateauScheduler(
+            optimizer,
+            decay_rate=decay_rate,
+            patience=patience_epochs,
+            cooldown=cooldown_epochs,
+            lr_min=min_lr,
+            warmup_updates=warmup_epochs * updates_per_epoch,
+            warmup_lr=warmup_lr,
+            noise_range_t=span[0] if span and len(span) == 1 else span,
+            **noise,
+        )
+    else:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=_TIMM_NAMES[sched],
+            num_epochs=course_epochs,
+            decay_epochs=decay_epochs,
+            decay_rate=1.0 if sched == "constant" else decay_rate,
+            min_lr=min_lr,
+            warmup_lr=warmup_lr,
+            warmup_epochs=warmup_epochs,
+            warmup_prefix=warmup_prefix,
+            noise=list(lr_noise) if lr_noise else None,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **noise,
+        )
+    ends = None
+    if weight_decay_end is not None:
+        ends = (weight_decay, weight_decay_end, epochs * updates_per_epoch)
+    return TrainingSchedule(scheduler, ends)
