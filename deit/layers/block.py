@@ -62,11 +62,17 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, **options)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **options)
         self.gamma_2 = LayerScale(dim, init_values, **options)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path_rate = drop_path
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.gamma_1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.gamma_2(self.mlp(self.norm2(x))))
+        x = self._add(x, self.attn(self.norm1(x)), self.gamma_1)
+        return self._add(x, self.mlp(self.norm2(x)), self.gamma_2)
+
+    def _add(self, x: Tensor, branch: Tensor, gamma: LayerScale) -> Tensor:
+        if self.training and self.drop_path_rate > 0:
+            return x + self.drop_path(gamma(branch))
+        return torch.addcmul(x, branch, gamma.scale())  # one pass in place of two
 
 
 class OrdinaryBlock(TimmBlock):

@@ -8,6 +8,7 @@ acts on every irrep, the shift on the trivial one.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
@@ -43,27 +44,32 @@ class LayerNorm(nn.Module):
         self.eps = eps
         self.scaling = Affine(self.rep, device=device, dtype=dtype)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Centre and divide by sigma, without scale and shift; same shape."""
+    def centre(self, x: Tensor) -> Tensor:
+        """Subtract from each irrep component its mean over channels; same shape."""
         group = self.rep.group
         if self.rep.is_uniform:
             parts = x.unflatten(-1, (group.order, -1))
-            parts = parts - parts.mean(-1, keepdim=True)
-            # the mean over all channels is (var s + var a) / 2
-            variance = parts.square().mean((-2, -1), keepdim=True)
-            return (parts * torch.rsqrt(variance + self.eps / group.order)).flatten(-2)
-        blocks = [
-            block.unflatten(-1, (irrep.dim, -1))
-            for block, irrep in zip(self.rep.split(x), group.irreps, strict=True)
-        ]
-        blocks = [block - block.mean(-1, keepdim=True) for block in blocks]
-        x = torch.cat([block.flatten(-2) for block in blocks], -1)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps / group.order)
+            return (parts - parts.mean(-1, keepdim=True)).flatten(-2)
+        blocks = []
+        for block, irrep in zip(self.rep.split(x), group.irreps, strict=True):
+            block = block.unflatten(-1, (irrep.dim, -1))
+            blocks.append((block - block.mean(-1, keepdim=True)).flatten(-2))
+        return torch.cat(blocks, -1)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., features), same shape and dtype
         # as torch's own layer norm, half precision is for storage: the moments need float32
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        return self.scaling(self.normalize(wide)).to(x.dtype)
+        # Centred parts have mean zero together, and their common variance is the mean of the
+        # parts' own: the ordinary layer norm does the rest in one pass.
+        scale, offset = self.scaling.scale(), self.scaling.offset()
+        y = F.layer_norm(
+            self.centre(wide),
+            (self.rep.size,),
+            scale.to(wide.dtype),
+            offset.to(wide.dtype),
+            self.eps / self.rep.group.order,
+        )
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.rep.size}, eps={self.eps}, group={self.rep.group.name}"
