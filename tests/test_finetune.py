@@ -1,0 +1,156 @@
+"""Loading weights for another resolution or other classes, and freezing."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import deit.models  # noqa: F401 - registers the networks
+from deit.errors import UserError
+from deit.finetune import classifier_names, load_for_finetune, train_attention_only
+
+SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
+NAMES = ["vit_tiny_patch16_224", "deit_tiny_patch16_LS", "d2_deit_tiny_patch16_LS"]
+
+
+def make(name, seed=0, img_size=32, num_classes=5, **kwargs):
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        name, img_size=img_size, num_classes=num_classes, **(SMALL | kwargs)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_network_gives_the_same_logits(name):
+    trained, fresh = make(name), make(name, seed=1)
+    images = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(trained(images), fresh(images))
+    report = load_for_finetune(fresh, trained.state_dict())
+    assert torch.equal(trained(images), fresh(images))
+    assert str(report) == f"{len(trained.state_dict())} tensors loaded"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_number_of_classes(name):
+    trained, fresh = make(name), make(name, seed=1, num_classes=7)
+    head = {key: value.clone() for key, value in fresh.state_dict().items() if "head." in key}
+    report = load_for_finetune(fresh, trained.state_dict())
+    assert report.reinitialised == ["head.bias", "head.weight"]
+    assert not report.missing
+    assert not report.unexpected
+    assert "2 initialised anew (head.bias, head.weight)" in str(report)
+    images = torch.randn(2, 3, 32, 32)
+    features = [model.forward_head(model.forward_features(images), pre_logits=True)
+                for model in (trained, fresh)]  # fmt: skip
+    assert torch.equal(*features)
+    assert all(torch.equal(fresh.state_dict()[key], value) for key, value in head.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_resolution(name):
+    trained, fresh = make(name), make(name, seed=1, img_size=48)
+    report = load_for_finetune(fresh, trained.state_dict())
+    assert report.adapted
+    assert all("pos_embed" in key or "permutation" in key for key in report.adapted)
+    assert not report.reinitialised
+    assert not report.missing
+    assert torch.equal(fresh.head.weight, trained.head.weight)
+
+
+def test_equivariance_survives_another_resolution():
+    trained, fresh = make(NAMES[2]), make(NAMES[2], seed=1, img_size=48)
+    load_for_finetune(fresh, trained.state_dict())
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(fresh(images.flip(-1)), fresh(images), atol=1e-5, rtol=1e-5)
+    assert (fresh(images)[0] - fresh(images)[1]).abs().max() > 1e-3
+
+
+def test_a_constant_position_embedding_stays_constant():
+    """Resampling is exact where nothing varies; the first rows would show a wrong order."""
+    trained, fresh = make(NAMES[2]), make(NAMES[2], seed=1, img_size=64)
+    constant = trained.state_dict()
+    constant["pos_embed.0"] = torch.arange(12.0).expand_as(constant["pos_embed.0"]).clone()
+    load_for_finetune(fresh, constant)
+    expected = torch.arange(12.0).expand(1, 32, 12)
+    torch.testing.assert_close(fresh.state_dict()["pos_embed.0"], expected)
+
+
+def test_what_is_missing_or_unexpected_is_reported():
+    trained, fresh = make(NAMES[0]), make(NAMES[0], seed=1)
+    state = trained.state_dict()
+    del state["blocks.1.attn.qkv.bias"]
+    state["decoder.weight"] = torch.ones(3)
+    kept = fresh.state_dict()["blocks.1.attn.qkv.bias"].clone()
+    report = load_for_finetune(fresh, state)
+    assert report.missing == ["blocks.1.attn.qkv.bias"]
+    assert report.unexpected == ["decoder.weight"]
+    assert torch.equal(fresh.state_dict()["blocks.1.attn.qkv.bias"], kept)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (
+            lambda: {"layer.weight": torch.ones(2)},
+            r"another network than this .*has 0 of its .*layer",
+        ),
+        (dict, r"another network than this .*has 0 of its"),
+        (lambda: make(NAMES[1]).state_dict(), "another network"),
+        (lambda: make(NAMES[2], embed_dim=48).state_dict(), "proj_sym.bias 24 and not 12"),
+    ],
+    ids=["foreign", "empty", "ordinary", "wider"],
+)
+def test_what_does_not_fit_is_one_clear_error_and_changes_nothing(state, words):
+    model = make(NAMES[2])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=words) as error:
+        load_for_finetune(model, state(), source="weights.pth")
+    assert "'weights.pth'" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_networks_without_a_filter_of_their_own():
+    class Plain(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.body = nn.Linear(3, 4)
+            self.last = nn.Linear(4, classes)
+
+        def get_classifier(self):
+            return self.last
+
+    trained, fresh = Plain(5), Plain(6)
+    report = load_for_finetune(fresh, trained.state_dict())
+    assert report.reinitialised == ["last.bias", "last.weight"]
+    assert torch.equal(fresh.body.weight, trained.body.weight)
+
+
+def test_both_classifiers_of_a_distilled_network_are_found():
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
+    names = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert classifier_names(model) == names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_only(name):
+    model = make(name)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    count = train_attention_only(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert count == sum(p.numel() for p in trained.values())
+    assert all(n.startswith(("pos_embed", "head.")) or ".attn." in n for n in trained)
+    assert {"head.weight", "head.bias"} <= set(trained)
+    assert any(n.startswith("pos_embed") for n in trained)
+    attention = {n for n, _ in model.named_parameters() if ".attn." in n}
+    assert attention <= set(trained)
+    assert frozen.isdisjoint(trained), "what the network holds fixed stays fixed"
+
+
+def test_attention_only_needs_attention():
+    with pytest.raises(UserError, match="no attention"):
+        train_attention_only(timm.create_model("resnet10t"))
