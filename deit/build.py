@@ -166,11 +166,6 @@ def number_of_classes(args: Namespace, val: ImageDataset, train: ImageDataset | 
     return args.nb_classes
 
 
-def compile_in_place(model: nn.Module) -> None:
-    """Have `model` compiled at its first call; its keys get no prefix, unlike by torch.compile."""
-    model.compile()
-
-
 def set_precision(args: Namespace, device: torch.device) -> None:
     """`--high-precision-matmul`, `--threads`, and what makes fixed shapes fast."""
     if args.threads is not None:

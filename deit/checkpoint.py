@@ -132,6 +132,7 @@ def _why_unreadable(path: Path, source: str, error: Exception) -> str:
             )
         if "unrecognized function" in message:
             return f"refused to load {source!r}: it wants to call a function; nothing of it was run"
+        message = "not a pickle of plain weights"  # torch's own text is advice to its users
     with path.open("rb") as file:
         starts_as_zip = file.read(2) == b"PK"
     if path.suffix == ".safetensors" or (starts_as_zip and not zipfile.is_zipfile(path)):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -19,7 +20,6 @@ from deit.ema import ModelEma
 from deit.errors import UserError
 from deit.losses import TrainingLoss
 from deit.metrics import Accuracy, Scores
-from deit.resume import RunningLoss
 from deit.stopping import StopAgreement
 
 # Updates between two looks at the loss on a GPU: each look waits for all queued work.
@@ -66,6 +66,57 @@ class Precision:
 
     def __str__(self) -> str:
         return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+
+
+@dataclass
+class RunningLoss:
+    """Sums over the steps of an epoch on this process; they stay on the device between reports."""
+
+    total: Tensor
+    count: Tensor
+    first_bad: Tensor
+    """The first update whose loss was not finite, -1 if there was none."""
+
+    @classmethod
+    def on(cls, device: torch.device) -> RunningLoss:
+        real = torch.float32 if device.type == "mps" else torch.float64
+        return cls(
+            torch.zeros((), dtype=real, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.full((), -1, dtype=torch.int64, device=device),
+        )
+
+    def add(self, loss: Tensor, update: int) -> None:
+        """Take in the mean loss () of one batch, which belongs to number `update` of the epoch."""
+        loss = loss.detach()
+        self.total += loss
+        self.count += 1
+        new = ~torch.isfinite(loss) & (self.first_bad < 0)
+        self.first_bad.masked_fill_(new, update)
+
+    def reduce(self, processes: Processes) -> tuple[float, int, int | None]:
+        """(sum, count, first bad update or None) over all processes; waits for the device."""
+        sums = torch.stack([self.total.double().cpu(), self.count.double().cpu()])
+        bad = self.first_bad.cpu()
+        if processes.world_size > 1:
+            bad = torch.where(bad < 0, torch.iinfo(bad.dtype).max, bad)
+            processes.all_reduce(sums)
+            processes.all_reduce(bad, dist.ReduceOp.MIN)
+            bad = torch.where(bad == torch.iinfo(bad.dtype).max, -1, bad)
+        total, count = sums.tolist()
+        return total, int(count), None if bad < 0 else int(bad)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name).cpu().clone() for f in fields(self)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+
+    def reset(self) -> None:
+        self.total.zero_()
+        self.count.zero_()
+        self.first_bad.fill_(-1)
 
 
 @dataclass

@@ -5,7 +5,7 @@ On top of the published checkpoint format (`model`, `model_ema`, `optimizer`, `l
 `epoch`, `scaler`, `args`) a checkpoint has
 
     step        optimizer updates done in the epoch after `epoch`; 0 unless stopped in mid-epoch
-    progress    images seen in that epoch, best result, history (the lines of log.txt), time spent
+    progress    images seen and time spent in that epoch, best result, the lines of log.txt
     processes   for every rank: the states of all random generators, the running loss
 
 `epoch` is the last completed one, -1 before the first is. All tensors are whole, whatever they
@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deit.distributed import Processes, full_tensor, like_sharded
+from deit.engine import Precision, RunningLoss
 from deit.errors import UserError
+from deit.schedule import TrainingSchedule
 
 # Set by the command line, which wins over the checkpoint; everything else in a parameter group
 # (step counts, estimated distances, ...) is state of the optimizer.
@@ -50,13 +51,14 @@ class Progress:
     best_acc1: float = -1.0
     best_epoch: int = -1
     seconds: float = 0.0
-    """Time spent so far, in all sessions together."""
+    """Time spent on it, in all sessions together."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """What log.txt holds."""
 
-    @property
-    def fresh(self) -> bool:
-        return self.epoch == 0 and self.step == 0
+    def next_epoch(self, record: Mapping[str, Any]) -> None:
+        """The epoch under way is over, with `record` as its line in log.txt."""
+        self.history.append(dict(record))
+        self.epoch, self.step, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -153,65 +155,14 @@ def _place(value: Any, param: Tensor) -> Any:
 
 
 @dataclass
-class RunningLoss:
-    """Sums over the steps of an epoch on this process; they stay on the device between reports."""
-
-    total: Tensor
-    count: Tensor
-    first_bad: Tensor
-    """The first update whose loss was not finite, -1 if there was none."""
-
-    @classmethod
-    def on(cls, device: torch.device) -> RunningLoss:
-        real = torch.float32 if device.type == "mps" else torch.float64
-        return cls(
-            torch.zeros((), dtype=real, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.full((), -1, dtype=torch.int64, device=device),
-        )
-
-    def add(self, loss: Tensor, update: int) -> None:
-        """Take in the mean loss () of one batch, which belongs to number `update` of the epoch."""
-        loss = loss.detach()
-        self.total += loss
-        self.count += 1
-        new = ~torch.isfinite(loss) & (self.first_bad < 0)
-        self.first_bad.masked_fill_(new, update)
-
-    def reduce(self, processes: Processes) -> tuple[float, int, int | None]:
-        """(sum, count, first bad update or None) over all processes; waits for the device."""
-        sums = torch.stack([self.total.double().cpu(), self.count.double().cpu()])
-        bad = self.first_bad.cpu()
-        if processes.world_size > 1:
-            bad = torch.where(bad < 0, torch.iinfo(bad.dtype).max, bad)
-            processes.all_reduce(sums)
-            processes.all_reduce(bad, dist.ReduceOp.MIN)
-            bad = torch.where(bad == torch.iinfo(bad.dtype).max, -1, bad)
-        total, count = sums.tolist()
-        return total, int(count), None if bad < 0 else int(bad)
-
-    def state(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name).cpu().clone() for f in fields(self)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, value in state.items():
-            getattr(self, name).copy_(value)
-
-    def reset(self) -> None:
-        self.total.zero_()
-        self.count.zero_()
-        self.first_bad.fill_(-1)
-
-
-@dataclass
 class TrainingState:
     """Everything that changes while training, gathered for saving and restoring."""
 
     model: nn.Module
     """Not wrapped in DDP; possibly sharded or compiled in place."""
     optimizer: Optimizer
-    scheduler: Any
-    scaler: torch.amp.GradScaler
+    schedule: TrainingSchedule
+    precision: Precision
     processes: Processes
     args: argparse.Namespace
     running: RunningLoss
@@ -225,8 +176,8 @@ class TrainingState:
         checkpoint = {
             "model": whole(self.model.state_dict(), keep),
             "optimizer": whole(self.optimizer.state_dict(), keep),
-            "lr_scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "lr_scheduler": self.schedule.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
             "epoch": self.progress.epoch - 1,
             "step": self.progress.step,
             "progress": asdict(self.progress),
@@ -253,8 +204,10 @@ class TrainingState:
             load_optimizer(self.optimizer, checkpoint["optimizer"], source)
         else:
             notes.append("it has no optimizer state, so the moments start at zero")
-        if checkpoint.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(checkpoint["scaler"])
+        if isinstance(checkpoint.get("lr_scheduler"), Mapping):
+            self.schedule.load_state_dict(checkpoint["lr_scheduler"])
+        if checkpoint.get("scaler") and self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(checkpoint["scaler"])
         known = {f.name for f in fields(Progress)}
         saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
         self.progress = Progress(**saved)

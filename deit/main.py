@@ -1,0 +1,215 @@
+"""Train and evaluate image classifiers.
+
+    python deit/main.py --model d2_deit_small_patch16_LS --data-path IMAGENET --output-dir runs/s
+    torchrun --nproc-per-node 8 deit/main.py ... --resume auto
+    python deit/main.py --model d2_deit_small_patch16_LS --data-path IMAGENET --resume FILE --eval
+
+Ctrl-C, SIGTERM and SIGUSR1 save at the next update and end with status 0; `--resume auto` goes on
+at that very update. Status 2 is a wrong command line or an input that cannot be used, 130 a second
+Ctrl-C. Other Python code calls `main(args)`, and may stop it by `request_stop`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deit.args import parse_args
+from deit.build import build_model, build_val_dataset, number_of_classes, set_precision
+from deit.checkpoint import load_model, model_state, trained_model_name
+from deit.distributed import Processes, choose_device, connect, find_place
+from deit.engine import (
+    Batches,
+    NonFiniteLossError,
+    Precision,
+    as_log,
+    describe,
+    evaluate,
+    mean_loss,
+    train_one_epoch,
+)
+from deit.errors import UserError, one_line_errors
+from deit.metrics import Scores
+from deit.reporting import duration
+from deit.stopping import Stopped, request_stop, stop_on_signals
+from deit.training import LAST, Run, build_run, build_val_loader, find_checkpoint
+
+__all__ = ["main", "request_stop"]
+
+
+def main(args: Namespace) -> int:
+    """Train or evaluate as `args` (from `deit.args.parse_args`) say.
+
+    Returns:
+        The exit status: 0 when the training is complete, or was stopped after saving its state
+        (`deit.stopping.stop_reason()` then says why).
+
+    Raises:
+        UserError: something that was asked for cannot be.
+    """
+    place = find_place(url=args.dist_url, world_size=args.world_size)
+    device = choose_device(args.device, place.local_rank)
+    set_precision(args, device)
+    with connect(place, device) as processes:
+        if args.eval:
+            evaluate_once(args, processes)
+            return 0
+        with stop_on_signals(announce=processes.is_main):
+            run = build_run(args, processes)
+            try:
+                train(run)
+            finally:
+                run.close()
+    return 0
+
+
+def train(run: Run) -> None:
+    """Train to the end, or to a stop that was asked for."""
+    args, progress, reporter = run.args, run.state.progress, run.reporter
+    batches = iter(run.train_loader)
+    try:
+        while progress.epoch < args.epochs:
+            train_epoch(run, batches)
+        how = "finished"
+    except Stopped as stop:
+        mean_loss(run.state.running, run.processes)  # a state that is broken is not to be saved
+        run.save([LAST])
+        how = f"stopped ({stop}) in epoch {progress.epoch + 1} after step {progress.step}"
+    except NonFiniteLossError as error:
+        raise UserError(explain_non_finite(run, error)) from error
+    finally:
+        reporter.stop()
+    run.agreement.finish()
+    run.close()
+    curves = reporter.close(title=args.model)
+    best = ""
+    if progress.best_epoch >= 0:
+        best = f"; best Acc@1 {progress.best_acc1:.3f} in epoch {progress.best_epoch + 1}"
+    spent = sum(record["time"] for record in progress.history) + progress.seconds
+    reporter.say(f"{how} after {duration(spent)} of training{best}")
+    if args.output_dir:
+        again = "" if how == "finished" else "; --resume auto goes on from there"
+        reporter.say(f"saved   {Path(args.output_dir) / LAST}{again}")
+    if curves is not None:
+        reporter.say(f"curves  {curves}")
+
+
+def train_epoch(run: Run, batches: Batches) -> None:
+    """One epoch, or what is left of it: train, evaluate, log, save."""
+    args, state, progress, reporter = run.args, run.state, run.state.progress, run.reporter
+    before, start = progress.seconds, time.perf_counter()
+    epoch = progress.epoch
+    title = f"epoch {epoch + 1}/{args.epochs}"
+    reporter.start(title, run.updates, progress.step)
+    try:
+        loss = train_one_epoch(
+            run.learner,
+            batches,
+            updates=run.updates,
+            start=progress.step,
+            done_before=epoch * run.updates,
+            running=state.running,
+            processes=run.processes,
+            agreement=run.agreement,
+            on_update=run.note_update,
+        )
+        record = {"train_loss": loss, "train_lr": run.learning_rate(), "epoch": epoch}
+        scores = None
+        if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+            scores = evaluate_run(run)
+            record |= as_log(scores)
+    finally:
+        progress.seconds = before + time.perf_counter() - start
+        reporter.stop()
+    for _ in range(run.batches - run.updates * args.update_freq):
+        next(batches)
+    best = scores is not None and scores.acc1 > progress.best_acc1
+    if best:
+        progress.best_acc1, progress.best_epoch = scores.acc1, epoch
+    state.schedule.step(epoch, None if scores is None else scores.acc1)
+    record |= {"n_parameters": run.parameters, "time": round(progress.seconds, 3)}
+    test = "" if scores is None else f"  {describe(scores)}  best {progress.best_acc1:.3f}"
+    reporter.say(f"{title}  train loss {loss:.4f}{test}  {duration(progress.seconds)}")
+    reporter.end_epoch(record)
+    progress.next_epoch(record)
+    state.running.reset()
+    run.save(run.names_after_epoch(epoch, best))
+
+
+def evaluate_run(run: Run) -> Scores:
+    """Evaluate the network, or its average, of a training."""
+    args = run.args
+    run.reporter.start("testing", len(run.val_loader))
+    return evaluate(
+        run.evaluated,
+        run.val_loader,
+        precision=run.state.precision,
+        processes=run.processes,
+        shared=args.dist_eval,
+        batch_size=args.batch_size,
+        input_size=args.input_size,
+        pad=args.compile,
+        agreement=run.agreement,
+        on_batch=run.reporter.on_batch,
+    )
+
+
+def evaluate_once(args: Namespace, processes: Processes) -> None:
+    """`--eval`: print the scores of a checkpoint's network on the validation data."""
+    source, checkpoint = find_checkpoint(args, processes)
+    dataset = build_val_dataset(args)
+    model, notes = build_model(args, number_of_classes(args, dataset, None))
+    if checkpoint is not None:
+        state = model_state(checkpoint, source=source, ema=args.model_ema_eval)
+        load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))
+    elif args.resume:
+        raise UserError(f"--eval --resume auto: there is no {LAST} in {args.output_dir!r}")
+    else:
+        notes.append("evaluating random weights: no checkpoint is given by --resume")
+    model.to(processes.device)
+    if args.compile:
+        model.compile()
+    scores = evaluate(
+        model,
+        build_val_loader(args, dataset, processes),
+        precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
+        processes=processes,
+        shared=args.dist_eval,
+        batch_size=args.batch_size,
+        input_size=args.input_size,
+        pad=args.compile,
+    )
+    if processes.is_main:
+        for note in notes:
+            print(f"note    {note}")
+        print(describe(scores))
+        images = f"{scores.count} test images"
+        print(f"Accuracy of the network on the {images}: {scores.acc1:.1f}%", flush=True)
+
+
+def explain_non_finite(run: Run, error: NonFiniteLossError) -> str:
+    """Where the loss broke, what is still good, and what to try."""
+    epoch = run.state.progress.epoch
+    last = f"the last good checkpoint is {Path(run.args.output_dir) / LAST}"
+    if not run.args.output_dir:
+        last = "nothing is saved, as there is no --output-dir"
+    elif not (Path(run.args.output_dir) / LAST).exists():
+        last = "no checkpoint has been saved yet"
+    return (
+        f"the loss became infinite or NaN in epoch {epoch + 1} at step {error.update + 1} "
+        f"(update {epoch * run.updates + error.update + 1}); {last}; try a lower --lr, "
+        "--clip-grad 1, more --warmup-epochs, --amp-dtype bfloat16 or --no-use-amp"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(one_line_errors(lambda: main(parse_args())))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,443 @@
+"""Everything that a training needs, built from the command line and, when resuming, from the
+checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deit.args import config_dict, uses_mixup
+from deit.build import (
+    build_model,
+    build_train_dataset,
+    build_val_dataset,
+    number_of_classes,
+)
+from deit.checkpoint import load_model, model_state, read_checkpoint, trained_model_name
+from deit.data import (
+    DeviceLoader,
+    ImageDataset,
+    TrainLoader,
+    build_eval_loader,
+    build_mixup,
+    build_train_loader,
+)
+from deit.distributed import Processes, blocks_of, shard, wrap_ddp
+from deit.ema import ModelEma
+from deit.engine import Learner, Precision, count_parameters
+from deit.errors import UserError
+from deit.losses import build_criterion, build_teacher, prepare_student
+from deit.optim import build_optimizer, scaled_lr
+from deit.reporting import Reporter, environment, read_log
+from deit.resume import Progress, RunningLoss, TrainingState, seed_all
+from deit.saving import CheckpointWriter, clean_temporaries
+from deit.schedule import build_scheduler
+from deit.stopping import StopAgreement
+
+LAST = "checkpoint.pth"
+BEST = "best_checkpoint.pth"
+EPOCH_COPY = "checkpoint_{:04d}.pth"
+# Repeated augmentation uses each image so often in an epoch.
+REPEATS = 3
+
+
+@dataclass
+class Run:
+    """A training that is ready to start or to go on."""
+
+    args: Namespace
+    processes: Processes
+    learner: Learner
+    state: TrainingState
+    evaluated: nn.Module
+    """The network that is evaluated: the averaged one or the trained one."""
+    train_loader: TrainLoader
+    val_loader: DeviceLoader
+    batches: int
+    """Batches in an epoch; those that do not fill an update at its end are not used."""
+    updates: int
+    """Optimizer updates in an epoch."""
+    images: int
+    """Images in an update, over all processes."""
+    parameters: int
+    """Trainable ones."""
+    agreement: StopAgreement
+    reporter: Reporter
+    writer: CheckpointWriter | None
+
+    def note_update(self, done: int, loss: float | None) -> None:
+        """After each update of an epoch: remember the place, and show it."""
+        progress = self.state.progress
+        progress.step, progress.images = done, done * self.images
+        if self.writer is not None:
+            self.writer.check()
+        self.reporter.on_update(progress.epoch, done, self.learning_rate(), loss)
+
+    def learning_rate(self) -> float:
+        """That of the layers without reduction."""
+        return max(group["lr"] for group in self.state.optimizer.param_groups)
+
+    def save(self, names: list[str]) -> None:
+        """Save the state under `names` in the output folder, if there is one."""
+        if self.args.output_dir:
+            checkpoint = self.state.collect()
+            if self.writer is not None:
+                self.writer.save(checkpoint, names)
+
+    def names_after_epoch(self, epoch: int, best: bool) -> list[str]:
+        """The files that the end of `epoch` is saved under; the one for resuming is the last."""
+        copy = self.args.save_freq and (epoch + 1) % self.args.save_freq == 0
+        return ([BEST] if best else []) + ([EPOCH_COPY.format(epoch)] if copy else []) + [LAST]
+
+    def close(self) -> None:
+        """End the loader's workers and wait for the last write; also after a failure."""
+        self.train_loader.close()
+        self.val_loader.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def find_checkpoint(args: Namespace, processes: Processes) -> tuple[str, dict[str, Any] | None]:
+    """What `--resume` names: (source, checkpoint), or ("", None) for a fresh start."""
+    source = args.resume
+    if source == "auto":
+        last = Path(args.output_dir) / LAST
+        source = str(last) if last.exists() else ""
+    if not source:
+        return "", None
+    with processes.main_first():
+        return source, read_checkpoint(source)
+
+
+def prepare_folder(args: Namespace, processes: Processes) -> CheckpointWriter | None:
+    """Make the output folder; the writer on rank 0.
+
+    Raises:
+        UserError: it cannot be made, or holds a training that this one would overwrite.
+    """
+    if not args.output_dir or not processes.is_main:
+        return None
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {args.output_dir!r}: {error.strerror}") from error
+    clean_temporaries(folder)
+    return CheckpointWriter(folder)
+
+
+@dataclass
+class Networks:
+    """One network in all the forms that it is needed in."""
+
+    model: nn.Module
+    """Itself: on the device, compiled and sharded in place if asked for."""
+    wrapped: nn.Module
+    """What is trained: `model`, in DDP if there are several processes."""
+    ema: ModelEma | None
+    parameters: int
+    notes: list[str]
+    """Remarks for the user."""
+
+
+def build_networks(
+    args: Namespace,
+    classes: int,
+    processes: Processes,
+    source: str,
+    checkpoint: Mapping[str, Any] | None,
+) -> Networks:
+    """Build the network, with its first weights, and its average.
+
+    The order matters: the average copies what is neither compiled nor sharded, and weights are
+    loaded whole, before they are sharded.
+    """
+    seed_all(args.seed)  # the same weights on every rank
+    model, notes = build_model(args, classes)
+    if checkpoint is not None:
+        _load(model, checkpoint, source)
+    elif args.finetune:
+        with processes.main_first():
+            origin = read_checkpoint(args.finetune)
+        from deit.finetune import load_for_finetune
+
+        state = model_state(origin, source=args.finetune)
+        notes.append(str(load_for_finetune(model, state)))
+    if args.attn_only:
+        from deit.finetune import freeze_all_but_attention
+
+        freeze_all_but_attention(model)
+    if args.distillation_type != "none":
+        prepare_student(model)
+    model.to(processes.device)
+    parameters = count_parameters(model)
+    ema = None
+    if args.model_ema:
+        ema = ModelEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
+        if checkpoint is not None and isinstance(checkpoint.get("model_ema"), Mapping):
+            _load(ema.module, checkpoint, source, ema=True)
+        elif checkpoint is not None:
+            notes.append(f"{source} has no average, it starts as a copy of the weights")
+    spread = args.fsdp and processes.world_size > 1
+    if args.compile:
+        for network in [model] if ema is None else [model, ema.module]:
+            for part in blocks_of(network) if spread else [network]:
+                part.compile()  # in place: the keys get no prefix
+    if not spread:
+        return Networks(model, wrap_ddp(model, processes), ema, parameters, notes)
+    if ema is not None:
+        shard(ema.module, processes)
+    return Networks(model, shard(model, processes), ema, parameters, notes)
+
+
+def _load(model: nn.Module, checkpoint: Mapping[str, Any], source: str, ema: bool = False) -> None:
+    state = model_state(checkpoint, source=source, ema=ema)
+    load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))
+
+
+def build_state(
+    args: Namespace, networks: Networks, processes: Processes, updates: int, images: int
+) -> TrainingState:
+    """Optimizer, schedule and the rest of what changes, at the start of a training."""
+    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
+    optimizer = build_optimizer(
+        networks.model,
+        opt=args.opt,
+        lr=lr,
+        weight_decay=args.weight_decay,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        momentum=args.momentum,
+        layer_decay=args.layer_decay,
+    )
+    schedule = build_scheduler(
+        optimizer,
+        sched=args.sched,
+        epochs=args.epochs,
+        updates_per_epoch=updates,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        warmup_prefix=args.warmup_prefix,
+        min_lr=args.min_lr,
+        decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate,
+        patience_epochs=args.patience_epochs,
+        cooldown_epochs=args.cooldown_epochs,
+        lr_noise=args.lr_noise,
+        lr_noise_pct=args.lr_noise_pct,
+        lr_noise_std=args.lr_noise_std,
+        seed=args.seed,
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end,
+    )
+    return TrainingState(
+        model=networks.model,
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
+        processes=processes,
+        args=args,
+        running=RunningLoss.on(processes.device),
+        ema=None if networks.ema is None else networks.ema.module,
+        progress=Progress(epoch=args.start_epoch),
+    )
+
+
+def build_learner(
+    args: Namespace, networks: Networks, state: TrainingState, classes: int
+) -> Learner:
+    """What turns batches into updates."""
+    device = state.processes.device
+    distil = args.distillation_type != "none"
+    teacher = None
+    if distil:
+        with state.processes.main_first():
+            teacher = build_teacher(args.teacher_model, args.teacher_path, classes, device)
+    criterion = build_criterion(
+        smoothing=args.smoothing,
+        mixup=uses_mixup(args),
+        bce=args.bce_loss,
+        cosub=args.cosub,
+        teacher=teacher,
+        distillation_type=args.distillation_type,
+        distillation_alpha=args.distillation_alpha,
+        distillation_tau=args.distillation_tau,
+    )
+    return Learner(
+        model=networks.wrapped,
+        criterion=criterion.to(device),
+        optimizer=state.optimizer,
+        schedule=state.schedule.step_update,
+        precision=state.precision,
+        mixup=build_mixup(
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            smoothing=args.smoothing,
+            num_classes=classes,
+        ),
+        ema=networks.ema,
+        accumulation=args.update_freq,
+        clip_grad=args.clip_grad,
+        train_mode=args.train_mode,
+    )
+
+
+def build_train_stream(
+    args: Namespace, dataset: ImageDataset, processes: Processes, progress: Progress
+) -> TrainLoader:
+    """The batches of this process, from where `progress` stands to the end of the training."""
+    return build_train_loader(
+        dataset,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        start_epoch=progress.epoch,
+        start_step=progress.step * args.update_freq,
+        seed=args.seed,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        repeats=REPEATS if args.repeated_aug else 1,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        device=processes.device,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        resplit=args.resplit,
+    )
+
+
+def build_val_loader(args: Namespace, dataset: ImageDataset, processes: Processes) -> DeviceLoader:
+    """The validation batches of this process; all of them without --dist-eval."""
+    return build_eval_loader(
+        dataset,
+        batch_size=args.batch_size,
+        world_size=processes.world_size if args.dist_eval else 1,
+        rank=processes.rank if args.dist_eval else 0,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        device=processes.device,
+    )
+
+
+def build_run(args: Namespace, processes: Processes) -> Run:
+    """Everything, at the start or where the checkpoint that `--resume` names was saved."""
+    source, checkpoint = find_checkpoint(args, processes)
+    train_set, val_set = build_train_dataset(args), build_val_dataset(args)
+    classes = number_of_classes(args, val_set, train_set)
+    networks = build_networks(args, classes, processes, source, checkpoint)
+    batches = len(train_set) // (args.batch_size * processes.world_size)
+    updates = batches // args.update_freq
+    images = args.batch_size * processes.world_size * args.update_freq
+    state = build_state(args, networks, processes, updates, images)
+    learner = build_learner(args, networks, state, classes)
+    # Building has drawn random numbers; from here on every rank has its own.
+    seed_all(args.seed + processes.rank)
+    if checkpoint is not None:
+        networks.notes += state.restore(checkpoint, source=source, global_batch=images)
+    state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
+    writer = prepare_folder(args, processes)
+    run = Run(
+        args=args,
+        processes=processes,
+        learner=learner,
+        state=state,
+        evaluated=state.ema if args.model_ema_eval and state.ema is not None else state.model,
+        train_loader=build_train_stream(args, train_set, processes, state.progress),
+        val_loader=build_val_loader(args, val_set, processes),
+        batches=batches,
+        updates=updates,
+        images=images,
+        parameters=networks.parameters,
+        agreement=StopAgreement(processes.control),
+        reporter=build_reporter(args, networks, state, updates, images, source),
+        writer=writer,
+    )
+    _introduce(run, networks, source, (len(train_set), len(val_set), classes))
+    return run
+
+
+def build_reporter(
+    args: Namespace,
+    networks: Networks,
+    state: TrainingState,
+    updates: int,
+    images: int,
+    source: str,
+) -> Reporter:
+    """The reporter, with the run's configuration written and its log where `state` stands."""
+    processes, progress = state.processes, state.progress
+    folder = Path(args.output_dir) if args.output_dir else None
+    if source and not progress.history and folder is not None:
+        # A published checkpoint brings no log: keep what the folder's knows of the epochs before.
+        progress.history = [r for r in read_log(folder) if r["epoch"] < progress.epoch]
+    reporter = Reporter(
+        folder,
+        active=processes.is_main,
+        device=processes.device,
+        epochs=args.epochs,
+        updates=updates,
+        images=images,
+        log_interval=args.log_interval,
+        done=progress.epoch * updates + progress.step,
+        wandb=args.wandb,
+        config={
+            "args": config_dict(args),
+            "environment": environment(processes.device, processes.world_size),
+            "trainable_parameters": networks.parameters,
+            "precision": str(state.precision),
+            "global_batch": images,
+            "updates_per_epoch": updates,
+            "peak_learning_rate": args.lr if args.unscale_lr else scaled_lr(args.lr, images),
+            "resumed_from": source or None,
+        },
+    )
+    reporter.restore(progress.history)
+    return reporter
+
+
+def _introduce(run: Run, networks: Networks, source: str, sizes: tuple[int, int, int]) -> None:
+    """Tell in a few lines what is about to happen."""
+    args, processes, progress = run.args, run.processes, run.state.progress
+    say = run.reporter.say
+    train, val, classes = sizes
+    device = (
+        torch.cuda.get_device_name(processes.device)
+        if processes.device.type == "cuda"
+        else (f"{processes.device} ({torch.get_num_threads()} threads)")
+    )
+    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, run.images)
+    say(
+        f"model   {args.model}, {networks.parameters / 1e6:.2f} M trainable parameters, "
+        f"{args.input_size} x {args.input_size} pixels, {classes} classes"
+    )
+    say(
+        f"data    {args.data_set} {args.data_path}".rstrip()
+        + f", {train:,} training and {val:,} test images"
+    )
+    say(
+        f"run     {processes.world_size} x {device}, {run.state.precision}; "
+        f"global batch {run.images}, {run.updates} updates an epoch, {args.epochs} epochs; "
+        f"{args.opt}, peak learning rate {lr:.3g}"
+    )
+    say(f"output  {args.output_dir or 'none: nothing is saved without --output-dir'}")
+    for note in networks.notes:
+        say(f"note    {note}")
+    if source:
+        place = f"epoch {progress.epoch + 1}, step {progress.step}"
+        say(
+            f"resume  {source}: going on at {place}"
+            if progress.epoch < args.epochs
+            else f"resume  {source}: all {args.epochs} epochs are done"
+        )
+    elif args.output_dir and (Path(args.output_dir) / LAST).exists():
+        say(f"note    the {LAST} there will be replaced; --resume auto goes on with it")
