@@ -2,8 +2,8 @@
 
 Processes whose partners were on a node that died end with an error, often minutes before Slurm
 notices the death; the job would count as failed, not as a victim. So when training failed, every
-node is asked whether it still starts processes. If one does not, the job goes back into the queue
-and on from its last checkpoint; if all do, the failure was the training's own and stands.
+node is asked for a sign of life. If one gives none, the job goes back into the queue and on from
+its last checkpoint; if all do, the failure was the training's own and stands.
 """
 
 from __future__ import annotations

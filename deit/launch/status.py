@@ -1,2 +1,180 @@
-def show_status(f):
-    pass
+"""`run_with_submitit.py status FOLDER ...`: how each run is doing.
+
+Everything comes from the run's folder (log.txt, config.json, submission.json), except whether a
+job is waiting or running, which Slurm is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deit.errors import UserError
+from deit.launch import slurm
+
+RECORD = "submission.json"
+_CONFIG, _LOG = "config.json", "log.txt"
+_BARS = "▁▂▃▄▅▆▇█"
+_CURVE_WIDTH = 24
+_RECENT = 5  # epochs that the time left is judged by
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What one line of the table shows; None where the run has not come so far."""
+
+    name: str
+    model: str | None
+    state: str
+    epoch: int
+    epochs: int | None
+    best: float | None  # top-1 in per cent
+    seconds_left: float | None
+    curve: str
+
+
+def show_status(folders: Sequence[str], console: Console | None = None) -> None:
+    """Print a table of the runs in `folders` (each a run, or a folder of runs).
+
+    Raises:
+        UserError: no folder, or one without a run in it.
+    """
+    if not folders or any(folder.startswith("-") for folder in folders):
+        raise UserError("usage: run_with_submitit.py status FOLDER ...")
+    runs = [run for folder in folders for run in find_runs(Path(folder))]
+    # Not on a terminal rich assumes 80 columns, and would cut what a pipe can take whole.
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=200)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("run", "model", "state", "epoch", "best top-1", "time left", "top-1"):
+        table.add_column(title, no_wrap=title != "model")
+    for folder in runs:
+        run = read_status(folder)
+        table.add_row(
+            run.name,
+            run.model or "-",
+            run.state,
+            f"{run.epoch}/{run.epochs or '?'}",
+            "-" if run.best is None else f"{run.best:.2f} %",
+            "-" if run.seconds_left is None else format_seconds(run.seconds_left),
+            run.curve,
+        )
+    console.print(table)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """`folder` if it holds a run, else those of its subfolders that do, sorted by name."""
+    if not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is not a folder")
+    if _is_run(folder):
+        return [folder]
+    runs = sorted(child for child in folder.iterdir() if child.is_dir() and _is_run(child))
+    if not runs:
+        raise UserError(f"there is no run in {str(folder)!r} (no {_CONFIG}, {_LOG} or {RECORD})")
+    return runs
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (_CONFIG, _LOG, RECORD))
+
+
+def read_status(folder: Path) -> RunStatus:
+    """The status of the run in `folder`."""
+    submission = _read_json(folder / RECORD)
+    output = Path(submission.get("output_dir") or folder)
+    args = _read_json(output / _CONFIG).get("args", {})
+    log = _read_log(output / _LOG)
+    epoch, epochs = (log[-1]["epoch"] + 1 if log else 0), args.get("epochs")
+    scores = [record["test_acc1"] for record in log if "test_acc1" in record]
+    times = [record["time"] for record in log if "time" in record][-_RECENT:]
+    finished = epochs is not None and epoch >= epochs
+    left = (epochs - epoch) * statistics.median(times) if epochs and times else None
+    return RunStatus(
+        name=folder.name,
+        model=args.get("model") or submission.get("name"),
+        state="finished" if finished else _state(submission, output),
+        epoch=epoch,
+        epochs=epochs,
+        best=max(scores, default=None),
+        seconds_left=None if finished else left,
+        curve=sparkline(scores),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """One object a line, one line an epoch (`deit.reporting`, which would load torch)."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _state(submission: dict[str, Any], output: Path) -> str:
+    """What an unfinished run is doing."""
+    job_id = submission.get("job_id")
+    if job_id is None:
+        age = time.time() - max(path.stat().st_mtime for path in output.iterdir())
+        return f"last written {format_seconds(age)} ago"
+    if submission.get("local"):
+        return "running" if _is_alive(int(job_id)) else "stopped"
+    state = slurm.job_state(job_id) if shutil.which("scontrol") else None
+    if state is None:
+        return f"job {job_id} unknown to Slurm"
+    # Completed, but not all epochs: somebody asked it to stop.
+    return {"COMPLETED": "stopped"}.get(state, state.lower())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
+    """`values` as a line of bars between their smallest and largest, evenly thinned to `width`."""
+    if len(values) > width:
+        step = (len(values) - 1) / (width - 1)
+        values = [values[round(index * step)] for index in range(width)]
+    if not values:
+        return ""
+    low, span = min(values), max(values) - min(values)
+    top = len(_BARS) - 1
+    return "".join(_BARS[round((v - low) / span * top) if span else top // 2] for v in values)
+
+
+def format_seconds(seconds: float) -> str:
+    """`2d 3h`, `3h 5min`, `5min`, `12s`: the two largest units."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    rest, parts = round(seconds), []
+    for name, size in units:
+        if rest >= size or (name == "s" and not parts):
+            parts.append(f"{rest // size}{name}")
+            rest %= size
+        if len(parts) == 2:
+            break
+    return " ".join(parts)

@@ -21,11 +21,11 @@ from deit.args import config_dict, parse_args
 from deit.errors import UserError, one_line
 from deit.launch.job import STOP_SIGNALS, TrainingJob
 from deit.launch.plan import Plan
+from deit.launch.status import RECORD
 
 if TYPE_CHECKING:
     import submitit
 
-RECORD = "submission.json"
 _REPOSITORY = Path(__file__).resolve().parents[2]
 # Bounds submitit's own count of time-outs, which `TrainingJob` does not use.
 _NO_LIMIT = 1_000_000
@@ -54,6 +54,7 @@ def submit(plan: Plan) -> list[submitit.Job]:
             "name": plan.name,
             "recipe": plan.recipe,
             "local": plan.local,
+            "output_dir": plan.options.get("output_dir", "").replace("%j", job.job_id),
             "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": plan.command(task),
             "resources": asdict(plan.resources),
