@@ -1,17 +1,24 @@
 """Equivariant layers on packed features, one concept a file; see `deit.groups` for the layout."""
 
 from deit.layers.activation import GELU, quick_gelu
-from deit.layers.affine import Affine, LayerScale
+from deit.layers.affine import Affine, LayerScale, OrdinaryAffine
 from deit.layers.attention import Attention
 from deit.layers.block import Block, OrdinaryBlock, OrdinaryLayerNorm
 from deit.layers.bridge import InvariantBridge, RegularBridge
 from deit.layers.conv import MirrorConv2d, MirrorDepthwiseConv2d, MirrorKernel
 from deit.layers.fixed import FixedBuffers
 from deit.layers.linear import Linear, as_rep, invariant_bias
+from deit.layers.mixer_block import MixerBlock, OrdinaryMixerBlock
 from deit.layers.mlp import Mlp
 from deit.layers.norm import LayerNorm
 from deit.layers.patch_embed import PatchEmbed
-from deit.layers.tokens import MirrorGrid, MirrorOrder, PositionEmbedding, PrefixToken
+from deit.layers.tokens import (
+    MirrorGrid,
+    MirrorHalves,
+    MirrorOrder,
+    PositionEmbedding,
+    PrefixToken,
+)
 
 __all__ = [
     "GELU",
@@ -26,11 +33,15 @@ __all__ = [
     "MirrorConv2d",
     "MirrorDepthwiseConv2d",
     "MirrorGrid",
+    "MirrorHalves",
     "MirrorKernel",
     "MirrorOrder",
+    "MixerBlock",
     "Mlp",
+    "OrdinaryAffine",
     "OrdinaryBlock",
     "OrdinaryLayerNorm",
+    "OrdinaryMixerBlock",
     "PatchEmbed",
     "PositionEmbedding",
     "PrefixToken",

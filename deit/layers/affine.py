@@ -1,4 +1,5 @@
-"""Channel-wise scale and shift of packed features: Affine, and LayerScale without the shift."""
+"""Channel-wise scale and shift of packed features: Affine, LayerScale without the shift, and the
+ordinary Affine for features that have been made invariant."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from deit.groups import FLOP, Group, Rep
 from deit.layers.linear import as_rep, invariant_bias
 
-__all__ = ["Affine", "LayerScale"]
+__all__ = ["Affine", "LayerScale", "OrdinaryAffine"]
 
 
 class Affine(nn.Module):
@@ -97,3 +98,28 @@ class LayerScale(Affine):
 
     def __init__(self, features: int | Rep, init_value: float = 1e-4, **kwargs) -> None:
         super().__init__(features, shift=False, init_value=init_value, **kwargs)
+
+
+class OrdinaryAffine(nn.Module):
+    """y = alpha * x + beta over the last axis, for features that are not packed.
+
+    Keys: `alpha`, `beta`, (features,), the published shapes; timm's Affine keeps (1, 1, features).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Scale one, shift zero."""
+        nn.init.ones_(self.alpha)
+        nn.init.zeros_(self.beta)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., features), same shape
+        return torch.addcmul(self.beta, x, self.alpha)

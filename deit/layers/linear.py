@@ -115,7 +115,7 @@ class Linear(nn.Module):
             y = torch.addmm(zero, rows, weight.t(), beta=0, alpha=in_gain * out_gain)
         else:
             y = torch.addmm(bias, rows, weight.t(), beta=out_gain, alpha=in_gain * out_gain)
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        y = y.reshape(x.shape[:-1] + y.shape[-1:])  # unpacking would stop symbolic tracers
         if d > 1:
             y = y.flatten(-2)
         if bias is not None and self.across is not None:

@@ -92,8 +92,8 @@ class PatchEmbed(MirrorConv2d):
         elif self.strict_img_size:
             raise ValueError(
                 f"images are {size[0]} x {size[1]} pixels, the network was made for "
-                f"{self.img_size[0]} x {self.img_size[1]}: give img_size, call set_input_size, or "
-                "use dynamic_img_size=True"
+                f"{self.img_size[0]} x {self.img_size[1]}: create it with img_size, or if it can "
+                "change, call set_input_size or create it with dynamic_img_size=True"
             )
         else:
             grid = self.grid_for(*size)

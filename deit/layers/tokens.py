@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deit.groups import FLOP, Rep
 from deit.layers.fixed import FixedBuffers
 
-__all__ = ["MirrorGrid", "MirrorOrder", "PositionEmbedding", "PrefixToken"]
+__all__ = ["MirrorGrid", "MirrorHalves", "MirrorOrder", "PositionEmbedding", "PrefixToken"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,22 @@ class MirrorOrder(FixedBuffers):
         )
 
 
+class MirrorHalves(FixedBuffers):
+    """The same order as published for decomposed tokens: `left_idx` and `right_idx`.
+
+    Row-major patches of the left half, and of their mirror images; with an odd width there is a
+    `middle_idx` too.
+    """
+
+    def __init__(self, grid: MirrorGrid, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        names = ("left_idx", "middle_idx", "right_idx")
+        for name, index in zip(names, grid.permutation().split(grid.blocks), strict=True):
+            if name != "middle_idx" or grid.width % 2:
+                rule = f"the token order of a {grid.height} x {grid.width} grid"
+                self.register_fixed(name, index.clone(), rule, device)
+
+
 class PositionEmbedding(nn.Module):
     """A position embedding that flopping leaves alone.
 
@@ -116,10 +132,12 @@ class PositionEmbedding(nn.Module):
 
     def packed(self, grid: MirrorGrid | None = None) -> Tensor:
         """The packed embedding in mirror order, (1, N, C); resampled if `grid` is another one."""
-        if grid is not None and grid != self.grid:
-            sym, asym = resample(self.get_parameter("0"), self.get_parameter("1"), self.grid, grid)
-        else:
-            grid, sym, asym = self.grid, self.get_parameter("0"), self.get_parameter("1")
+        # getattr and not get_parameter, which refuses the stand-ins of symbolic tracers
+        sym, asym = getattr(self, "0"), getattr(self, "1")
+        if grid is None:
+            grid = self.grid
+        elif grid != self.grid:
+            sym, asym = resample(sym, asym, self.grid, grid)
         middle = asym.new_zeros(1, grid.rep.fixed, self.half)
         sym = torch.cat([sym, sym[:, : grid.rep.free]], 1)
         return torch.cat([sym, torch.cat([asym, middle, -asym], 1)], -1)
@@ -177,11 +195,11 @@ class PrefixToken(FixedBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        half = dim // 2
+        self.half = dim // 2
         self.register_parameter(
-            "0", nn.Parameter(torch.empty(1, count, half, device=device, dtype=dtype))
+            "0", nn.Parameter(torch.empty(1, count, self.half, device=device, dtype=dtype))
         )
-        zeros = torch.zeros(1, count, half, device="cpu", dtype=dtype)
+        zeros = torch.zeros(1, count, self.half, device="cpu", dtype=dtype)
         self.register_fixed("1", zeros, "zero, as equivariance demands", device)
         self.reset_parameters()
 
@@ -192,6 +210,4 @@ class PrefixToken(FixedBuffers):
 
     def forward(self, batch: int) -> Tensor:
         """Packed tokens for a batch, (batch, count, C)."""
-        return F.pad(self.get_parameter("0"), (0, self.get_buffer("1").shape[-1])).expand(
-            batch, -1, -1
-        )
+        return F.pad(getattr(self, "0"), (0, self.half)).expand(batch, -1, -1)

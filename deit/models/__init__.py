@@ -1,5 +1,6 @@
 """All networks; importing this package registers them with timm."""
 
+from deit.models.resmlp import OrdinaryResMLP, ResMLP
 from deit.models.vit import OrdinaryVisionTransformer, VisionTransformer
 
-__all__ = ["OrdinaryVisionTransformer", "VisionTransformer"]
+__all__ = ["OrdinaryResMLP", "OrdinaryVisionTransformer", "ResMLP", "VisionTransformer"]
