@@ -219,8 +219,8 @@ def _add_augmentation(parser: ArgumentParser) -> None:
     augment.switch("--ThreeAugment",
                    "grayscale, solarize or blur each image (DeiT III)")
     augment.switch("--src",
-                   "with --ThreeAugment: resize, then crop with 4 pixels of reflection padding, "
-                   "in place of the random resized crop")
+                   "resize, then crop with 4 pixels of reflection padding, in place of the random "
+                   "resized crop")
     augment.add("--hflip", FRACTION, 0.5, "PROB",
                 "probability of mirroring a training image")
     augment.add("--train-interpolation", str, "bicubic", None,
@@ -238,7 +238,7 @@ def _add_augmentation(parser: ArgumentParser) -> None:
     augment.add("--recount", COUNT, 1, "N",
                 "largest number of parts erased")
     augment.switch("--resplit",
-                   "leave the first half of each batch without erasing")
+                   "erase nothing in the first of the copies that --repeated-aug makes")
     augment.add("--mixup", NON_NEGATIVE, 0.8, "ALPHA",
                 "parameter of mixup's Beta distribution, 0 for no mixup")
     augment.add("--cutmix", NON_NEGATIVE, 1.0, "ALPHA",
@@ -391,11 +391,9 @@ def validate(args: Namespace) -> None:
         )
     if args.cosub and args.distillation_type != "none":
         raise UserError("--cosub cannot be combined with --distillation-type; drop one of the two")
-    if args.src and not args.ThreeAugment:
-        raise UserError("--src is a variant of --ThreeAugment and needs it")
-    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         low, high = args.cutmix_minmax
-        raise UserError(f"--cutmix-minmax {low:g} {high:g}: the first must not exceed the second")
+        raise UserError(f"--cutmix-minmax {low:g} {high:g}: the first must be the smaller one")
     _validate_schedule(args)
     _validate_sources(args)
 

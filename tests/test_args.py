@@ -103,7 +103,6 @@ def test_published_prefixes_stay_unique(words):
         (["--attn-mixer", "--fused-attn"], ["--attn-mixer", "--fused-attn"]),
         (["--batch-size", "63"], ["63", "odd", "mixup"]),
         (["--cosub", "--distillation-type", "hard"], ["--cosub", "--distillation-type"]),
-        (["--src"], ["--ThreeAugment"]),
         (["--opt-betas", "0.9", "1"], ["less than 1"]),
         (["--lr-noise", "0.1", "0.2", "0.3"], ["start and an end", "3"]),
         (["--cutmix-minmax", "0.8", "0.2"], ["0.8", "0.2"]),
