@@ -157,6 +157,40 @@ def test_a_step_never_waits_for_the_device(capturable):
             params[0].sum().item()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_without_waiting_and_as_a_cuda_graph():
+    def on_gpu():
+        return [nn.Parameter(p.detach().cuda()) for p in make_params()]
+
+    reference, eager, captured = make_params(), on_gpu(), on_gpu()
+    for params in (reference, eager, captured):
+        for p, grad in zip(params, make_params(), strict=True):
+            p.grad = grad.detach().to(p.device)
+    optimizers = [
+        Lamb(groups(reference), lr=0.02),
+        Lamb(groups(eager), lr=0.02),
+        Lamb(groups(captured), lr=0.02, capturable=True),
+    ]
+    for optimizer in optimizers:
+        optimizer.step()  # makes the state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizers[1].step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records, does not run
+        optimizers[2].step()
+    for _ in range(2):
+        optimizers[0].step()
+        graph.replay()
+    optimizers[1].step()
+    for a, b, c in zip(reference, eager, captured, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(c.cpu(), a, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
