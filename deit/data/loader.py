@@ -9,12 +9,15 @@ state of the main process is touched.
 
 from __future__ import annotations
 
-import atexit
+import ctypes
+import multiprocessing
+import os
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -126,20 +129,21 @@ def _identity(batch: RawBatch | Failure) -> RawBatch | Failure:
     return batch
 
 
-def _die_at_the_next(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)
-
-
-def _init_worker(worker_id: int) -> None:
+def _init_worker(stopping: ctypes.c_bool, worker_id: int) -> None:
     """Leave signals to the main process, which saves a checkpoint and then stops its workers.
 
-    Ctrl-C and cluster managers signal the whole process group. A second SIGTERM still ends a
-    worker: that is how multiprocessing gets rid of one that hangs when the main process leaves.
+    Ctrl-C and cluster managers signal all processes of a job. But SIGTERM is also how
+    multiprocessing ends a worker that hangs, so that it counts once the loader is `stopping`.
     """
+
+    def on_sigterm(signum: int, frame: FrameType | None) -> None:
+        if stopping.value:
+            os._exit(0)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _die_at_the_next)
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 class SeededErasing:
@@ -174,19 +178,9 @@ def is_worker_death(error: BaseException) -> bool:
 def worker_death(error: BaseException) -> UserError:
     """The one line to print for it."""
     return UserError(
-        f"{error} Often the machine ran out of memory (fewer --num-workers help) or of shared memory "
+        f"{error} Often the machine ran out of memory (fewer --num-workers help) or shared memory "
         "(in a container: a larger /dev/shm)."
     )
-
-
-_open_loaders: weakref.WeakSet[DeviceLoader] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_loaders() -> None:
-    # Workers ignore multiprocessing's first SIGTERM; told in the regular way, they leave at once.
-    for loader in list(_open_loaders):
-        loader.close()
 
 
 class DeviceLoader:
@@ -201,6 +195,7 @@ class DeviceLoader:
         self,
         batches: DataLoader,
         *,
+        stopping: ctypes.c_bool,
         device: torch.device,
         mean: Sequence[float],
         std: Sequence[float],
@@ -208,6 +203,7 @@ class DeviceLoader:
     ) -> None:
         self._batches: DataLoader | None = batches
         self._running: Iterator | None = None
+        self._stopping = stopping
         self.device = device
         self._compute = device if device.type == "cuda" else torch.device("cpu")
         self._mean, self._std = (
@@ -216,7 +212,8 @@ class DeviceLoader:
         )
         self._erasing = erasing
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        _open_loaders.add(self)
+        # at exit this runs before multiprocessing terminates the workers and waits for them
+        weakref.finalize(self, setattr, stopping, "value", True)
 
     def __len__(self) -> int:
         """The number of batches of one pass."""
@@ -230,6 +227,7 @@ class DeviceLoader:
 
     def close(self) -> None:
         """End the pass under way, if any, and the workers."""
+        self._stopping.value = True
         if self._running is not None:
             self._running.close()
         self._running = self._batches = None
@@ -240,7 +238,8 @@ class DeviceLoader:
                 if isinstance(batch, Failure):
                     raise UserError(batch.message)
                 yield batch
-        except RuntimeError as error:
+        except Exception as error:
+            self._stopping.value = True
             if is_worker_death(error):
                 raise worker_death(error) from error
             raise
@@ -331,8 +330,11 @@ def build_train_loader(
         erase=erasing is not None,
         first_clean=repeats if resplit and repeats > 1 else 0,
     )
-    batches = _data_loader(source, stream, num_workers, pin_memory, device, persistent=False)
-    return TrainLoader(stream, batches, device=device, mean=mean, std=std, erasing=erasing)
+    stopping = multiprocessing.RawValue(ctypes.c_bool, False)
+    loader = _data_loader(source, stream, num_workers, pin_memory, device, stopping, False)
+    return TrainLoader(
+        stream, loader, stopping=stopping, device=device, mean=mean, std=std, erasing=erasing
+    )
 
 
 def build_eval_loader(
@@ -357,8 +359,9 @@ def build_eval_loader(
         list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)
     ]
     source = BatchDataset(dataset, seed=None, erase=False)
-    loader = _data_loader(source, batches, num_workers, pin_memory, device, persistent=True)
-    return DeviceLoader(loader, device=device, mean=mean, std=std)
+    stopping = multiprocessing.RawValue(ctypes.c_bool, False)
+    loader = _data_loader(source, batches, num_workers, pin_memory, device, stopping, True)
+    return DeviceLoader(loader, stopping=stopping, device=device, mean=mean, std=std)
 
 
 def _data_loader(
@@ -367,6 +370,7 @@ def _data_loader(
     num_workers: int,
     pin_memory: bool,
     device: torch.device,
+    stopping: ctypes.c_bool,
     persistent: bool,
 ) -> DataLoader:
     return DataLoader(
@@ -375,7 +379,7 @@ def _data_loader(
         num_workers=num_workers,
         collate_fn=_identity,
         pin_memory=pin_memory and device.type == "cuda",
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, stopping),
         persistent_workers=persistent and num_workers > 0,
         generator=torch.Generator(),  # by default the DataLoader draws its seed from the global one
     )

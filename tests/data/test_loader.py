@@ -1,0 +1,352 @@
+"""The loaders: the same bits from any number of workers, processes and restarts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import islice, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from deit.data import (
+    build_dataset,
+    build_eval_loader,
+    build_train_loader,
+    eval_transform,
+    train_transform,
+)
+from deit.data.images import ArrayImages
+from deit.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def images(count=30, transform=None) -> ArrayImages:
+    """Random images whose class is their number."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 20, 3), dtype=np.uint8)
+    names = [str(number) for number in range(count)]
+    return ArrayImages(
+        pixels, range(count), names, "random images", transform or train_transform(16)
+    )
+
+
+def train_loader(dataset=None, **options):
+    defaults = {"batch_size": 6, "epochs": 3, "seed": 5, "device": "cpu"}
+    return build_train_loader(dataset or images(), **{**defaults, **options})
+
+
+def assert_same(first, second) -> None:
+    first, second = list(first), list(second)
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def random_state() -> tuple:
+    numpy = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy[1].tobytes(), numpy[2], torch.get_rng_state().numpy().tobytes()
+
+
+ERASING = {"re_prob": 0.5, "re_count": 2}
+
+
+class TestTraining:
+    def test_shapes_and_types(self):
+        loader = train_loader()
+        assert loader.steps_per_epoch == 5
+        assert len(loader) == 15
+        for batch, targets in loader:
+            assert batch.shape == (6, 3, 16, 16)
+            assert batch.dtype == torch.float32
+            assert batch.is_contiguous()
+            assert targets.shape == (6,)
+            assert targets.dtype == torch.int64
+
+    def test_normalisation(self):
+        white = ArrayImages(
+            np.full((6, 8, 8), 255, np.uint8), [0] * 6, ["a"], "white", eval_transform(8)
+        )
+        (batch, _), *_ = train_loader(white, epochs=1)
+        mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+        torch.testing.assert_close(batch, ((1 - mean) / std)[:, None, None].expand(6, 3, 8, 8))
+        (batch, _), *_ = train_loader(white, epochs=1, mean=(0.5,) * 3, std=(0.25,) * 3)
+        torch.testing.assert_close(batch, torch.full((6, 3, 8, 8), 2.0))
+
+    @pytest.mark.parametrize("num_workers", [1, 2, 3])
+    def test_number_of_workers_changes_nothing(self, num_workers):
+        options = {"repeats": 3, **ERASING}
+        assert_same(train_loader(**options), train_loader(num_workers=num_workers, **options))
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_resume_in_the_middle_changes_nothing(self, num_workers):
+        whole = list(train_loader(**ERASING))
+        rest = train_loader(start_epoch=1, start_step=3, num_workers=num_workers, **ERASING)
+        assert len(rest) == 7
+        assert_same(whole[8:], rest)
+
+    @pytest.mark.parametrize("repeats", [1, 3])
+    def test_number_of_processes_changes_nothing(self, repeats):
+        options = {"repeats": repeats, **ERASING}
+        parts = [train_loader(batch_size=3, world_size=2, rank=r, **options) for r in range(2)]
+        for whole, *halves in zip(train_loader(**options), *parts, strict=True):
+            for rank, half in enumerate(halves):
+                assert torch.equal(whole[0][rank::2], half[0])
+                assert torch.equal(whole[1][rank::2], half[1])
+
+    def test_seed_and_epoch_change_everything(self):
+        batches = [*train_loader(), *train_loader(seed=6)]
+        assert len({batch.numpy().tobytes() for batch, _ in batches}) == 30
+
+    def test_copies_of_repeated_augmentation_differ(self):
+        (batch, targets), *_ = train_loader(repeats=3)
+        assert targets[0] == targets[1] == targets[2] != targets[3]
+        assert not torch.equal(batch[0], batch[1])
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_global_generators_are_left_alone(self, num_workers):
+        before = random_state()
+        loader = train_loader(num_workers=num_workers, **ERASING)
+        for step, _ in enumerate(loader):
+            if step == 7:
+                assert random_state() == before
+        assert random_state() == before
+
+    def test_too_small(self):
+        with pytest.raises(UserError, match="30 images, fewer than one global batch of 32"):
+            train_loader(batch_size=16, world_size=2)
+
+
+class TestErasing:
+    def erased(self, **options) -> torch.Tensor:
+        """Which pixels (N, 16, 16) of the first epoch random erasing changed."""
+        clean = torch.cat([batch for batch, _ in train_loader(epochs=1, repeats=3)])
+        options = {"epochs": 1, "repeats": 3, **options}
+        erased = torch.cat([batch for batch, _ in train_loader(**options)])
+        return (clean != erased).any(1)
+
+    def test_probability(self):
+        assert not self.erased(re_prob=0).any()
+        assert self.erased(re_prob=1).flatten(1).any(1).all()
+        assert 5 < self.erased(re_prob=0.5).flatten(1).any(1).sum() < 25
+
+    def test_erases_a_rectangle(self):
+        for mask in self.erased(re_prob=1):
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            box = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            assert box.float().mean() > 0.99
+            assert 0.005 < mask.float().mean() < 0.45
+
+    def test_resplit_spares_the_first_copy(self):
+        erased = self.erased(re_prob=1, resplit=True).flatten(1).any(1)
+        assert erased.tolist() == [False, True, True] * 10
+
+    def test_resplit_without_repeats_spares_none(self):
+        clean = [batch for batch, _ in train_loader(epochs=1)]
+        erased = [b for b, _ in train_loader(epochs=1, re_prob=1, resplit=True)]
+        assert (torch.cat(clean) != torch.cat(erased)).flatten(1).any(1).all()
+
+    def test_modes(self):
+        values = {}
+        for mode in ("const", "rand", "pixel"):
+            (batch, _), *_ = train_loader(epochs=1, re_prob=1, re_mode=mode)
+            (clean, _), *_ = train_loader(epochs=1)
+            values[mode] = [b[:, (b != c).any(0)] for b, c in zip(batch, clean, strict=True)]
+        assert all((value == 0).all() for value in values["const"])
+        assert all((value == value[:, :1]).all() for value in values["rand"])
+        assert any((value != value[:, :1]).any() for value in values["pixel"])
+        noise = torch.cat([value.flatten() for value in values["pixel"]])
+        assert abs(noise.mean()) < 0.2
+        assert abs(noise.std() - 1) < 0.2
+
+    def test_unknown_mode(self):
+        with pytest.raises(UserError, match="'noise': pixel, rand or const"):
+            train_loader(re_prob=1, re_mode="noise")
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize(
+        ("num_workers", "world_size", "batch_size"),
+        [*product([0], [1, 2, 3, 8], [1, 4, 100]), (2, 1, 4), (2, 2, 1), (2, 8, 100)],
+    )
+    def test_every_image_once(self, num_workers, world_size, batch_size):
+        dataset = images(7, eval_transform(16))
+        seen = []
+        for rank in range(world_size):
+            loader = build_eval_loader(
+                dataset,
+                batch_size=batch_size,
+                world_size=world_size,
+                rank=rank,
+                num_workers=num_workers,
+                device="cpu",
+            )
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            seen += [target for _, targets in batches for target in targets.tolist()]
+            assert all(len(batch) == len(targets) <= batch_size for batch, targets in batches)
+        assert sorted(seen) == list(range(7))
+
+    def test_can_be_run_again_with_the_same_workers(self):
+        loader = build_eval_loader(
+            images(transform=eval_transform(16)), batch_size=7, num_workers=2, device="cpu"
+        )
+        first = list(loader)
+        workers = {worker.pid for worker in multiprocessing.active_children()}
+        list(islice(loader, 2))  # left in the middle
+        second = list(loader)
+        assert_same(first, second)
+        assert {worker.pid for worker in multiprocessing.active_children()} >= workers
+        loader.close()
+        assert not workers & {worker.pid for worker in multiprocessing.active_children()}
+
+
+def run_script(body: str) -> subprocess.CompletedProcess:
+    """Run `body` with the names of this file in a process group of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", "from test_loader import *\n" + textwrap.dedent(body)],
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        timeout=120,
+    )
+
+
+def damage(tree: Path) -> Path:
+    path = tree / "train" / "bee" / "bee_1.JPEG"
+    path.write_bytes(path.read_bytes()[:300])
+    return path
+
+
+class TestFailures:
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_damaged_image_is_one_line(self, own_image_tree, num_workers):
+        path = damage(own_image_tree)
+        dataset = build_dataset("train", root=own_image_tree, transform=eval_transform(16))
+        for build in (train_loader, build_eval_loader):
+            with pytest.raises(UserError, match=r"^cannot read the image .*$") as error:
+                list(build(dataset, batch_size=5, device="cpu", num_workers=num_workers))
+            assert str(path) in str(error.value)
+            assert "\n" not in str(error.value)
+
+    def test_defects_keep_their_traceback(self):
+        def defect(image):
+            raise KeyError("a bug")
+
+        with pytest.raises(KeyError, match=r"(?s)Traceback.*in defect"):
+            list(train_loader(images(transform=defect), num_workers=1))
+
+    def test_killed_worker_is_reported(self):
+        result = run_script("""
+            train = train_loader(epochs=10**6, num_workers=2)
+            batches = iter(train)
+            next(batches)
+            worker = multiprocessing.active_children()[0].pid
+            try:
+                os.kill(worker, signal.SIGKILL)
+                for _ in batches:
+                    pass
+            except Exception as error:
+                # torch's SIGCHLD handler may strike outside the loader: then it is the original
+                print(isinstance(error, UserError) or is_worker_death(error), error, flush=True)
+                os._exit(7)
+            """)
+        assert result.returncode == 7, result.stderr
+        assert result.stdout.startswith("True DataLoader worker (pid")
+
+    def test_signals_are_left_to_the_main_process(self):
+        expected = train_loader()
+        before = set(multiprocessing.active_children())
+        loader = train_loader(num_workers=2)
+        batches = iter(loader)
+        got = [next(batches)]
+        for worker in set(multiprocessing.active_children()) - before:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                os.kill(worker.pid, number)
+        assert_same(expected, got + list(batches))
+
+    @pytest.mark.parametrize("ending", ["sys.exit(3)", "raise ValueError('x')", "os.kill(0, 15)"])
+    def test_leaving_in_the_middle_ends_the_workers(self, ending):
+        """Neither the process nor its workers linger, even when all of them get a SIGTERM."""
+        started = time.monotonic()
+        result = run_script(f"""
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+            train = train_loader(epochs=99, num_workers=2)
+            val = build_eval_loader(images(), batch_size=2, device="cpu", num_workers=1)
+            iterators = [iter(train), iter(val)]
+            for iterator in iterators:
+                next(iterator)
+            print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+            {ending}
+            """)
+        assert result.returncode == (1 if "raise" in ending else 3), result.stderr
+        assert time.monotonic() - started < 60
+        workers = [int(pid) for pid in result.stdout.split()]
+        assert len(workers) == 3
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_stays_flat_over_100_epochs(image_tree):
+    def resident() -> np.ndarray:
+        """MiB of this process and of each worker."""
+        pids = ["self", *(str(worker.pid) for worker in workers)]
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
+        return np.array(pages) * os.sysconf("SC_PAGESIZE") / 2**20
+
+    dataset = build_dataset("train", root=image_tree, transform=train_transform(64))
+    before = set(multiprocessing.active_children())
+    loader = train_loader(dataset, batch_size=5, epochs=101, num_workers=2, re_prob=0.25, repeats=3)
+    batches = iter(loader)
+    next(batches)
+    workers = sorted(set(multiprocessing.active_children()) - before, key=lambda worker: worker.pid)
+    assert len(workers) == 2
+    for _ in islice(batches, 20 * 3):
+        pass
+    early = resident()
+    for _ in islice(batches, 80 * 3):
+        pass
+    assert (resident() - early).max() < 4, (early, resident())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestCuda:
+    def test_same_as_on_the_cpu(self):
+        for on_cpu, on_gpu in zip(
+            train_loader(repeats=3),
+            train_loader(repeats=3, device="cuda", num_workers=2),
+            strict=True,
+        ):
+            assert on_gpu[0].is_cuda
+            assert on_gpu[1].is_cuda
+            torch.testing.assert_close(on_gpu[0].cpu(), on_cpu[0])
+            assert torch.equal(on_gpu[1].cpu(), on_cpu[1])
+
+    def test_erasing_is_reproducible_and_leaves_generators_alone(self):
+        torch.cuda.manual_seed(1)
+        before = torch.cuda.get_rng_state()
+        whole = list(train_loader(device="cuda", **ERASING))
+        rest = list(
+            train_loader(device="cuda", start_epoch=1, start_step=2, num_workers=2, **ERASING)
+        )
+        assert_same(whole[7:], rest)
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+        clean = list(train_loader(device="cuda"))
+        assert not torch.equal(whole[0][0], clean[0][0])
+
+    def test_batches_in_use_are_not_overwritten(self):
+        batches = [(batch, batch.clone()) for batch, _ in train_loader(device="cuda", epochs=20)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(batch, copy) for batch, copy in batches)

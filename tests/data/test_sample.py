@@ -1,0 +1,70 @@
+"""The images that come with the package."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from deit.data import build_dataset
+from deit.data.datasets import DEBIAN_FASHION_MNIST, SAMPLE_FOLDER, find_idx_pair
+from deit.data.idx import read_idx, write_idx
+from deit.data.make_sample import IMAGES_PER_CLASS, make_sample
+
+
+@pytest.mark.parametrize("name", ["IMNET", "SAMPLE", "sample"])
+@pytest.mark.parametrize(("split", "count"), [("train", 5000), ("val", 1000)])
+def test_is_the_default_and_balanced(name, split, count):
+    dataset = build_dataset(split, name=name)
+    assert len(dataset) == count
+    assert dataset.num_classes == 10
+    assert np.bincount(dataset.targets).tolist() == [count // 10] * 10
+    assert dataset.class_names[9] == "Ankle boot"
+
+
+def test_at_most_three_megabytes():
+    assert sum(path.stat().st_size for path in SAMPLE_FOLDER.iterdir()) <= 3_000_000
+
+
+def test_licence_and_origin_are_there():
+    assert "Zalando" in (SAMPLE_FOLDER / "LICENSE").read_text(encoding="utf-8")
+    assert "Fashion-MNIST" in (SAMPLE_FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_images_are_distinct_and_splits_disjoint():
+    digests = {
+        split: {hashlib.sha1(image.tobytes()).digest() for image in read_idx(images)}
+        for split in IMAGES_PER_CLASS
+        for images, _ in [find_idx_pair(SAMPLE_FOLDER, split)]
+    }
+    assert len(digests["train"]) == 5000
+    assert len(digests["val"]) == 1000
+    assert not digests["train"] & digests["val"]
+
+
+def test_script_takes_the_first_of_each_class(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in IMAGES_PER_CLASS:
+        images, labels = find_idx_pair(SAMPLE_FOLDER, split)
+        labels = np.repeat(np.arange(10, dtype=np.uint8), 520)
+        generator.shuffle(labels)
+        source = tmp_path / "source"
+        source.mkdir(exist_ok=True)
+        numbered = np.arange(len(labels), dtype=np.uint32).view(np.uint8).reshape(-1, 2, 2)
+        write_idx(source / images.name, numbered)
+        write_idx(source / find_idx_pair(SAMPLE_FOLDER, split)[1].name, labels)
+    make_sample(source, tmp_path / "made")
+    images, kept = (read_idx(path) for path in find_idx_pair(tmp_path / "made", "val"))
+    chosen = images.reshape(-1, 4).view(np.uint32).ravel()
+    assert (np.diff(chosen) > 0).all()
+    for label in range(10):
+        expected = np.flatnonzero(labels == label)[: IMAGES_PER_CLASS["val"]]
+        np.testing.assert_array_equal(chosen[kept == label], expected)
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="needs dataset-fashion-mnist")
+def test_committed_files_are_what_the_script_makes(tmp_path):
+    make_sample(DEBIAN_FASHION_MNIST, tmp_path)
+    for path in SAMPLE_FOLDER.glob("*.gz"):
+        np.testing.assert_array_equal(read_idx(path), read_idx(tmp_path / path.name))

@@ -1,0 +1,238 @@
+"""Training and evaluation transforms, and mixup."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from timm.data import create_transform
+from torchvision import transforms as tv
+
+from deit.data import build_mixup, eval_transform, train_transform
+from deit.data.stream import seed_everything
+from deit.data.transforms import build_three_augment
+from deit.errors import UserError
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """A smooth colour image with all grey levels, 80 x 60."""
+    x, y = np.meshgrid(np.linspace(0, 255, 80), np.linspace(0, 255, 60))
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+class TestThreeAugment:
+    def kind(self, image: Image.Image, result: Image.Image) -> str:
+        if result.tobytes() == image.convert("L").convert("RGB").tobytes():
+            return "gray"
+        if result.tobytes() == ImageOps.solarize(image, 128).tobytes():
+            return "solarize"
+        return "blur"
+
+    def test_one_of_three_equally_likely(self, photo):
+        seed_everything(0)
+        augment = build_three_augment()
+        counts = Counter(self.kind(photo, augment(photo)) for _ in range(900))
+        assert set(counts) == {"gray", "solarize", "blur"}
+        # binomial(900, 1/3) has a standard deviation of 14
+        assert all(abs(count - 300) < 60 for count in counts.values()), counts
+
+    def test_blur_radius(self, photo):
+        random.seed(0)
+        radii = []
+
+        class Spy(Image.Image):
+            def filter(self, kernel: ImageFilter.GaussianBlur) -> Image.Image:
+                radii.append(kernel.radius)
+                return photo
+
+        blur = build_three_augment().transforms[2]
+        for _ in range(500):
+            blur(Spy())
+        assert 0.1 <= min(radii) < 0.2
+        assert 1.9 < max(radii) <= 2.0
+
+    def test_comes_after_crop_and_flip_and_before_jitter(self):
+        steps = train_transform(64, three_augment=True, color_jitter=0.3).transforms
+        assert [type(step).__name__ for step in steps] == [
+            "RandomResizedCropAndInterpolation",
+            "RandomHorizontalFlip",
+            "RandomChoice",
+            "ColorJitter",
+            "PILToTensor",
+        ]
+        assert steps[0].scale == (0.08, 1.0)
+        assert "bicubic" in repr(steps[0])
+        assert steps[3].brightness == steps[3].contrast == steps[3].saturation == (0.7, 1.3)
+        assert steps[3].hue is None
+
+    def test_stays_with_the_resized_crop_for_small_images(self):
+        steps = train_transform(32, three_augment=True).transforms
+        assert type(steps[0]).__name__ == "RandomResizedCropAndInterpolation"
+
+    def test_src(self):
+        steps = train_transform(64, three_augment=True, simple_crop=True, color_jitter=0).transforms
+        names = [type(step).__name__ for step in steps]
+        assert names == [
+            "Resize",
+            "RandomCrop",
+            "RandomHorizontalFlip",
+            "RandomChoice",
+            "PILToTensor",
+        ]
+        assert (steps[1].padding, steps[1].padding_mode) == (4, "reflect")
+
+
+class TestTrain:
+    @pytest.mark.parametrize("size", [28, 32, 64])
+    @pytest.mark.parametrize("three_augment", [False, True])
+    @pytest.mark.parametrize("simple_crop", [False, True])
+    @pytest.mark.parametrize("auto_augment", ["", "rand-m9-mstd0.5-inc1", "v0", "augmix-m5-w4-d2"])
+    def test_uint8_of_the_size(self, photo, size, three_augment, simple_crop, auto_augment):
+        transform = train_transform(
+            size,
+            three_augment=three_augment,
+            simple_crop=simple_crop,
+            auto_augment=auto_augment,
+        )
+        for _ in range(3):
+            result = transform(photo)
+            assert result.shape == (3, size, size)
+            assert result.dtype == torch.uint8
+
+    def test_large_inputs_are_timms(self, photo):
+        ours = train_transform(64, auto_augment="rand-m7-mstd0.5-inc1", interpolation="bilinear")
+        theirs = create_transform(
+            64,
+            is_training=True,
+            auto_augment="rand-m7-mstd0.5-inc1",
+            interpolation="bilinear",
+            normalize=False,
+        )
+        for seed in range(20):
+            results = []
+            for transform in (ours, theirs):
+                seed_everything(seed)
+                results.append(transform(photo))
+            assert torch.equal(*results), seed
+
+    def test_small_inputs_keep_most_of_the_image(self, photo):
+        names = [type(step).__name__ for step in train_transform(32).transforms[:2]]
+        assert names == ["Resize", "RandomCrop"]
+        assert type(train_transform(33).transforms[0]).__name__ != "Resize"
+
+    def test_posterize_to_nothing_is_black(self, photo):
+        # magnitude 10 and `inc` leave zero bits
+        transform = train_transform(64, auto_augment="rand-m10-n30-p1-inc1")
+        operations = transform.transforms[2].ops
+        posterize = next(op for op in operations if op.name == "PosterizeIncreasing")
+        posterize.prob = 1.0
+        assert np.asarray(posterize(photo)).max() == 0
+        posterize.magnitude = 5
+        expected = ImageOps.posterize(photo, 2)
+        assert posterize(photo).tobytes() == expected.tobytes()
+
+    @pytest.mark.parametrize("three_augment", [False, True])
+    def test_flip_can_be_switched_off(self, photo, three_augment):
+        options = {"auto_augment": "", "three_augment": three_augment}
+        for hflip, expected in ((0.0, 0), (1.0, 1)):
+            steps = train_transform(64, hflip=hflip, **options).transforms
+            flips = [step for step in steps if isinstance(step, tv.RandomHorizontalFlip)]
+            assert len(flips) == expected
+            assert all(step.p == hflip for step in flips)
+
+    def test_jitter_only_without_auto_augment(self):
+        def has_jitter(**options):
+            steps = train_transform(64, **options).transforms
+            return any(isinstance(step, tv.ColorJitter) for step in steps)
+
+        assert has_jitter(auto_augment=None, color_jitter=0.4)
+        assert not has_jitter(auto_augment=None, color_jitter=0.0)
+        assert not has_jitter(auto_augment="rand-m9", color_jitter=0.4)
+
+    @pytest.mark.parametrize("wrong", ["rubbish", "rand-m9-q3", "3-m9"])
+    def test_wrong_auto_augment(self, wrong):
+        with pytest.raises(UserError, match=wrong):
+            train_transform(64, auto_augment=wrong)
+
+    def test_wrong_interpolation(self):
+        with pytest.raises(UserError, match="'cubic': one of bicubic"):
+            train_transform(64, interpolation="cubic")
+        with pytest.raises(UserError, match="'random'"):
+            eval_transform(64, interpolation="random")
+
+    def test_random_interpolation(self, photo):
+        transform = train_transform(64, interpolation="random", auto_augment="")
+        assert transform(photo).shape == (3, 64, 64)
+
+
+class TestEval:
+    @pytest.mark.parametrize(("size", "ratio"), [(32, 1.0), (32, 0.875), (224, 0.875), (64, 0.9)])
+    def test_resize_and_centre_crop(self, photo, size, ratio):
+        expected = tv.Compose(
+            [
+                tv.Resize(int(size / ratio), interpolation=tv.InterpolationMode.BICUBIC),
+                tv.CenterCrop(size),
+                tv.PILToTensor(),
+            ]
+        )
+        assert torch.equal(eval_transform(size, crop_ratio=ratio)(photo), expected(photo))
+
+    def test_commutes_with_the_flip(self):
+        """Mirrored test images are the mirror images of the test images, to the bit."""
+        generator = np.random.default_rng(0)
+        image = Image.fromarray(generator.integers(0, 256, (28, 28, 3), dtype=np.uint8))
+        transform = eval_transform(32)
+        assert torch.equal(transform(ImageOps.mirror(image)), transform(image).flip(-1))
+
+    @pytest.mark.parametrize("ratio", [0, -1, 1.5])
+    def test_wrong_ratio(self, ratio):
+        with pytest.raises(UserError, match=str(ratio)):
+            eval_transform(32, crop_ratio=ratio)
+
+
+class TestMixup:
+    OPTIONS: ClassVar = {
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "cutmix_minmax": None,
+        "prob": 1.0,
+        "switch_prob": 0.5,
+        "mode": "batch",
+        "smoothing": 0.1,
+        "num_classes": 7,
+    }
+
+    def test_options_arrive(self):
+        mixup = build_mixup(**self.OPTIONS)
+        assert (mixup.mixup_alpha, mixup.cutmix_alpha) == (0.8, 1.0)
+        assert (mixup.mix_prob, mixup.switch_prob, mixup.mode) == (1.0, 0.5, "batch")
+        images, targets = mixup(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 6]))
+        assert images.shape == (4, 3, 8, 8)
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+        assert targets.min() == pytest.approx(0.1 / 7)
+
+    @pytest.mark.parametrize(
+        ("changes", "active"),
+        [
+            ({"mixup": 0, "cutmix": 0}, False),
+            ({"mixup": 0}, True),
+            ({"cutmix": 0}, True),
+            ({"mixup": 0, "cutmix": 0, "cutmix_minmax": [0.2, 0.8]}, True),
+        ],
+    )
+    def test_none_when_off(self, changes, active):
+        assert (build_mixup(**{**self.OPTIONS, **changes}) is not None) == active
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"mode": "pixel"}, {"cutmix_minmax": [0.8, 0.2]}, {"cutmix_minmax": [0.5]}],
+    )
+    def test_wrong_values(self, changes):
+        with pytest.raises(UserError, match=r"mixup mode 'pixel'|cutmix-minmax takes two"):
+            build_mixup(**{**self.OPTIONS, **changes})
