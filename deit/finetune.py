@@ -149,7 +149,7 @@ def classifier_names(model: nn.Module) -> set[str]:
     }
 
 
-def train_attention_only(model: nn.Module) -> int:
+def freeze_all_but_attention(model: nn.Module) -> int:
     """Freeze all but attention, position embedding and classifier (arXiv:2203.09795).
 
     Attention is what lies in a module named `attn`: queries, keys, values and the projection

@@ -7,7 +7,7 @@ from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
-from deit.finetune import classifier_names, load_for_finetune, train_attention_only
+from deit.finetune import classifier_names, freeze_all_but_attention, load_for_finetune
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
 NAMES = ["vit_tiny_patch16_224", "deit_tiny_patch16_LS", "d2_deit_tiny_patch16_LS"]
@@ -140,7 +140,7 @@ def test_both_classifiers_of_a_distilled_network_are_found():
 def test_attention_only(name):
     model = make(name)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    count = train_attention_only(model)
+    count = freeze_all_but_attention(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert count == sum(p.numel() for p in trained.values())
     assert all(n.startswith(("pos_embed", "head.")) or ".attn." in n for n in trained)
@@ -153,4 +153,4 @@ def test_attention_only(name):
 
 def test_attention_only_needs_attention():
     with pytest.raises(UserError, match="no attention"):
-        train_attention_only(timm.create_model("resnet10t"))
+        freeze_all_but_attention(timm.create_model("resnet10t"))
