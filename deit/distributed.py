@@ -8,9 +8,11 @@ DDP or FSDP2 around the model.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -258,12 +260,18 @@ def wrap_ddp(model: nn.Module, processes: Processes) -> nn.Module:
         return model
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return model
+    # Of gradients of (1, 1, C) tokens. They are copied, which costs nothing at that size.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # The name of the option depends on the version of torch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # Nothing else in these networks changes its buffers in training.
+    changing = any(isinstance(module, _BatchNorm) for module in model.modules())
     return DistributedDataParallel(
         model,
         device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        # Nothing else in these networks changes its buffers in training.
-        broadcast_buffers=any(isinstance(module, _BatchNorm) for module in model.modules()),
+        **{sync: changing},
     )
 
 

@@ -118,7 +118,7 @@ def train_epoch(run: Run, batches: Batches) -> None:
             agreement=run.agreement,
             on_update=run.note_update,
         )
-        record = {"train_loss": loss, "train_lr": run.learning_rate(), "epoch": epoch}
+        record = {"epoch": epoch, "train_loss": loss, "train_lr": run.learning_rate()}
         scores = None
         if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
             scores = evaluate_run(run)

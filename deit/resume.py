@@ -36,6 +36,8 @@ from deit.schedule import TrainingSchedule
 _FROM_COMMAND_LINE = frozenset(
     {"lr", "initial_lr", "lr_scale", "weight_decay", "wd_scale", "betas", "eps", "momentum"}
 )
+# Other entries (factors of moments, step counts) have shapes of their own.
+_SHAPED_LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass
@@ -127,17 +129,12 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], source: str) 
     state: dict[int, dict[str, Any]] = {}
     for index, values in saved["state"].items():
         param = params[order[index]]
-        placed = {key: _place(value, param) for key, value in values.items()}
-        if any(
-            v.ndim and v.shape != param.shape and v.numel() == param.numel()
-            for v in placed.values()
-            if isinstance(v, Tensor)
-        ):
+        if any(key in values and values[key].shape != param.shape for key in _SHAPED_LIKE_WEIGHTS):
             raise UserError(
                 f"the optimizer state in {source!r} is of tensors of other shapes than this run's: "
                 "use the same model and --opt, or start from it with --finetune"
             )
-        state[order[index]] = placed
+        state[order[index]] = {key: _place(value, param) for key, value in values.items()}
     groups = []
     for own, theirs in zip(own_groups, saved_groups, strict=True):
         groups.append(
@@ -172,7 +169,11 @@ class TrainingState:
     def collect(self) -> dict[str, Any]:
         """The checkpoint (a collective; only what rank 0 returns is to be saved)."""
         keep = self.processes.is_main
-        own = {"random": random_state(self.processes.device), "running": self.running.state()}
+        own = {
+            "random": random_state(self.processes.device),
+            "running": self.running.state(),
+            "threads": torch.get_num_threads(),
+        }
         checkpoint = {
             "model": whole(self.model.state_dict(), keep),
             "optimizer": whole(self.optimizer.state_dict(), keep),
@@ -227,6 +228,12 @@ class TrainingState:
         if len(saved) == world_size:
             self.running.load(saved[rank]["running"])
             set_random_state(saved[rank]["random"], self.processes.device)
+            threads = saved[rank]["threads"]
+            if self.processes.device.type == "cpu" and threads != torch.get_num_threads():
+                return [
+                    f"it was saved with {threads} CPU threads, this run has "
+                    f"{torch.get_num_threads()}: sums are rounded differently; --threads {threads}"
+                ]
             return []
         # Of the running sums only the total matters; random streams cannot be split or joined.
         for n, state in enumerate(saved):

@@ -32,6 +32,7 @@ from deit.distributed import Processes, blocks_of, shard, wrap_ddp
 from deit.ema import ModelEma
 from deit.engine import Learner, Precision, count_parameters
 from deit.errors import UserError
+from deit.finetune import freeze_all_but_attention, load_for_finetune
 from deit.losses import build_criterion, build_teacher, prepare_student
 from deit.optim import build_optimizer, scaled_lr
 from deit.reporting import Reporter, environment, read_log
@@ -165,13 +166,10 @@ def build_networks(
     elif args.finetune:
         with processes.main_first():
             origin = read_checkpoint(args.finetune)
-        from deit.finetune import load_for_finetune
-
         state = model_state(origin, source=args.finetune)
-        notes.append(str(load_for_finetune(model, state)))
+        report = load_for_finetune(model, state, source=args.finetune)
+        notes.append(f"--finetune {args.finetune}: {report}")
     if args.attn_only:
-        from deit.finetune import freeze_all_but_attention
-
         freeze_all_but_attention(model)
     if args.distillation_type != "none":
         prepare_student(model)

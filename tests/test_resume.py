@@ -1,0 +1,260 @@
+"""A training that was interrupted anywhere ends like one that never was, bit for bit."""
+
+import functools
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_runs import differences, load, make_images, run_processes, train
+
+import deit.engine
+import deit.main
+import deit.saving
+from deit.errors import UserError
+from deit.reporting import Reporter
+from deit.resume import load_optimizer, random_state, seed_all, set_random_state
+from deit.stopping import request_stop
+
+# Three epochs of three updates of two batches; workers, fp32, every random augmentation.
+OPTIONS = ("--epochs", "3", "--update-freq", "2", "--drop", "0.1", "--clip-grad", "1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The output folder of an uninterrupted training."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train(*OPTIONS, "--save-freq", "2", data=data, out=out) == 0
+    return out
+
+
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+def assert_same_outcome(out: Path, whole: Path):
+    ours, theirs = load(out / "checkpoint.pth"), load(whole / "checkpoint.pth")
+    assert differences(ours, theirs) == []
+    best = load(out / "best_checkpoint.pth"), load(whole / "best_checkpoint.pth")
+    assert differences(*best) == []
+    assert differences(read_log(out), read_log(whole)) == []
+    assert [record["epoch"] for record in read_log(out)] == [0, 1, 2]
+    assert not list(out.glob("*.tmp")) + list(out.glob(".*"))
+
+
+def test_what_a_checkpoint_holds(whole):
+    checkpoint = load(whole / "checkpoint.pth")
+    published = {"model", "model_ema", "optimizer", "lr_scheduler", "epoch", "scaler", "args"}
+    assert published <= checkpoint.keys()
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["args"].model == "test_vit"
+    assert differences(checkpoint["model"], checkpoint["model_ema"]) != []
+    assert load(whole / "checkpoint_0001.pth")["epoch"] == 1
+    assert not (whole / "checkpoint_0000.pth").exists()
+    # What is written can be read back safely.
+    torch.serialization.clear_safe_globals()
+    assert deit.training.read_checkpoint(whole / "checkpoint.pth")["epoch"] == 2
+
+
+def at_call(owner, name: str, number: int, action):
+    """Have the `number`-th call of a function do `action(original, *args)` in its place."""
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            return action(original, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_half_a_file(save, state, path):
+    save(state, path)
+    path.write_bytes(path.read_bytes()[:1000])
+    die()
+
+
+def killed(moment: str, data: Path, out: Path) -> int:
+    """Train in a process of its own until it kills itself at `moment`."""
+    place = {
+        "first update": (deit.engine.Learner, "update", 1, die),
+        "mid-epoch": (deit.engine.Learner, "update", 5, die),
+        "evaluation": (deit.main, "evaluate", 2, die),
+        "before the log": (Reporter, "end_epoch", 2, die),
+        "before the save": (deit.training.Run, "save", 2, die),
+        "in the write": (torch, "save", 2, die_after_half_a_file),
+        "before the rename": (os, "replace", 8, die),
+        "at the end": (Reporter, "close", 1, die),
+    }[moment]
+    at_call(*place)
+    return train(*OPTIONS, data=data, out=out)
+
+
+MOMENTS = [
+    "first update",
+    "mid-epoch",
+    "evaluation",
+    "before the log",
+    "before the save",
+    "in the write",
+    "before the rename",
+    "at the end",
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_and_resume(moment, data, whole, tmp_path):
+    out = tmp_path / "out"
+    body = functools.partial(killed, moment, data, out)
+    [(status, output)] = run_processes([body], (), tmp_path, distributed=False)
+    assert status == -signal.SIGKILL, output
+    # With other numbers of workers, which must not matter.
+    assert train(*OPTIONS, "--resume", "auto", "--num-workers", "2", data=data, out=out) == 0
+    assert_same_outcome(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "update"),
+    [
+        (signal.SIGTERM, 2),
+        (signal.SIGTERM, 3),
+        (signal.SIGUSR1, 5),
+        (signal.SIGINT, 5),
+    ],
+)
+def test_signal_stops_between_updates(number, update, data, whole, tmp_path, monkeypatch, capfd):
+    def interrupted(original, *args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deit.engine.Learner, "update", deit.engine.Learner.update)
+        at_call(deit.engine.Learner, "update", update, interrupted)
+        before = signal.getsignal(number)
+        assert train(*OPTIONS, data=data, out=tmp_path) == 0
+        assert signal.getsignal(number) == before
+    captured = capfd.readouterr()
+    assert f"{number.name}: stopping after this update" in captured.err
+    assert "--resume auto" in captured.out
+    checkpoint = load(tmp_path / "checkpoint.pth")
+    epoch, step = divmod(update, 3)
+    # The third update ends an epoch: it is evaluated when the training goes on.
+    assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (
+        (0, 3) if update == 3 else (epoch, step)
+    )
+    assert (tmp_path / "curves.png").exists() == (update > 3)
+    assert train(*OPTIONS, "--resume", "auto", data=data, out=tmp_path) == 0
+    assert_same_outcome(tmp_path, whole)
+
+
+def test_stop_in_the_evaluation(data, whole, tmp_path, monkeypatch):
+    evaluated = deit.main.evaluate
+
+    def evaluate(*args, **kwargs):
+        request_stop("a test")
+        return evaluated(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deit.main, "evaluate", evaluate)
+        assert train(*OPTIONS, data=data, out=tmp_path) == 0
+    assert read_log(tmp_path) == []
+    assert load(tmp_path / "checkpoint.pth")["step"] == 3
+    assert (
+        train(*OPTIONS, "--resume", str(tmp_path / "checkpoint.pth"), data=data, out=tmp_path) == 0
+    )
+    assert_same_outcome(tmp_path, whole)
+
+
+def test_second_interrupt_quits_at_once(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(deit.stopping, "_DOUBLE_INTERRUPT", -1.0)
+
+    def interrupted(original, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(deit.engine.Learner, "update", deit.engine.Learner.update)
+    at_call(deit.engine.Learner, "update", 2, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(*OPTIONS, data=data, out=tmp_path)
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_resume_of_a_complete_training_changes_nothing(data, whole, capsys):
+    before = (whole / "checkpoint.pth").read_bytes()
+    assert train(*OPTIONS, "--resume", "auto", data=data, out=whole) == 0
+    assert "all 3 epochs are done" in capsys.readouterr().out
+    assert (whole / "checkpoint.pth").read_bytes() == before
+    assert len(read_log(whole)) == 3
+
+
+def test_more_epochs_and_another_rate_win_over_the_checkpoint(data, tmp_path):
+    short = ("--epochs", "1", "--lr", "1e-3")
+    assert train(*short, data=data, out=tmp_path) == 0
+    longer = ("--epochs", "2", "--lr", "5e-4", "--sched", "constant", "--resume", "auto")
+    assert train(*longer, data=data, out=tmp_path) == 0
+    assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1]
+    assert read_log(tmp_path)[1]["train_lr"] == pytest.approx(5e-4)
+
+
+def test_resume_from_a_published_checkpoint(data, tmp_path, capsys):
+    """It has weights, an epoch and arguments, and perhaps nothing else."""
+    assert train("--epochs", "1", "--no-model-ema", data=data, out=tmp_path) == 0
+    own = load(tmp_path / "checkpoint.pth")
+    weights = {f"_orig_mod.{key}": value for key, value in own["model"].items()}
+    torch.save({"model": weights, "epoch": 0, "args": own["args"]}, tmp_path / "published.pth")
+    source = str(tmp_path / "published.pth")
+    assert train("--resume", source, data=data, out=tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "no optimizer state" in output
+    assert "no average" in output
+    assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1]
+
+
+def test_random_states_come_back():
+    device = torch.device("cpu")
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(2).tolist())  # noqa: E731, NPY002
+    seed_all(3)
+    np.random.randn()  # noqa: NPY002 - leaves half of a pair cached
+    state = random_state(device)
+    expected = draw() + (np.random.randn(),)  # noqa: NPY002, RUF005
+    seed_all(4)
+    assert draw() != expected[:3]
+    set_random_state(state, device)
+    assert draw() + (np.random.randn(),) == expected  # noqa: NPY002, RUF005
+
+
+def make_optimizer(*shapes):
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = torch.optim.AdamW(params, lr=0.1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    return optimizer
+
+
+def test_optimizer_of_another_network_is_refused():
+    saved = make_optimizer((2, 3), (4,)).state_dict()
+    with pytest.raises(UserError, match="other parameter groups"):
+        load_optimizer(make_optimizer((2, 3)), saved, "c.pth")
+    with pytest.raises(UserError, match="other shapes"):
+        load_optimizer(make_optimizer((3, 2), (4,)), saved, "c.pth")
+    with pytest.raises(UserError, match="other shapes"):
+        load_optimizer(make_optimizer((2, 4), (4,)), saved, "c.pth")

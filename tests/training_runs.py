@@ -1,0 +1,136 @@
+"""Help for tests that train: a tiny data set, tiny networks, and trainings in other processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deit.args import parse_args
+from deit.errors import one_line_errors
+from deit.main import main
+from deit.stopping import forget_stop
+
+CLASSES = 3
+TRAIN_IMAGES, VAL_IMAGES = 26, 17
+
+# Everything random in training is on by default: augmentation, mixup, erasing, stochastic depth.
+TINY = (
+    *("--model", "test_vit", "--input-size", "32", "--batch-size", "4", "--epochs", "2"),
+    *("--num-workers", "0", "--device", "cpu", "--log-interval", "1000"),
+    *("--threads", "1"),  # results depend on it, and children of a test have one
+    *("--warmup-epochs", "0", "--lr", "1e-3", "--unscale-lr"),
+)
+# What makes gradients sums over images, independent of how these are split into batches.
+PLAIN = (
+    *("--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--smoothing", "0"),
+    *("--opt", "sgd", "--no-repeated-aug"),
+)
+
+
+def make_images(folder: Path) -> Path:
+    """An IMNET folder of small random images, train/ and val/, with unequal classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for number in range(count):
+            label = number % CLASSES
+            image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            image[..., label] //= 3  # something to learn
+            path = folder / split / f"class{label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return folder
+
+
+def train(*argv: str, data: Path, out: Path | str = "") -> int:
+    """Run deit/main.py in this process, with its one-line errors; returns the exit status."""
+    forget_stop()
+    words = [*TINY, "--data-path", str(data), "--output-dir", str(out), *argv]
+    return one_line_errors(lambda: main(parse_args(words)))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint that our own training wrote."""
+    return torch.load(path, weights_only=False)
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """The places in which two nested structures are not bitwise equal, running times aside."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = sorted({*one, *other} - {"time", "seconds", "args"}, key=str)
+        return [
+            found
+            for key in keys
+            for found in (
+                differences(one[key], other[key], f"{where}/{key}")
+                if key in one and key in other
+                else [f"{where}/{key} is in one only"]
+            )
+        ]
+    if isinstance(one, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for n, (a, b) in pairs for found in differences(a, b, f"{where}/{n}")]
+    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    return [] if same else [where]
+
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["deit.main"])
+
+
+def _in_child(body: Callable[..., int | None], args: tuple, env: dict[str, str], log: str) -> None:
+    # Everything that the process prints, from C++ and at exit too.
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(env)
+    sys.exit(body(*args) or 0)
+
+
+def run_processes(
+    bodies: list[Callable[..., int | None]],
+    args: tuple,
+    folder: Path,
+    timeout: float = 240,
+    distributed: bool = True,
+) -> list[tuple[int, str]]:
+    """Run one function a process, as ranks that torchrun would have started.
+
+    Returns:
+        (exit status, output) of each; processes that run too long are killed and have status -9.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, body in enumerate(bodies):
+        env = {}
+        if distributed:
+            env = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(len(bodies)),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        log = folder / f"rank{rank}.out"
+        log.unlink(missing_ok=True)
+        process = _context.Process(target=_in_child, args=(body, args, env, str(log)))
+        process.start()
+        processes.append((process, log))
+    results = []
+    for process, log in processes:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        results.append((process.exitcode, log.read_text() if log.exists() else ""))
+    return results
