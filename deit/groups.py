@@ -77,6 +77,10 @@ class Group:
                 f"the squared dimensions of the irreps of {self.name} must sum to {self.order}"
             )
 
+    def __deepcopy__(self, memo: dict) -> Group:
+        # groups are constants and compared by identity: copies of a module share them
+        return self
+
     @property
     def order(self) -> int:
         return len(self.elements)

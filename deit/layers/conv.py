@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Rep
+from deit.layers import tracing
 from deit.layers.fixed import FixedBuffers
 
-__all__ = ["MirrorConv2d", "MirrorDepthwiseConv2d", "MirrorKernel"]
+__all__ = ["ChannelsLastMirrorConv2d", "MirrorConv2d", "MirrorDepthwiseConv2d", "MirrorKernel"]
 
 SYM, ASYM = FLOP.irreps
 # the order in which both layers list their parts: (from, to)
@@ -44,16 +46,33 @@ class MirrorKernel(FixedBuffers):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        height, width = kernel_size
-        self.sign, self.odd = sign, width % 2
-        stored = width // 2 + (self.odd if sign > 0 else 0)
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, height, stored, **dd))
+        self.sign = sign
+        self._set_whole(torch.empty(out_channels, in_channels, *kernel_size, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
-        if sign < 0 and self.odd:
-            zeros = torch.zeros(out_channels, in_channels, height, 1, device="cpu", dtype=dtype)
-            rule = "zero, as the centre column of an antisymmetric kernel must be"
-            self.register_fixed("zero_center", zeros, rule, device)
         self.reset_parameters()
+
+    def _set_whole(self, kernel: Tensor) -> None:
+        """Store the half of a whole kernel, (out, in, height, width)."""
+        width = kernel.shape[-1]
+        self.odd = width % 2
+        stored = width // 2 + (self.odd if self.sign > 0 else 0)
+        self.weight = nn.Parameter(kernel[..., :stored].clone())
+        if self.sign < 0 and self.odd:
+            zeros = torch.zeros(*kernel.shape[:-1], 1, device="cpu", dtype=kernel.dtype)
+            rule = "zero, as the centre column of an antisymmetric kernel must be"
+            self.register_fixed("zero_center", zeros, rule, kernel.device)
+        elif "zero_center" in self._fixed:
+            self.unregister_fixed("zero_center")
+
+    def resize(self, kernel_size: tuple[int, int]) -> None:
+        """Resample to another size, as timm resamples patch embeddings (arXiv:2212.08013).
+
+        Only the left half of the result is kept: the kernel stays exactly (anti)symmetric.
+        """
+        requires_grad = self.weight.requires_grad
+        with torch.no_grad():
+            self._set_whole(resample_patch_embed(self.kernel(), list(kernel_size)))
+        self.weight.requires_grad_(requires_grad)
 
     def reset_parameters(self) -> None:
         """torch's default for Conv2d with the fan-in of the stored half."""
@@ -78,16 +97,20 @@ class MirrorConv2d(nn.Module):
     """A dense convolution of packed channels, (B, C_in, H, W) -> (B, C_out, H', W').
 
     s' = k_ss * s + k_as * a + b and a' = k_sa * s + k_aa * a, where the first index is the input.
-    Flopping commutes with it if the kernel's positions are mapped to one another: for stride 1, and
-    for kernels as wide as the stride on images whose width they divide.
+    Flopping commutes with it if it maps the kernel's positions to one another, that is if a stride
+    leaves out no column on the right.
 
     Args:
         in_rep: representation of the input channels; colours are `Rep(FLOP, free=0, fixed=3)`.
         out_channels: C_out, even.
         kernel_size: (height, width).
         stride, padding: as in Conv2d.
+        scale: factor on the output.
 
     Keys: `<from>_to_<to>.weight` and `sym_to_sym.bias`; from an image `proj_<to>.…`.
+
+    Raises:
+        ValueError: in `forward`, for a width on which flopping does not commute.
     """
 
     def __init__(
@@ -98,12 +121,15 @@ class MirrorConv2d(nn.Module):
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
         bias: bool = True,
+        *,
+        scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_rep, self.out_rep = in_rep, FLOP.regular(out_channels)
-        self.stride, self.padding = stride, padding
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.scale = scale
         self.names = {
             (rho, sigma): (f"{rho.name}_to_" if in_rep.free else "proj_") + sigma.name
             for rho, sigma in PARTS
@@ -126,7 +152,7 @@ class MirrorConv2d(nn.Module):
         rows = []
         for sigma in FLOP.irreps:
             row = [
-                getattr(self, name).kernel() for (_, to), name in self.names.items() if to is sigma
+                getattr(self, name).kernel() for (_, to), name in self.names.items() if to == sigma
             ]
             rows.append(torch.cat(row, 1))
         return torch.cat(rows, 0)
@@ -137,7 +163,18 @@ class MirrorConv2d(nn.Module):
         return None if bias is None else F.pad(bias, (0, self.out_rep.size - bias.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.kernel(), self.bias(), self.stride, self.padding)
+        tracing.check_stride(x.shape[-1], self.kernel_size[1], self.stride[1], self.padding[1])
+        kernel, bias = self.kernel(), self.bias()
+        if self.scale != 1.0:  # on the weights, which are smaller than the output
+            kernel, bias = kernel * self.scale, None if bias is None else bias * self.scale
+        return F.conv2d(x, kernel, bias, self.stride, self.padding)
+
+
+class ChannelsLastMirrorConv2d(MirrorConv2d):
+    """The same between layers that want channels last, (B, H, W, C_in) -> (B, H', W', C_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MirrorDepthwiseConv2d(nn.Module):

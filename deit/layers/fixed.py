@@ -34,6 +34,10 @@ class FixedBuffers(nn.Module):
         device = torch.get_default_device() if device is None else device
         self.register_buffer(name, value.to(device, copy=True))
 
+    def unregister_fixed(self, name: str) -> None:
+        """Remove a buffer that a change of the architecture has done away with."""
+        del self._fixed[name], self._buffers[name]
+
     def reset_parameters(self) -> None:
         """Write the fixed values again, for modules that were made on the meta device."""
         for name, (value, _) in self._fixed.items():

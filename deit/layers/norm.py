@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
+from deit.layers import tracing
 from deit.layers.affine import Affine
 from deit.layers.linear import as_rep
 
 __all__ = ["LayerNorm"]
 
 
-@register_notrace_module  # its dtype branch is decided for each call, not by a symbolic tracer
 class LayerNorm(nn.Module):
     """Equivariant LayerNorm over the last axis; keys `scaling.alpha_<irrep>`, `scaling.beta`.
 
@@ -58,7 +57,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., features), same shape and dtype
         # as torch's own layer norm, half precision is for storage: the moments need float32
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = tracing.widen(x)
         # Centred parts have mean zero together, and their common variance is the mean of the
         # parts' own: the ordinary layer norm does the rest in one pass.
         scale, offset = self.scaling.scale(), self.scaling.offset()

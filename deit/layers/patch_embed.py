@@ -6,17 +6,16 @@ from math import sqrt
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import register_notrace_module
 from torch import Tensor
 
 from deit.groups import FLOP, Rep
+from deit.layers import tracing
 from deit.layers.conv import MirrorConv2d
 from deit.layers.tokens import MirrorGrid
 
 __all__ = ["PatchEmbed"]
 
 
-@register_notrace_module  # looks at the size of its input
 class PatchEmbed(MirrorConv2d):
     """Convolution with kernel = stride = patch size: (B, in_chans, H, W) to packed (B, N, C).
 
@@ -45,17 +44,35 @@ class PatchEmbed(MirrorConv2d):
         patch_size = to_2tuple(patch_size)
         colours = Rep(FLOP, free=0, fixed=in_chans)
         super().__init__(
-            colours, embed_dim, patch_size, stride=patch_size, device=device, dtype=dtype
+            colours, embed_dim, patch_size, patch_size, scale=scale, device=device, dtype=dtype
         )
         self.patch_size = patch_size
-        self.scale = scale
         self.strict_img_size = strict_img_size
-        self.set_input_size(to_2tuple(img_size))
+        self.img_size = to_2tuple(img_size)
+        self.grid = self.grid_for(*self.img_size)
 
-    def set_input_size(self, img_size: tuple[int, int]) -> None:
-        """Use images of another size; raises ValueError if the patches do not tile it."""
-        self.grid = self.grid_for(*img_size)
-        self.img_size = tuple(img_size)
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Use images or patches of another size; None leaves a size as it is.
+
+        Raises:
+            ValueError: if the patches do not tile the image; nothing is changed then.
+        """
+        old = self.patch_size, self.img_size
+        self.patch_size = old[0] if patch_size is None else to_2tuple(patch_size)
+        self.img_size = old[1] if img_size is None else to_2tuple(img_size)
+        try:
+            self.grid = self.grid_for(*self.img_size)
+        except ValueError:
+            self.patch_size, self.img_size = old
+            raise
+        if self.patch_size != old[0]:
+            self.stride = self.patch_size
+            for name in self.names.values():
+                getattr(self, name).resize(self.patch_size)
 
     def grid_for(self, height: int, width: int) -> MirrorGrid:
         """The token grid of an image; raises ValueError if the patches do not tile it."""
@@ -86,16 +103,10 @@ class PatchEmbed(MirrorConv2d):
         return (grid.height, grid.width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, N, C)
-        size = (x.shape[-2], x.shape[-1])
-        if size == self.img_size:
+        height, width = x.shape[-2], x.shape[-1]
+        if self.strict_img_size:
+            tracing.check_image_size(height, width, *self.img_size)
             grid = self.grid
-        elif self.strict_img_size:
-            raise ValueError(
-                f"images are {size[0]} x {size[1]} pixels, the network was made for "
-                f"{self.img_size[0]} x {self.img_size[1]}: create it with img_size, or if it can "
-                "change, call set_input_size or create it with dynamic_img_size=True"
-            )
         else:
-            grid = self.grid_for(*size)
-        x = super().forward(x) * self.scale
-        return grid.to_mirror_order(x.permute(0, 2, 3, 1))
+            grid = self.grid_for(height, width)
+        return grid.to_mirror_order(super().forward(x).permute(0, 2, 3, 1))

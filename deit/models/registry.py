@@ -10,7 +10,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-__all__ = ["register_sizes"]
+try:
+    from timm.models._input import update_model_input_size as record_input_size
+except ImportError:  # older timm rebuilds no network from its record
+
+    def record_input_size(model: nn.Module, img_size: Any, **model_args: Any) -> None:
+        """Nothing to record."""
+
+
+__all__ = ["record_input_size", "register_sizes"]
 
 # both families of names are in use for the initial LayerScale; timm says `init_values`
 LAYER_SCALE_NAMES = ("init_scale", "layer_scale_init_value", "init_values")
@@ -97,7 +105,7 @@ def _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices) -> C
 
 def _has_weights(kwargs: Mapping[str, Any]) -> bool:
     """Whether the caller says where weights are, in either of timm's ways."""
-    sources = ("file", "url", "hf_hub_id", "state_dict")
+    sources = ("file", "url", "hf_hub_id", "state_dict", "source")
     for cfg in (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")):
         get = cfg.get if isinstance(cfg, dict) else lambda key, cfg=cfg: getattr(cfg, key, None)
         if cfg is not None and not isinstance(cfg, str) and any(get(key) for key in sources):

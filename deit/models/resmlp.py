@@ -8,35 +8,33 @@ likewise. A part is named by its channel irrep and its token irrep, and flopping
     tokens symmetric      ss     |     as
     tokens antisymmetric  sa     |     aa
 
-Whatever leaves the network as a map or as tokens is in the ordinary order, row-major and left to
-right, with packed channels. There flopping the image flips the map, leaves channels [0, C/2) alone
-and negates channels [C/2, C); `feature_info[i]["symmetric_channels"]` says how many are left alone.
+Maps leave the network (`forward_intermediates`, `features_only=True`) in the ordinary order, left
+to right, with C packed channels. Flopping the image flips them, leaves channels [0, C/2) alone and
+negates channels [C/2, C); `feature_info[i]["symmetric_channels"]` says how many are left alone.
+`forward_features` gives the invariant features that are classified: ss and aa, and with
+`use_symmetrized_asym_feats` |sa| and |as|.
 
 Source: arXiv:2502.05169, section 4; ResMLP, arXiv:2105.03404.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+# no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
-from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from deit.groups import FLOP
 from deit.layers import MirrorHalves, MixerBlock, OrdinaryAffine, OrdinaryMixerBlock, PatchEmbed
-from deit.models.base import HeadMixin, Pool, init_linear, scale_classifier
+from deit.models.base import Pool, PooledClassifier, init_linear, scale_classifier
 from deit.models.registry import register_sizes
+from deit.models.scripting import Scriptable
 
 __all__ = ["OrdinaryResMLP", "ResMLP"]
 
 
-class ResMLP(HeadMixin, nn.Module):
+class ResMLP(PooledClassifier):
     """A ResMLP that is equivariant under flopping.
 
     Args:
@@ -78,15 +76,14 @@ class ResMLP(HeadMixin, nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
-        self.num_features = self.embed_dim = embed_dim
+        self.embed_dim = embed_dim
         self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
-        self.channels = FLOP.regular(embed_dim)
 
         # no factor root one half here, unlike the other families
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, scale=1.0, **dd)
-        self.grid = self.patch_embed.grid
-        self.tokens = self.grid.rep
-        self.patch_embed.flatten_and_permute_to_fourier = MirrorHalves(self.grid, device)
+        grid = self.patch_embed.grid
+        self.patch_embed.flatten_and_permute_to_fourier = MirrorHalves(grid, device)
+        self.channels, self.tokens = FLOP.regular(embed_dim), grid.rep
         self.blocks = nn.Sequential(
             *(
                 MixerBlock(
@@ -101,9 +98,6 @@ class ResMLP(HeadMixin, nn.Module):
                 for _ in range(depth)
             )
         )
-        width = embed_dim if use_symmetrized_asym_feats else self.channels.invariant
-        self.norm = OrdinaryAffine(width, **dd)
-        self._init_head(width, num_classes, global_pool, drop_rate, head_init_scale, **dd)
         self.feature_info = [
             {
                 "module": f"blocks.{i}",
@@ -113,14 +107,7 @@ class ResMLP(HeadMixin, nn.Module):
             }
             for i in range(depth)
         ]
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Truncated normal, 0.02, for linear weights; zero biases; the rest by its own rule."""
-        self.apply(init_linear)
-        scale_classifier(self.head, self.head_init_scale)
-
-    # timm's interface
+        self._init_head(OrdinaryAffine, num_classes, global_pool, drop_rate, head_init_scale, **dd)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -130,48 +117,29 @@ class ResMLP(HeadMixin, nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_input_size(
-        self,
-        img_size: int | tuple[int, int] | None = None,
-        patch_size: int | tuple[int, int] | None = None,
-    ) -> None:
-        """Present for timm's interface: the sizes of a ResMLP are fixed.
-
-        Raises:
-            ValueError: if a size differs from the constructed one.
-        """
-        for what, size, own in (
-            ("image", img_size, self.patch_embed.img_size),
-            ("patch", patch_size, self.patch_embed.patch_size),
-        ):
-            if size is not None and to_2tuple(size) != own:
-                raise ValueError(
-                    f"the {what} size is fixed at {own[0]} x {own[1]}, not {size}: the maps over "
-                    f"tokens have the size of the {self.grid.height} x {self.grid.width} grid; "
-                    "create a network of the other size"
-                )
-
-    # forward
-
     def _embed(self, images: Tensor) -> Tensor:
         """Images to patches that are packed in both axes, (B, N, C)."""
         return self.tokens.from_regular(self.patch_embed(images), 1)
 
-    def _run(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
+    def _steps(self) -> list[list[nn.Module]]:
+        return [[block] for block in self.blocks]
 
-    def _to_image(self, x: Tensor) -> Tensor:
-        """(B, N, C) packed in both axes to an image of packed channels, (B, H, W, C)."""
-        return self.grid.to_image_order(self.tokens.to_regular(x, 1))
+    def _truncate(self, steps: int) -> None:
+        self.blocks = self.blocks[:steps]
 
-    def _from_image(self, x: Tensor) -> Tensor:
-        """The inverse of `_to_image`."""
-        return self.tokens.from_regular(self.grid.to_mirror_order(x), 1)
+    def _to_map(self, x: Tensor) -> Tensor:
+        image = self.patch_embed.grid.to_image_order(self.tokens.to_regular(x, 1))
+        return image.permute(0, 3, 1, 2).contiguous()
+
+    def _set_channels(self, channels: int) -> None:
+        own = FLOP.regular(channels).invariant
+        self.num_features = channels if self.use_symmetrized_asym_feats else own
 
     def _invariants(self, x: Tensor) -> Tensor:
-        """(B, N, C) packed in both axes to (B, N, width) of what flopping leaves alone."""
+        """(B, N, C) packed in both axes to (B, N, num_features).
+
+        The N rows are invariant parts of the token axis, and no places.
+        """
         symmetric, antisymmetric = self.tokens.split(x, 1)
         ss, as_ = self.channels.split(symmetric)
         sa, aa = self.channels.split(antisymmetric)
@@ -180,79 +148,12 @@ class ResMLP(HeadMixin, nn.Module):
             return x
         return torch.cat([x, torch.cat([as_, sa], 1).abs()], -1)
 
-    def _head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self._unpooled(pre_logits):
-            return self._to_image(x).flatten(1, 2)
-        x = self._invariants(x)
-        if self.global_pool == "avg":  # before the affine norm, which commutes with a mean
-            x = x.mean(1)
-        return self._classify(x, pre_logits)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to tokens (B, N, C), row-major, with packed channels, before the final norm."""
-        return self._to_image(self._run(self._embed(x))).flatten(1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` to logits (B, num_classes), or to what is classified.
-
-        Without pooling there is a row for each invariant token component, not for each place;
-        without pooling and classifier the tokens are returned as they came.
-        """
-        image = x.unflatten(1, (self.grid.height, self.grid.width))
-        return self._head(self._from_image(image), pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
-        return self._head(self._run(self._embed(x)))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features after chosen blocks, as timm's MlpMixer returns them.
-
-        Maps are (B, C, H, W) or tokens (B, N, C), left to right. `norm` changes nothing: the final
-        norm belongs to the invariant features, of which there are no maps.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is not known: use 'NCHW' or 'NLC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        x = self._embed(x)
-        intermediates = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
-            if i in take:
-                image = self._to_image(x)
-                intermediates.append(
-                    image.permute(0, 3, 1, 2).contiguous()
-                    if output_fmt == "NCHW"
-                    else image.flatten(1, 2)
-                )
-        if intermediates_only:
-            return intermediates
-        return self._to_image(x).flatten(1, 2), intermediates
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the blocks behind the last one wanted; returns the kept indices."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
+    def _pool(self, x: Tensor) -> Tensor:
+        # before the norm, which is affine here and commutes with a mean
+        return x.mean(1) if self.global_pool == "avg" else x
 
 
-class OrdinaryResMLP(MlpMixer):
+class OrdinaryResMLP(Scriptable, MlpMixer):
     """timm's MlpMixer as ResMLP uses it, with the published keys and initialisation.
 
     Args:

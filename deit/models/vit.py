@@ -2,22 +2,24 @@
 
 One class builds the first three: so many equivariant blocks, then a bridge, then ordinary blocks.
 Equivariant features are packed, (B, N, [s | a]) with tokens in mirror order; whatever leaves the
-network as a map or as tokens is in the ordinary order, row-major and left to right. There flopping
-the image flips the map, leaves channels [0, C/2) alone and negates channels [C/2, C);
-`feature_info[i]["symmetric_channels"]` says how many are left alone.
+network as a map or as tokens is in the ordinary order, row-major and left to right. Flopping the
+image flips them, and acts on their channels as follows.
+
+`forward_intermediates` and `features_only=True`: C channels, of which [0, C/2) are left alone and
+[C/2, C) are negated; `feature_info[i]["symmetric_channels"]` says how many are left alone.
+`forward_features`, `forward_head`: the invariant features that are classified, all left alone,
+s of width C/2 (`num_features`), or [s, |a|] with `use_symmetrized_asym_feats`.
 
 Source: arXiv:2502.05169, section 4; DeiT III, arXiv:2204.07118.
 """
 
-from __future__ import annotations
-
+# no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import to_2tuple
-from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor, nn
@@ -37,7 +39,8 @@ from deit.layers import (
     RegularBridge,
 )
 from deit.layers.tokens import resample
-from deit.models.registry import register_sizes
+from deit.models.registry import record_input_size, register_sizes
+from deit.models.scripting import Scriptable
 
 __all__ = ["OrdinaryVisionTransformer", "VisionTransformer", "checkpoint_filter_fn"]
 
@@ -45,7 +48,7 @@ BRIDGES = {"regular": RegularBridge, "invariant": InvariantBridge}
 Pool = Literal["", "token", "avg"]
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Scriptable, nn.Module):
     """A vision transformer whose first blocks are equivariant under flopping.
 
     Args:
@@ -107,7 +110,7 @@ class VisionTransformer(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.embed_dim = embed_dim
+        self.embed_dim = embed_dim
         self.has_class_token = class_token
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
@@ -151,17 +154,13 @@ class VisionTransformer(nn.Module):
         )
         self.bridge = None if bridge is None else BRIDGES[bridge](embed_dim)
         norm_layer = LayerNorm if bridge is None else OrdinaryLayerNorm
-        pool_first = global_pool == "avg"
-        self.norm = nn.Identity() if pool_first else norm_layer(embed_dim, **dd)
-        self.fc_norm = norm_layer(embed_dim, **dd) if pool_first else nn.Identity()
+        self.norm = norm_layer(embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
 
-        self.invariants: nn.Module = nn.Identity()
-        self.head_hidden_size = embed_dim
-        if bridge is None and use_symmetrized_asym_feats:
-            self.invariants = InvariantBridge(embed_dim)
-        elif bridge is None:
-            self.head_hidden_size = FLOP.regular(embed_dim).invariant
+        all_channels = bridge is not None or use_symmetrized_asym_feats
+        self.num_features = embed_dim if all_channels else FLOP.regular(embed_dim).invariant
+        self.head_hidden_size = self.num_features
+        self.invariants = InvariantBridge(embed_dim) if use_symmetrized_asym_feats else None
         self.head = self._classifier(num_classes, **dd)
         self.feature_info = [
             {
@@ -213,7 +212,7 @@ class VisionTransformer(nn.Module):
         """Parameter groups by depth, for layer-wise learning rates."""
         return {
             "stem": r"^cls_token|^reg_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm|^fc_norm", (99999,))],
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     @torch.jit.ignore
@@ -240,22 +239,21 @@ class VisionTransformer(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Change the image size for good: resamples the position embedding in place.
+        """Change the image or the patch size for good: position embedding and patch kernels are
+        resampled, and stay exactly equivariant.
 
         Raises:
-            ValueError: if the patches do not tile the image, or for another patch size.
+            ValueError: if the patches do not tile the image; nothing is changed then.
         """
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
-            raise ValueError(
-                f"the patch size is fixed at {self.patch_embed.patch_size} once a network is made"
-            )
-        if img_size is None:
-            return
-        self.patch_embed.set_input_size(to_2tuple(img_size))
+        self.patch_embed.set_input_size(img_size, patch_size)
         grid = self.patch_embed.grid
-        device = self.pos_embed.get_parameter("0").device
-        self.patch_embed.flatten_and_permute = MirrorOrder(grid, device)
-        self.pos_embed.set_grid(grid)
+        if grid != self.pos_embed.grid:
+            device = self.pos_embed.get_parameter("0").device
+            self.patch_embed.flatten_and_permute = MirrorOrder(grid, device)
+            self.pos_embed.set_grid(grid)
+        for info in self.feature_info:
+            info["reduction"] = self.patch_embed.feat_ratio()
+        record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     # forward
 
@@ -271,17 +269,33 @@ class VisionTransformer(nn.Module):
             return self.patch_embed.grid
         return self.patch_embed.grid_for(images.shape[-2], images.shape[-1])
 
-    def _run(self, x: Tensor, start: int = 0) -> Tensor:
-        """All blocks, with the bridge in its place."""
-        first, second = self.blocks[: self.equivariant_depth], self.blocks[self.equivariant_depth :]
-        for blocks in (first, second):
-            if blocks is second and self.bridge is not None:
+    def _run(
+        self, x: Tensor, take: Sequence[int] = (), stop: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Blocks before number `stop`, the bridge in its place; also what those in `take` give."""
+        taken = []
+        # no slice of self.blocks: symbolic tracers know no container but that
+        for i, block in enumerate(self.blocks):
+            if i == stop:
+                break
+            if i == self.equivariant_depth and self.bridge is not None:
                 x = self.bridge(x)
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(blocks, x)
-            else:
-                x = blocks(x)
-        return x
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if i in take:
+                taken.append(x)
+        return x, taken
+
+    def _normalize(self, x: Tensor, depth: int) -> Tensor:
+        """The final norm after so many blocks, and the bridge if that is still ahead."""
+        if self.bridge is not None and depth <= self.equivariant_depth:
+            x = self.bridge(x)
+        return self.norm(x)
+
+    def _finish(self, x: Tensor, depth: int) -> Tensor:
+        """Tokens after so many blocks to the invariant features that are classified."""
+        x = self._normalize(x, depth)
+        x = x if self.invariants is None else self.invariants(x)
+        return x[..., : self.num_features]
 
     def _to_image_order(self, x: Tensor, grid: MirrorGrid) -> Tensor:
         """Patch tokens from mirror order to row-major order; prefix tokens stay first."""
@@ -289,8 +303,13 @@ class VisionTransformer(nn.Module):
         return torch.cat([prefix, grid.to_image_order(patches).flatten(1, 2)], 1)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to normalised tokens, prefix first, patches row-major: (B, prefix + N, C)."""
-        return self._to_image_order(self.norm(self._run(self._embed(x))), self._grid(x))
+        """Images to normalised invariant tokens, prefix first, patches row-major.
+
+        (B, in_chans, H, W) -> (B, prefix + N, num_features)
+        """
+        grid = self._grid(x)
+        x, _ = self._run(self._embed(x))
+        return self._to_image_order(self._finish(x, len(self.blocks)), grid)
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, prefix + N, C) to (B, C), or all tokens if pooling is off."""
@@ -301,21 +320,19 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits (B, num_classes), or to the invariant features before the classifier.
-
-        Without pooling and classifier the tokens are returned packed, with all their channels.
-        """
-        x = self.fc_norm(self.pool(x))
-        if self.global_pool or self.num_classes > 0 or pre_logits:
-            x = self.invariants(x)[..., : self.head_hidden_size]
-        x = self.head_drop(x)
+        """Tokens to logits (B, num_classes), or to the features before the classifier."""
+        x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
-        tokens = self.norm(self._run(self._embed(x)))
-        if not self.global_pool:  # then the order of the tokens is seen outside
-            tokens = self._to_image_order(tokens, self._grid(x))
-        return self.forward_head(tokens)
+        grid = self._grid(x)
+        x, _ = self._run(self._embed(x))
+        if self.global_pool == "token":
+            x = x[:, :1]  # the head sees no other token, so no other is normalised
+        x = self._finish(x, len(self.blocks))
+        if not self.global_pool:  # only then the order of the tokens is seen outside
+            x = self._to_image_order(x, grid)
+        return self.forward_head(x)
 
     def forward_intermediates(
         self,
@@ -330,46 +347,38 @@ class VisionTransformer(nn.Module):
     ) -> Any:
         """Features after chosen blocks, as timm's VisionTransformer returns them.
 
-        Maps are (B, C, H, W) or tokens (B, N, C), left to right. Of a hybrid, `norm` passes
-        intermediates from before the bridge through it, because the norm stands behind it.
+        Maps are (B, C, H, W) or tokens (B, N, C), left to right, with all channels. Of a hybrid,
+        `norm` passes intermediates from before the bridge through it, because the norm stands
+        behind it. The final features are those of `forward_features`.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt {output_fmt!r} is not known: use 'NCHW' or 'NLC'")
         take, last = feature_take_indices(len(self.blocks), indices)
+        depth = last + 1 if stop_early else len(self.blocks)
         grid = self._grid(x)
-        x = self._embed(x)
-        taken = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            if i == self.equivariant_depth and self.bridge is not None:
-                x = self.bridge(x)
-            x = checkpoint_seq([block], x) if self.grad_checkpointing else block(x)
-            if i in take:
-                y = self._normalize(x, i) if norm else x
-                taken.append(self._to_image_order(y, grid))
+        x, taken = self._run(self._embed(x), take, depth)
+        if norm:
+            taken = [
+                self._normalize(y, i + 1) for y, i in zip(taken, sorted(set(take)), strict=True)
+            ]
+        taken = [self._to_image_order(y, grid) for y in taken]
         prefixes = [y[:, : self.num_prefix_tokens] for y in taken]
         maps = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
             size = (grid.height, grid.width)
             maps = [y.mT.unflatten(-1, size).contiguous() for y in maps]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": maps}
-            if with_prefix:
-                result["image_intermediates_prefix"] = prefixes
-            if not intermediates_only:
-                result["image_features"] = self._to_image_order(self._normalize(x, i), grid)
-            return result
+        result: dict[str, Any] = {"image_intermediates": maps}
         if with_prefix:
-            maps = list(zip(maps, prefixes, strict=True))
+            result["image_intermediates_prefix"] = prefixes
+            if not output_dict:
+                maps = list(zip(maps, prefixes, strict=True))
         if intermediates_only:
-            return maps
-        return self._to_image_order(self._normalize(x, i), grid), maps
-
-    def _normalize(self, x: Tensor, block: int) -> Tensor:
-        """The final norm after block number `block`, with the bridge if that is still ahead."""
-        if self.bridge is not None and block < self.equivariant_depth:
-            x = self.bridge(x)
-        return self.norm(x)
+            return result if output_dict else maps
+        features = self._to_image_order(self._finish(x, depth), grid)
+        if output_dict:
+            return {**result, "image_features": features}
+        return features, maps
 
     def get_intermediate_layers(
         self,
@@ -401,12 +410,11 @@ class VisionTransformer(nn.Module):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.fc_norm = nn.Identity()
             self.reset_classifier(0, "")
         return take
 
 
-class OrdinaryVisionTransformer(TimmVisionTransformer):
+class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
     """timm's VisionTransformer as DeiT III uses it, with the published keys.
 
     Args:
