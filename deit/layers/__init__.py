@@ -5,7 +5,13 @@ from deit.layers.affine import Affine, LayerScale, OrdinaryAffine
 from deit.layers.attention import Attention
 from deit.layers.block import Block, OrdinaryBlock, OrdinaryLayerNorm
 from deit.layers.bridge import InvariantBridge, RegularBridge
-from deit.layers.conv import MirrorConv2d, MirrorDepthwiseConv2d, MirrorKernel
+from deit.layers.conv import (
+    ChannelsLastMirrorConv2d,
+    MirrorConv2d,
+    MirrorDepthwiseConv2d,
+    MirrorKernel,
+)
+from deit.layers.conv_block import ConvBlock, OrdinaryConvBlock
 from deit.layers.fixed import FixedBuffers
 from deit.layers.linear import Linear, as_rep, invariant_bias
 from deit.layers.mixer_block import MixerBlock, OrdinaryMixerBlock
@@ -25,6 +31,8 @@ __all__ = [
     "Affine",
     "Attention",
     "Block",
+    "ChannelsLastMirrorConv2d",
+    "ConvBlock",
     "FixedBuffers",
     "InvariantBridge",
     "LayerNorm",
@@ -40,6 +48,7 @@ __all__ = [
     "Mlp",
     "OrdinaryAffine",
     "OrdinaryBlock",
+    "OrdinaryConvBlock",
     "OrdinaryLayerNorm",
     "OrdinaryMixerBlock",
     "PatchEmbed",

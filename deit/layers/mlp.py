@@ -12,7 +12,7 @@ from deit.groups import FLOP, Group, Rep
 from deit.layers.activation import GELU
 from deit.layers.linear import Linear, as_rep
 
-__all__ = ["Mlp"]
+__all__ = ["Mlp", "perceptron"]
 
 
 class Mlp(nn.Module):
@@ -50,7 +50,18 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.act.gain
-        parts = self.fc1.map(self.fc1.in_rep.split(x), out_gain=gain)
-        parts = [self.drop(part) for part in self.act.map(parts)]
-        return self.drop(torch.cat(self.fc2.map(parts, in_gain=gain), -1))
+        return perceptron(x, self.fc1, self.act, self.fc2, self.drop)
+
+
+def perceptron(
+    x: Tensor, fc1: Linear, act: GELU, fc2: Linear, drop: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """fc2(act(fc1 x)), with `drop` after both, irrep by irrep: (..., features) -> the same.
+
+    The constant factors of the activation are left to the matrix products.
+    """
+    parts = act.map(fc1.map(fc1.in_rep.split(x), out_gain=act.gain))
+    if drop is not None:
+        parts = [drop(part) for part in parts]
+    x = torch.cat(fc2.map(parts, in_gain=act.gain), -1)
+    return x if drop is None else drop(x)

@@ -1,6 +1,14 @@
 """All networks; importing this package registers them with timm."""
 
+from deit.models.convnext import ConvNeXt, IsotropicConvNeXt
 from deit.models.resmlp import OrdinaryResMLP, ResMLP
 from deit.models.vit import OrdinaryVisionTransformer, VisionTransformer
 
-__all__ = ["OrdinaryResMLP", "OrdinaryVisionTransformer", "ResMLP", "VisionTransformer"]
+__all__ = [
+    "ConvNeXt",
+    "IsotropicConvNeXt",
+    "OrdinaryResMLP",
+    "OrdinaryVisionTransformer",
+    "ResMLP",
+    "VisionTransformer",
+]

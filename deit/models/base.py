@@ -1,17 +1,23 @@
-"""What the convolutional and perceptron families share of timm's model interface: the classifier.
+"""Networks that classify pooled invariant features: what the families of perceptrons and of
+convolutions share, which is most of timm's model interface.
 
-Both classify features that have been made invariant: they are pooled, normalised and mapped to
-logits, unlike a transformer's class token, which is normalised before.
+They run a stem and a number of steps (blocks, or stages of blocks), keep what flopping leaves
+alone, pool it, normalise it and classify it. A transformer's class token is normalised before, and
+needs none of this.
 """
 
-from __future__ import annotations
-
+# no postponed annotations: symbolic tracers copy those of forward into the code they generate
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-__all__ = ["HeadMixin", "Pool", "init_linear", "scale_classifier"]
+from deit.models.scripting import Scriptable
+
+__all__ = ["Pool", "PooledClassifier", "init_linear", "scale_classifier"]
 
 Pool = Literal["", "avg"]
 
@@ -32,32 +38,78 @@ def scale_classifier(head: nn.Module, scale: float) -> None:
         head.bias.mul_(scale)
 
 
-class HeadMixin:
-    """The classifier of a model and timm's methods about it, for subclasses of `nn.Module`.
+class PooledClassifier(Scriptable, nn.Module):
+    """The common part of the families; a subclass builds the layers and says how to run them.
 
-    The model calls `_init_head` in its constructor, when its norm exists.
+    Its constructor calls `_init_head` when stem, blocks and `feature_info` (an entry for each step)
+    exist.
     """
 
-    head: nn.Module
-    head_hidden_size: int
-    training: bool
+    norm: nn.Module
+    feature_info: list[dict[str, Any]]
+
+    # what a family says
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to the features that the steps work on."""
+        raise NotImplementedError
+
+    def _steps(self) -> list[list[nn.Module]]:
+        """The modules to run in each step. Features can be taken after each step."""
+        raise NotImplementedError
+
+    def _truncate(self, steps: int) -> None:
+        """Drop all but the first steps."""
+        raise NotImplementedError
+
+    def _to_map(self, x: Tensor) -> Tensor:
+        """Features to an ordinary image of packed channels, (B, C, H, W)."""
+        raise NotImplementedError
+
+    def _set_channels(self, channels: int) -> None:
+        """Classify the invariants of so many channels: sets `num_features`."""
+        raise NotImplementedError
+
+    def _invariants(self, x: Tensor) -> Tensor:
+        """Features to what flopping leaves alone, with `num_features` channels."""
+        raise NotImplementedError
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Invariants to (B, num_features), or as `global_pool` says to (B, ..., num_features)."""
+        raise NotImplementedError
+
+    # construction
 
     def _init_head(
         self,
-        width: int,
+        norm_layer: Any,
         num_classes: int,
         global_pool: str,
         drop_rate: float,
         head_init_scale: float,
         **dd: Any,
     ) -> None:
+        self._set_channels(self.feature_info[-1]["num_chs"])
         self.num_classes = num_classes
         self.global_pool = self._check_pool(global_pool)
-        self.head_hidden_size = width
         self.head_init_scale = head_init_scale
         self.grad_checkpointing = False
+        self.norm = norm_layer(self.num_features, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(num_classes, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise by the family's rule; `head_init_scale` is a factor on the classifier."""
+        self.apply(self._init_module)
+        scale_classifier(self.head, self.head_init_scale)
+
+    _init_module = staticmethod(init_linear)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the features that are classified."""
+        return self.num_features
 
     def _check_pool(self, pool: str) -> str:
         if pool not in ("", "avg"):
@@ -67,7 +119,9 @@ class HeadMixin:
     def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
         if num_classes <= 0:
             return nn.Identity()
-        return nn.Linear(self.head_hidden_size, num_classes, **dd)
+        return nn.Linear(self.num_features, num_classes, **dd)
+
+    # timm's interface
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -93,11 +147,80 @@ class HeadMixin:
         self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
         self.head.apply(init_linear).train(self.training)
 
-    def _unpooled(self, pre_logits: bool) -> bool:
-        """Whether the head hands features on as they are: nothing is left of it."""
-        return not (self.global_pool or self.num_classes > 0 or pre_logits)
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the steps behind the last one wanted; returns the kept indices.
 
-    def _classify(self, x: Tensor, pre_logits: bool) -> Tensor:
-        """Invariant features (..., width) to logits, or to what the classifier would see."""
-        x = self.head_drop(self.norm(x))
+        The norm belongs to the head, and both go too if they were made for a dropped step.
+        """
+        take, last = feature_take_indices(len(self._steps()), indices)
+        self._truncate(last + 1)
+        features = self.num_features
+        self._set_channels(self.feature_info[last]["num_chs"])
+        if self.num_features != features:
+            prune_head = True
+        if prune_norm or prune_head:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    # forward
+
+    def _run(
+        self, images: Tensor, take: Sequence[int] = (), stop: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Steps before number `stop`; also what those in `take` give."""
+        x = self._embed(images)
+        taken = []
+        for i, step in enumerate(self._steps()):
+            if i == stop:
+                break
+            for module in step:
+                x = checkpoint(module, x) if self.grad_checkpointing else module(x)
+            if i in take:
+                taken.append(x)
+        return x, taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the invariant features that are classified, before pooling."""
+        x, _ = self._run(x)
+        return self._invariants(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Invariant features to logits (B, num_classes), or to what the classifier sees.
+
+        Without pooling each place is classified, (B, ..., num_classes).
+        """
+        x = self.head_drop(self.norm(self._pool(x)))
         return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after chosen steps with all their packed channels, by timm's interface.
+
+        Maps are (B, C, H, W) or tokens (B, N, C), left to right. `norm` changes nothing: the norm
+        belongs to the pooled features. The final features are those of `forward_features`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is not known: use 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self._steps()), indices)
+        x, taken = self._run(x, take, last + 1 if stop_early else None)
+        maps = [self._to_map(y) for y in taken]
+        if output_fmt == "NLC":
+            maps = [y.flatten(2).mT for y in maps]
+        return maps if intermediates_only else (self._invariants(x), maps)

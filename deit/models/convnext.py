@@ -1,0 +1,362 @@
+"""ConvNeXt: equivariant, isotropic (one resolution) and hierarchical (four stages).
+
+Inside, features have packed channels last, (B, H, W, [s | a]). Maps leave the network
+(`forward_intermediates`, `features_only=True`) as (B, C, H, W). Flopping the image flips them,
+leaves channels [0, C/2) alone and negates channels [C/2, C);
+`feature_info[i]["symmetric_channels"]` says how many are left alone. `forward_features` gives the
+maps that are classified, which are flipped and left alone: s, and with
+`use_symmetrized_asym_feats` |a|.
+
+The networks are fully convolutional. Flopping maps the kernels' positions to one another, and the
+network is exactly equivariant, if the width of an image is a multiple of the total stride; another
+width is an error. The height is free.
+
+timm has the ordinary hierarchical networks under the names `convnext_*`; the ordinary isotropic
+ones are here.
+
+Source: arXiv:2502.05169, section 4; ConvNeXt, arXiv:2201.03545.
+"""
+
+# no postponed annotations: symbolic tracers copy those of forward into the code they generate
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from deit.groups import FLOP, Rep
+from deit.layers import (
+    ChannelsLastMirrorConv2d,
+    ConvBlock,
+    InvariantBridge,
+    LayerNorm,
+    MirrorConv2d,
+    MirrorKernel,
+    OrdinaryConvBlock,
+    OrdinaryLayerNorm,
+    tracing,
+)
+from deit.models.base import Pool, PooledClassifier
+from deit.models.registry import register_sizes
+
+__all__ = ["ConvNeXt", "IsotropicConvNeXt"]
+
+STEM_SCALE = sqrt(0.5)  # gives kernels built from halves the scale of ordinary ones
+
+
+class _ConvNeXt(PooledClassifier):
+    """What both have in common: features are (B, H, W, C), the norm is a LayerNorm."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        img_size: int | tuple[int, int] | None,
+        equivariant: bool,
+        use_symmetrized_asym_feats: bool,
+        total_stride: int,
+    ) -> None:
+        super().__init__()
+        if use_symmetrized_asym_feats and not equivariant:
+            raise ValueError(
+                "use_symmetrized_asym_feats needs equivariant features: an ordinary network has "
+                "no antisymmetric part"
+            )
+        if img_size is not None and equivariant:
+            tracing.check_total_stride(*to_2tuple(img_size), total_stride)
+        self.in_chans = in_chans
+        self.equivariant = equivariant
+        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
+
+    def _embed(self, images: Tensor) -> Tensor:
+        if self.equivariant:
+            stride = self.feature_info[len(self._steps()) - 1]["reduction"]
+            tracing.check_total_stride(images.shape[-2], images.shape[-1], stride)
+        return self._stem(images)
+
+    def _stem(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to (B, H', W', C)."""
+        raise NotImplementedError
+
+    def _to_map(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+    def _set_channels(self, channels: int) -> None:
+        self.invariants = InvariantBridge(channels) if self.use_symmetrized_asym_feats else None
+        own = FLOP.regular(channels).invariant if self.equivariant else channels
+        self.num_features = channels if self.use_symmetrized_asym_feats else own
+
+    def _invariants(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to an invariant map, (B, num_features, H, W)."""
+        x = x if self.invariants is None else self.invariants(x)
+        return x[..., : self.num_features].permute(0, 3, 1, 2)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if self.global_pool == "avg" else x.permute(0, 2, 3, 1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Invariant maps to logits (B, num_classes), or to what the classifier sees.
+
+        Without pooling each place is classified, (B, num_classes, H, W).
+        """
+        x = super().forward_head(x, pre_logits)
+        return x if self.global_pool else x.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _init_module(module: nn.Module) -> None:
+        """Truncated normal, 0.02, for linear maps and convolutions; zero biases."""
+        if isinstance(module, (nn.Linear, nn.Conv2d, MirrorKernel)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class IsotropicConvNeXt(_ConvNeXt):
+    """A ConvNeXt of one resolution; also the ordinary one, with the same keys and arguments.
+
+    Args:
+        equivariant: False for the ordinary twin.
+        num_classes: 0 for no classifier.
+        global_pool: average over the map, or none.
+        img_size: checked if it is given; other sizes work too.
+        layer_scale_init_value: initial LayerScale; none unless it is positive.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        use_symmetrized_asym_feats: classify the means of [s, |a|] in place of s.
+        head_init_scale: factor on the classifier's initial weights.
+
+    Raises:
+        ValueError: for sizes that do not divide and options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Pool = "avg",
+        embed_dim: int = 384,
+        depth: int = 18,
+        kernel_size: int = 7,
+        mlp_ratio: float = 4.0,
+        *,
+        equivariant: bool = True,
+        img_size: int | tuple[int, int] | None = None,
+        layer_scale_init_value: float = 0.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        use_symmetrized_asym_feats: bool = False,
+        head_init_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        patch_size = to_2tuple(patch_size)
+        super().__init__(in_chans, img_size, equivariant, use_symmetrized_asym_feats, patch_size[1])
+        dd = {"device": device, "dtype": dtype}
+        if equivariant:
+            colours = Rep(FLOP, free=0, fixed=in_chans)
+            self.stem = MirrorConv2d(
+                colours, embed_dim, patch_size, patch_size, scale=STEM_SCALE, **dd
+            )
+        else:
+            self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, **dd)
+        block = ConvBlock if equivariant else OrdinaryConvBlock
+        self.blocks = nn.Sequential(
+            *(
+                block(
+                    embed_dim,
+                    kernel_size,
+                    mlp_ratio,
+                    init_value=layer_scale_init_value,
+                    drop_path=rate,
+                    **dd,
+                )
+                for rate in _rising(drop_path_rate, depth)
+            )
+        )
+        self.feature_info = [
+            {
+                "module": f"blocks.{i}",
+                "num_chs": embed_dim,
+                "reduction": patch_size[1],
+                "symmetric_channels": embed_dim // 2 if equivariant else None,
+            }
+            for i in range(depth)
+        ]
+        self._init_head(
+            OrdinaryLayerNorm, num_classes, global_pool, drop_rate, head_init_scale, **dd
+        )
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^stem",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return self.stem(images).permute(0, 2, 3, 1).contiguous()
+
+    def _steps(self) -> list[list[nn.Module]]:
+        return [[block] for block in self.blocks]
+
+    def _truncate(self, steps: int) -> None:
+        self.blocks = self.blocks[:steps]
+
+
+class ConvNeXt(_ConvNeXt):
+    """The hierarchical ConvNeXt, equivariant; the stages are timm's.
+
+    Args:
+        depths, dims: blocks and channels of each stage.
+        patch_size: of the stem.
+        img_size: checked if it is given; other sizes work too.
+        layer_scale_init_value: initial LayerScale; none unless it is positive.
+        others: as in `IsotropicConvNeXt`.
+
+    Raises:
+        ValueError: for sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        patch_size: int | tuple[int, int] = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Pool = "avg",
+        kernel_size: int = 7,
+        mlp_ratio: float = 4.0,
+        *,
+        img_size: int | tuple[int, int] | None = None,
+        layer_scale_init_value: float = 1e-6,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        use_symmetrized_asym_feats: bool = False,
+        head_init_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        patch_size = to_2tuple(patch_size)
+        total_stride = patch_size[1] * 2 ** (len(depths) - 1)
+        super().__init__(in_chans, img_size, True, use_symmetrized_asym_feats, total_stride)
+        dd = {"device": device, "dtype": dtype}
+        self.downsample_layers = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        self.feature_info = []
+        rates = iter(_rising(drop_path_rate, sum(depths)))
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            if i == 0:
+                colours = Rep(FLOP, free=0, fixed=in_chans)
+                conv = ChannelsLastMirrorConv2d(
+                    colours, dim, patch_size, patch_size, scale=STEM_SCALE, **dd
+                )
+                downsample = nn.Sequential(conv, LayerNorm(dim, **dd))
+            else:
+                conv = ChannelsLastMirrorConv2d(
+                    FLOP.regular(dims[i - 1]), dim, (2, 2), (2, 2), **dd
+                )
+                downsample = nn.Sequential(LayerNorm(dims[i - 1], **dd), conv)
+            self.downsample_layers.append(downsample)
+            self.stages.append(
+                nn.Sequential(
+                    *(
+                        ConvBlock(
+                            dim,
+                            kernel_size,
+                            mlp_ratio,
+                            init_value=layer_scale_init_value,
+                            drop_path=next(rates),
+                            **dd,
+                        )
+                        for _ in range(depth)
+                    )
+                )
+            )
+            self.feature_info.append(
+                {
+                    "module": f"stages.{i}",
+                    "num_chs": dim,
+                    "reduction": patch_size[1] * 2**i,
+                    "symmetric_channels": dim // 2,
+                }
+            )
+        self._init_head(
+            OrdinaryLayerNorm, num_classes, global_pool, drop_rate, head_init_scale, **dd
+        )
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth, for layer-wise learning rates; by stage if `coarse`."""
+        return {
+            "stem": r"^downsample_layers\.0",
+            "blocks": r"^(?:downsample_layers|stages)\.(\d+)"
+            if coarse
+            else [
+                (r"^downsample_layers\.(\d+)", (0,)),
+                (r"^stages\.(\d+)\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return self.downsample_layers[0](images.permute(0, 2, 3, 1))
+
+    def _steps(self) -> list[list[nn.Module]]:
+        return [
+            [self.downsample_layers[i], *stage] if i > 0 else list(stage)
+            for i, stage in enumerate(self.stages)
+        ]
+
+    def _truncate(self, steps: int) -> None:
+        self.downsample_layers = self.downsample_layers[:steps]
+        self.stages = self.stages[:steps]
+
+
+def _rising(rate: float, count: int) -> list[float]:
+    """`count` rates rising linearly from 0 to `rate`."""
+    return [rate * i / max(count - 1, 1) for i in range(count)]
+
+
+# name: depth, embed_dim
+ISOTROPIC_SIZES = {"small": (18, 384), "base": (18, 768), "large": (36, 1024)}
+# name: depths, dims
+SIZES = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+
+for _family, _equivariant in {"d2_convnext_isotropic": True, "convnext_isotropic": False}.items():
+    register_sizes(
+        __name__,
+        IsotropicConvNeXt,
+        {
+            f"{_family}_{name}": {"depth": depth, "embed_dim": dim, "equivariant": _equivariant}
+            for name, (depth, dim) in ISOTROPIC_SIZES.items()
+        },
+        cfg={
+            "first_conv": ("stem.proj_sym", "stem.proj_asym") if _equivariant else "stem",
+            "pool_size": (14, 14),
+        },
+        layer_scale="layer_scale_init_value",
+    )
+register_sizes(
+    __name__,
+    ConvNeXt,
+    {
+        f"d2_convnext_{name}": {"depths": depths, "dims": dims}
+        for name, (depths, dims) in SIZES.items()
+    },
+    cfg={
+        "first_conv": ("downsample_layers.0.0.proj_sym", "downsample_layers.0.0.proj_asym"),
+        "pool_size": (7, 7),
+    },
+    layer_scale="layer_scale_init_value",
+    out_indices=(0, 1, 2, 3),
+)
