@@ -9,17 +9,12 @@ is computed in float32, whatever the outputs' dtype, and is a mean over the batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from deit.checkpoint import load_model, model_state, read_checkpoint
-from deit.errors import UserError, one_line, suggest
+from deit.errors import UserError
 
 # What a network may return: logits (B, K), or two of them from a class and a distillation token.
 Outputs = Tensor | tuple[Tensor, Tensor]
@@ -169,75 +164,3 @@ def build_criterion(
     if teacher is None:
         raise UserError(f"{distillation_type} distillation needs a teacher")
     return DistillationLoss(base, teacher, distillation_type, distillation_alpha, distillation_tau)
-
-
-class Teacher(nn.Module):
-    """A frozen network that sees the student's images the way it was trained to see them.
-
-    Images (B, 3, H, W) normalised by `mean` and `std` are renormalised by the network's own
-    statistics and, if it takes one size only, resampled to that. It never leaves evaluation mode.
-    """
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        config = getattr(model, "pretrained_cfg", None) or {}
-        self.model = model.requires_grad_(False).eval()
-        own_mean = torch.tensor(config.get("mean", mean)).view(1, -1, 1, 1)
-        own_std = torch.tensor(config.get("std", std)).view(1, -1, 1, 1)
-        self.register_buffer("scale", torch.tensor(std).view(1, -1, 1, 1) / own_std)
-        self.register_buffer("shift", (torch.tensor(mean).view(1, -1, 1, 1) - own_mean) / own_std)
-        fixed = config.get("fixed_input_size", False)
-        self.size = tuple(config["input_size"][-2:]) if fixed else None
-
-    def train(self, mode: bool = True) -> Teacher:
-        """Keeps evaluation mode, whatever `mode` the loss around it is put into."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        return self.model(images * self.scale + self.shift)
-
-
-def build_teacher(
-    name: str,
-    path: str,
-    num_classes: int,
-    device: torch.device | str,
-    *,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> Teacher:
-    """The network `name` of timm or of this package as a teacher, on `device`.
-
-    Args:
-        path: its checkpoint (a file, an address, `hf-hub:NAME`), read without running code; ''
-            for the weights that timm offers, which must have `num_classes` classes.
-        mean, std: normalisation of the student's images, for each channel.
-
-    Raises:
-        UserError: an unknown name, or weights that are absent or do not fit.
-    """
-    if not timm.is_model(name):
-        raise UserError(f"unknown teacher {name!r}{suggest(name, timm.list_models())}")
-    if path:
-        model = timm.create_model(name, num_classes=num_classes)
-        load_model(model, model_state(read_checkpoint(path), source=path), source=path)
-    else:
-        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
-        offered = config.num_classes if config is not None and config.has_weights else None
-        if offered != num_classes:
-            has = f"weights for {offered} classes" if offered else "no weights"
-            raise UserError(
-                f"timm offers {has} of the teacher {name!r}, {num_classes} classes are needed: "
-                "give its checkpoint by --teacher-path"
-            )
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # the download raises the errors of several libraries
-            raise UserError(
-                f"timm's weights of the teacher {name!r} cannot be fetched; give a checkpoint by "
-                f"--teacher-path ({one_line(error)[:160]})"
-            ) from error
-    return Teacher(model, mean, std).to(device)

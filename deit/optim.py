@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.models._manipulate import group_with_matcher  # timm.models has it for whole modules only
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 
@@ -148,6 +148,9 @@ def build_optimizer(
     known = list_optimizers()
     if name.split("_")[-1] not in known:
         raise UserError(f"unknown optimizer {opt!r}{suggest(name, known)}")
+    info = get_optimizer_info(name.split("_")[-1])
+    if betas is not None and info.has_betas and len(betas) != info.num_betas:
+        raise UserError(f"optimizer {opt!r} takes {info.num_betas} betas, got {len(betas)}")
     try:
         if name in ("lamb", "fusedlamb"):
             return _build_lamb(groups, settings, fused=name == "fusedlamb")

@@ -33,13 +33,14 @@ from deit.ema import ModelEma
 from deit.engine import Learner, Precision, count_parameters
 from deit.errors import UserError
 from deit.finetune import freeze_all_but_attention, load_for_finetune
-from deit.losses import build_criterion, build_teacher, prepare_student
+from deit.losses import build_criterion, prepare_student
 from deit.optim import build_optimizer, scaled_lr
 from deit.reporting import Reporter, environment, read_log
 from deit.resume import Progress, RunningLoss, TrainingState, seed_all
 from deit.saving import CheckpointWriter, clean_temporaries
 from deit.schedule import build_scheduler
 from deit.stopping import StopAgreement
+from deit.teacher import build_teacher
 
 LAST = "checkpoint.pth"
 BEST = "best_checkpoint.pth"

@@ -6,13 +6,7 @@ import torch
 from torch import nn
 
 from deit.errors import UserError
-from deit.losses import (
-    DistillationLoss,
-    Teacher,
-    build_criterion,
-    build_teacher,
-    prepare_student,
-)
+from deit.losses import DistillationLoss, build_criterion, prepare_student
 
 CLASSES = 7
 
@@ -145,47 +139,6 @@ def test_a_network_with_a_distillation_token_returns_both():
     criterion(outputs, torch.tensor([0, 1]), torch.zeros(2, 3, 32, 32)).backward()
     assert student.head.weight.grad.abs().sum() > 0
     assert student.head_dist.weight.grad.abs().sum() > 0
-
-
-def test_teacher_renormalises_resamples_and_stays_frozen():
-    model = Fixed(torch.zeros(2, CLASSES))
-    model.pretrained_cfg = {
-        "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
-        "input_size": (3, 16, 16), "fixed_input_size": True,
-    }  # fmt: skip
-    model.weight = nn.Parameter(torch.zeros(1))
-    mean, std = torch.tensor([0.4, 0.45, 0.5]), torch.tensor([0.2, 0.25, 0.3])
-    criterion = build_criterion(
-        teacher=Teacher(model, mean.tolist(), std.tolist()), distillation_type="hard"
-    )
-    criterion.train()
-    pixels = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand(2, 3, 32, 32)
-    images = (pixels - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
-    criterion(torch.zeros(2, CLASSES), torch.tensor([0, 1]), images)
-    expected = (pixels[..., :16, :16] - 0.5) / 0.5
-    torch.testing.assert_close(model.seen, expected)
-    assert not model.training
-    assert not any(p.requires_grad for p in criterion.parameters())
-
-
-def test_build_teacher_reads_a_checkpoint(tmp_path):
-    source = timm.create_model("resnet10t", num_classes=CLASSES)
-    torch.save({"model": source.state_dict()}, tmp_path / "teacher.pth")
-    teacher = build_teacher("resnet10t", str(tmp_path / "teacher.pth"), CLASSES, "cpu")
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(teacher(images), source.eval()(images))
-    assert not teacher(images).requires_grad
-
-
-def test_build_teacher_says_what_is_wrong(tmp_path):
-    with pytest.raises(UserError, match=r"unknown teacher 'resnet10tt'; did you mean .*resnet10t"):
-        build_teacher("resnet10tt", "", CLASSES, "cpu")
-    with pytest.raises(
-        UserError, match=r"for 1000 classes .* 7 classes are needed.*--teacher-path"
-    ):
-        build_teacher("resnet10t", "", CLASSES, "cpu")
-    with pytest.raises(UserError, match="does not exist"):
-        build_teacher("resnet10t", str(tmp_path / "absent.pth"), CLASSES, "cpu")
 
 
 def test_losses_of_half_precision_outputs_are_float32(batch):

@@ -178,8 +178,8 @@ def test_fusedlamb_is_apexs_where_it_is_installed(monkeypatch, caplog):
     [
         ({"opt": "adamww"}, r"unknown optimizer 'adamww'; did you mean .*adamw"),
         ({"opt": "fusedadam"}, r"'fusedadam' cannot be built: .*(CUDA|apex)"),
-        ({"opt": "adamw", "betas": [0.9]}, "'adamw' cannot be built"),
-        ({"opt": "lamb", "betas": [0.9, 0.99, 0.9]}, "'lamb' cannot be built: betas must be two"),
+        ({"opt": "adan", "betas": [0.9, 0.99]}, "'adan' takes 3 betas, got 2"),
+        ({"opt": "lamb", "betas": [0.9, 1.5]}, "'lamb' cannot be built: betas must be two"),
     ],
 )
 def test_what_cannot_be_built_is_one_clear_error(settings, words):
