@@ -124,7 +124,7 @@ def _entropy(seed: int, *key: int) -> np.random.SeedSequence:
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's CPU generators, which transforms draw from."""
     random.seed(seed)
-    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002 - timm draws from the global one
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - timm draws from the global one
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the devices' too
 
 
