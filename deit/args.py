@@ -362,6 +362,8 @@ def resolve(args: Namespace) -> None:
         args.data_set, args.zip_dataloader = "IMNET", True
     if not args.data_path and args.data_set == "IMNET" and not args.zip_dataloader:
         args.data_set = "SAMPLE"
+    if args.data_set == "SAMPLE":
+        args.data_path = ""
     if args.data_set == "CIFAR":
         args.data_set = "CIFAR100"
     if args.aa.lower() == "none":

@@ -127,6 +127,7 @@ def test_what_options_imply():
     args = parse_args(["--data-set", "IMNETZIP", "--data-path", "x"])
     assert (args.data_set, args.zip_dataloader) == ("IMNET", True)
     assert parse_args(["--data-set", "CIFAR", "--data-path", "x"]).data_set == "CIFAR100"
+    assert parse_args(["--data-set", "SAMPLE", "--data-path", "x"]).data_path == ""
     assert parse_args(["--aa", "none"]).aa == ""
     assert parse_args(["--bce-loss"]).smoothing == 0, "smoothed targets would all count as 1"
     assert parse_args(["--cosub"]).smoothing == 0.1
