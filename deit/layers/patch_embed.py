@@ -70,7 +70,7 @@ class PatchEmbed(MirrorConv2d):
             self.patch_size, self.img_size = old
             raise
         if self.patch_size != old[0]:
-            self.stride = self.patch_size
+            self.kernel_size = self.stride = self.patch_size
             for name in self.names.values():
                 getattr(self, name).resize(self.patch_size)
 
