@@ -305,11 +305,6 @@ def unsynchronised(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every process (a collective); others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def like_sharded(value: Tensor, reference: Tensor) -> Tensor:
     """This process's part of `value`, sharded and placed as `reference` is; always a copy."""
     if isinstance(reference, DTensor) and value.shape == reference.shape:

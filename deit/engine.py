@@ -70,7 +70,7 @@ class Precision:
 
 @dataclass
 class RunningLoss:
-    """Sums over the steps of an epoch on this process; they stay on the device between reports."""
+    """Sums over the images of an epoch on this process; they stay on the device between reports."""
 
     total: Tensor
     count: Tensor
@@ -86,11 +86,11 @@ class RunningLoss:
             torch.full((), -1, dtype=torch.int64, device=device),
         )
 
-    def add(self, loss: Tensor, update: int) -> None:
-        """Take in the mean loss () of one batch, which belongs to number `update` of the epoch."""
+    def add(self, loss: Tensor, images: int, update: int) -> None:
+        """Take in the mean loss () over a batch, which belongs to number `update` of the epoch."""
         loss = loss.detach()
-        self.total += loss
-        self.count += 1
+        self.total += loss * images
+        self.count += images
         new = ~torch.isfinite(loss) & (self.first_bad < 0)
         self.first_bad.masked_fill_(new, update)
 
@@ -164,7 +164,7 @@ class Learner:
                 with self.precision.autocast():
                     outputs = self.model(images)
                     loss = self.criterion(outputs, targets, images)
-                running.add(loss, number)
+                running.add(loss, len(targets), number)
                 scaled = self.precision.scaler.scale(loss / self.accumulation)
                 scaled.backward(create_graph=self._second_order)
         scaler = self.precision.scaler
@@ -202,7 +202,7 @@ def train_one_epoch(
             where the device was waited for anyway, their mean loss.
 
     Returns:
-        The mean loss of the epoch's batches, over all processes.
+        The mean loss over the epoch's images, of all processes.
 
     Raises:
         NonFiniteLossError: before any state of a later update can be saved.

@@ -11,10 +11,15 @@ Ctrl-C. Other Python code calls `main(args)`, and may stop it by `request_stop`.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+
+# Torch's own lines about a broken connection come with pages of C++ frames; `deit.watchdog` says
+# what happened. Read when torch is imported.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])

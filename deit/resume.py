@@ -24,17 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from deit.distributed import Processes, full_tensor, like_sharded
+from deit.distributed import Processes, like_sharded
 from deit.engine import Precision, RunningLoss
 from deit.errors import UserError
 from deit.schedule import TrainingSchedule
 
-# Set by the command line, which wins over the checkpoint; everything else in a parameter group
-# (step counts, estimated distances, ...) is state of the optimizer.
-_FROM_COMMAND_LINE = frozenset(
-    {"lr", "initial_lr", "lr_scale", "weight_decay", "wd_scale", "betas", "eps", "momentum"}
+# What the command line and the device decide about a parameter group. Everything else in it (step
+# counts, estimated distances, ...) is state of the optimizer.
+_FROM_THIS_RUN = frozenset(
+    {"params", "lr", "initial_lr", "lr_scale", "weight_decay", "wd_scale", "betas", "eps"}
+    | {"momentum", "max_grad_norm", "foreach", "fused", "capturable", "differentiable"}
 )
 # Other entries (factors of moments, step counts) have shapes of their own.
 _SHAPED_LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -100,9 +102,11 @@ def whole(value: Any, keep: bool) -> Any:
         keep: whether this process wants them; the others only take part. Whole tensors go to the
             host one by one, so that no device has to hold all of them.
     """
+    if isinstance(value, DTensor):
+        gathered = value.detach().full_tensor()
+        return gathered.cpu() if keep else None
     if isinstance(value, Tensor):
-        gathered = full_tensor(value.detach())
-        return gathered if gathered is value or not keep else gathered.cpu()
+        return value.detach()
     if isinstance(value, Mapping):
         return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -135,13 +139,10 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], source: str) 
                 "use the same model and --opt, or start from it with --finetune"
             )
         state[order[index]] = {key: _place(value, param) for key, value in values.items()}
-    groups = []
-    for own, theirs in zip(own_groups, saved_groups, strict=True):
-        groups.append(
-            {k: v for k, v in theirs.items() if k in own and k not in _FROM_COMMAND_LINE}
-            | {k: v for k, v in own.items() if k in _FROM_COMMAND_LINE or k not in theirs}
-            | {"params": own["params"]}
-        )
+    groups = [
+        dict(theirs) | {k: v for k, v in own.items() if k in _FROM_THIS_RUN}
+        for own, theirs in zip(own_groups, saved_groups, strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -202,6 +203,7 @@ class TrainingState:
         """
         notes = []
         if isinstance(checkpoint.get("optimizer"), Mapping):
+            self._check_optimizer(checkpoint.get("args"), source)
             load_optimizer(self.optimizer, checkpoint["optimizer"], source)
         else:
             notes.append("it has no optimizer state, so the moments start at zero")
@@ -220,6 +222,16 @@ class TrainingState:
             notes.append("its global batch was another one, so the rest of the epoch differs")
         notes += self._restore_processes(checkpoint.get("processes"))
         return notes
+
+    def _check_optimizer(self, saved: Any, source: str) -> None:
+        """Moments mean something else to another optimizer."""
+        theirs, ours = (str(getattr(a, "opt", "")).lower() for a in (saved, self.args))
+        lamb = {"lamb", "fusedlamb"}  # one optimizer in two implementations
+        if theirs and theirs != ours and {theirs, ours} != lamb:
+            raise UserError(
+                f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
+                "same, or start from it with --finetune"
+            )
 
     def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:
         if saved is None:

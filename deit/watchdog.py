@@ -113,8 +113,7 @@ class Watchdog:
                 present = [r for r in range(self._world_size) if self._store.check([f"beat/{r}"])]
                 values = self._store.multi_get([f"beat/{r}" for r in present])
             except (RuntimeError, OSError):
-                self._closing.wait(INTERVAL)  # `_judge_store` decides what the silence means
-                continue
+                return  # the connection is broken for good; `_judge_store` draws the conclusion
             self._answers += 1
             for other, value in zip(present, values, strict=True):
                 count, host, failure = json.loads(value)
@@ -146,6 +145,9 @@ class Watchdog:
 
     def _end(self, why: str) -> None:
         """End this process at once: its main thread may be stuck in a collective."""
+        if self.rank == 0:
+            # The store goes with this process; let the others find the same cause in it first.
+            self._closing.wait(3 * INTERVAL)
         if self._closing.is_set():
             return
         sys.stdout.flush()

@@ -258,3 +258,9 @@ def test_optimizer_of_another_network_is_refused():
         load_optimizer(make_optimizer((3, 2), (4,)), saved, "c.pth")
     with pytest.raises(UserError, match="other shapes"):
         load_optimizer(make_optimizer((2, 4), (4,)), saved, "c.pth")
+
+
+def test_another_optimizer_is_refused(data, whole, tmp_path, capsys):
+    source = str(whole / "checkpoint.pth")
+    assert train("--resume", source, "--opt", "lamb", data=data, out=tmp_path) == 2
+    assert "was trained with --opt adamw, this run has --opt lamb" in capsys.readouterr().err

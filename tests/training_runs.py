@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +103,16 @@ def run_processes(
     folder: Path,
     timeout: float = 240,
     distributed: bool = True,
+    grace: float | None = None,
 ) -> list[tuple[int, str]]:
     """Run one function a process, as ranks that torchrun would have started.
 
+    Args:
+        timeout: seconds for all together; who takes longer is killed and has status -9.
+        grace: seconds for all the others after the first has ended, if that is less.
+
     Returns:
-        (exit status, output) of each; processes that run too long are killed and have status -9.
+        (exit status, output) of each.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -126,9 +133,13 @@ def run_processes(
         process = _context.Process(target=_in_child, args=(body, args, env, str(log)))
         process.start()
         processes.append((process, log))
+    deadline = time.monotonic() + timeout
+    sentinels = [process.sentinel for process, _ in processes]
+    if grace is not None and wait(sentinels, timeout):
+        deadline = min(deadline, time.monotonic() + grace)
     results = []
     for process, log in processes:
-        process.join(timeout)
+        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()

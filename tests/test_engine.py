@@ -1,0 +1,200 @@
+"""One update, one epoch, one evaluation, with objects in place of a command line."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from deit.distributed import Place, Processes
+from deit.ema import ModelEma
+from deit.engine import (
+    Learner,
+    NonFiniteLossError,
+    Precision,
+    RunningLoss,
+    describe,
+    evaluate,
+    train_one_epoch,
+)
+from deit.losses import build_criterion
+from deit.stopping import StopAgreement, Stopped, forget_stop, request_stop
+
+CPU = torch.device("cpu")
+PROCESSES = Processes(Place(), CPU)
+
+
+@pytest.fixture(autouse=True)
+def _no_stop():
+    forget_stop()
+    yield
+    forget_stop()
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
+
+
+def make_batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, 3, 2, 2, generator=generator),
+            torch.randint(0, 4, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def make_learner(net: nn.Module, **kwargs) -> Learner:
+    kwargs.setdefault("optimizer", torch.optim.SGD(net.parameters(), lr=0.1))
+    kwargs.setdefault("schedule", lambda updates: None)
+    kwargs.setdefault("precision", Precision(CPU, None))
+    return Learner(net, build_criterion(), **kwargs)
+
+
+def run_epoch(learner: Learner, batches, **kwargs) -> float:
+    options = {"updates": len(batches), "start": 0, "done_before": 0, "on_update": lambda *_: None}
+    options |= {"running": RunningLoss.on(CPU), "processes": PROCESSES}
+    options |= {"agreement": StopAgreement()} | kwargs
+    return train_one_epoch(learner, iter(batches), **options)
+
+
+def test_epoch_by_hand():
+    """Losses, updates, schedule and average against a loop written out."""
+    batches = make_batches(3)
+    net, twin = make_net(), make_net()
+    ema = ModelEma(net, 0.9)
+    seen = []
+    learner = make_learner(net, ema=ema, schedule=seen.append)
+    mean = run_epoch(learner, batches, done_before=10)
+
+    average = {name: value.clone() for name, value in twin.state_dict().items()}
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    losses = []
+    for images, targets in batches:
+        loss = nn.functional.cross_entropy(twin(images), targets)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for name, value in twin.state_dict().items():
+            if value.is_floating_point():
+                average[name].lerp_(value, 0.1)
+            else:
+                average[name] = value.clone()
+    assert mean == pytest.approx(sum(losses) / 3, abs=1e-6)
+    assert seen == [11, 12, 13]
+    for name, value in twin.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+        torch.testing.assert_close(ema.module.state_dict()[name], average[name])
+
+
+def test_clipping_limits_the_gradient():
+    net = make_net()
+    before = net[1].weight.detach().clone()
+    run_epoch(make_learner(net, clip_grad=1e-3), make_batches(1))
+    assert 0 < (net[1].weight - before).norm() <= 0.1 * 1e-3 + 1e-8
+
+
+def test_evaluation_mode_while_training():
+    net = make_net()
+    run_epoch(make_learner(net, train_mode=False), make_batches(1))
+    assert not net.training
+    assert net[2].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_non_finite_loss_names_its_step_and_stops(broken):
+    batches = make_batches(4)
+    batches[broken] = (batches[broken][0] * math.inf, batches[broken][1])
+    done = []
+    with pytest.raises(NonFiniteLossError, match=f"step {broken}") as caught:
+        run_epoch(make_learner(make_net()), batches, on_update=lambda n, loss: done.append(n))
+    assert caught.value.update == broken
+    assert done == list(range(1, broken + 1))
+
+
+def test_the_first_bad_step_is_remembered_until_somebody_looks():
+    running = RunningLoss.on(CPU)
+    for number, value in enumerate([1.0, math.nan, 2.0, math.inf]):
+        running.add(torch.tensor(value), 2, number)
+    assert running.reduce(PROCESSES)[2] == 1
+    running.reset()
+    running.add(torch.tensor(3.0), 2, 0)
+    assert running.reduce(PROCESSES) == (6.0, 2, None)
+
+
+def test_stop_comes_after_the_update_that_is_under_way():
+    done = []
+
+    def on_update(number, loss):
+        done.append(number)
+        if number == 2:
+            request_stop("a test")
+
+    with pytest.raises(Stopped, match="a test"):
+        run_epoch(make_learner(make_net()), make_batches(4), on_update=on_update)
+    assert done == [1, 2]
+
+
+class Shapes(nn.Module):
+    """Logits that tell images apart; remembers the batch sizes it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(len(images))
+        return images.flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_evaluation(pad):
+    net = Shapes()
+    images = torch.randn(10, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(10) % 4
+    loader = [(images[i : i + 4], targets[i : i + 4]) for i in range(0, 10, 4)]
+    scores = evaluate(
+        net,
+        loader,
+        precision=Precision(CPU, None),
+        processes=PROCESSES,
+        shared=True,
+        batch_size=4,
+        input_size=2,
+        pad=pad,
+    )
+    logits = images.flatten(1)[:, :4]
+    assert net.seen == [4, 4, 4 if pad else 2]
+    assert scores.count == 10
+    assert scores.acc1 == pytest.approx((logits.argmax(1) == targets).float().mean().item() * 100)
+    assert scores.acc5 == 100
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    assert describe(scores).startswith(f"* Acc@1 {scores.acc1:.3f} Acc@5 100.000 loss ")
+
+
+def test_precision():
+    assert str(Precision.choose(CPU, use_amp=True)) == "float32"
+    half = Precision(CPU, torch.bfloat16)
+    assert not half.scaler.is_enabled()
+    with half.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with Precision(CPU, None).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_float16_scales_the_loss():
+    device = torch.device("cuda")
+    net = make_net().to(device)
+    precision = Precision.choose(device, use_amp=True, name="float16")
+    assert precision.scaler.is_enabled()
+    batches = [(images.to(device), targets.to(device)) for images, targets in make_batches(3)]
+    options = {"running": RunningLoss.on(device), "processes": Processes(Place(), device)}
+    loss = run_epoch(make_learner(net, precision=precision), batches, **options)
+    assert math.isfinite(loss)
+    assert precision.scaler.get_scale() > 1
