@@ -1,0 +1,265 @@
+"""The command line of `calculate_complexity.py`: parse, count, measure, report."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deit.cli import CommandLine, OptionGroup, number
+from deit.complexity.hardware import describe, measure_ceilings, versions
+from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
+from deit.complexity.networks import groups, select
+from deit.complexity.plot import draw
+from deit.complexity.profiling import print_profile, profile
+from deit.complexity.roofline import Ceilings
+from deit.complexity.subject import Settings, prepare_compiler, release
+from deit.complexity.tables import as_csv, as_json, print_results
+from deit.distributed import choose_device
+from deit.errors import UserError
+from deit.saving import write_text
+
+__all__ = ["main", "parse_args"]
+
+DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant networks and their twins.
+
+  python calculate_complexity.py --amp --compile              # the published networks
+  python calculate_complexity.py --no-throughput              # seconds, on any machine
+  python calculate_complexity.py --models 'd2_deit_base*' --train --json out.json"""
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# A terminal's own width where there is one; in a file no column is ever cut.
+FILE_WIDTH = 120
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The options; `dtype` and `device` are resolved.
+
+    Raises:
+        UserError: a wrong option or value.
+    """
+    parser = CommandLine(prog="calculate_complexity.py", description=DESCRIPTION)
+    what = OptionGroup(parser, "what to measure")
+    what.add("--models", str, None, "NAME", "names or globs; the published ones without", nargs="+")
+    what.add("--img-size", number(int, 1), None, "N", "image size; each network's own without")
+    what.switch("--throughput", "measure throughput and memory", default=True)
+    what.switch("--train", "measure training steps too: forward, backward, AdamW")
+    what.switch("--profile", "show where the time of each network goes")
+    how = OptionGroup(parser, "how to run")
+    how.add("--device", str, "auto", "NAME", "auto, cpu, cuda, cuda:N or mps")
+    how.add(
+        "--dtype",
+        str,
+        None,
+        "NAME",
+        f"{', '.join(DTYPES)} (default: float32, with --amp bfloat16)",
+        choices=DTYPES,
+    )
+    how.switch("--amp", "keep weights in float32 and let autocast choose --dtype where it may")
+    how.switch("--compile", "compile the networks with torch.compile")
+    how.add(
+        "--compile-mode",
+        str,
+        None,
+        "MODE",
+        f"{', '.join(COMPILE_MODES)}; implies --compile",
+        choices=COMPILE_MODES,
+    )
+    how.add(
+        "--batch-size",
+        number(int, 1),
+        None,
+        "N",
+        f"images a step (default: {DEFAULT_BATCH}, on a CPU fewer if that takes long); reduced "
+        "where memory does not hold it",
+    )
+    how.add("--min-time", number(float, 0), 1.0, "S", "seconds of measurement for each network")
+    how.add("--threads", number(int, 1), None, "N", "threads of a CPU; torch's choice without")
+    out = OptionGroup(parser, "what to write")
+    out.add("--json", Path, None, "FILE", "settings and results")
+    out.add("--csv", Path, None, "FILE", "the results, a line for each network")
+    out.add("--plot", Path, None, "FILE", "throughput gain and published accuracy over FLOPs")
+    args = parser.parse_args(argv)
+    if args.compile_mode is not None:
+        args.compile = True
+    elif args.compile:
+        args.compile_mode = "default"
+    if args.amp and args.dtype in ("float32", "float64"):
+        raise UserError(f"--amp with --dtype {args.dtype}: autocast goes to bfloat16 or float16")
+    for wanted in ("train", "profile"):
+        if getattr(args, wanted) and not args.throughput:
+            raise UserError(f"--{wanted} measures times, which --no-throughput forbids: drop one")
+    for path in (args.json, args.csv, args.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
+    return args
+
+
+def make_settings(args: Namespace) -> Settings:
+    """How to run the networks. Sets the number of threads."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    name = args.dtype
+    if name is None:
+        # as in training: float16 on GPUs that only emulate bfloat16
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        name = ("float16" if emulated else "bfloat16") if args.amp else "float32"
+    return Settings(
+        device, getattr(torch, name), args.amp, args.compile_mode, args.img_size, args.train
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parse_args(argv)
+    settings = make_settings(args)
+    members = groups(select(args.models))
+    console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
+    report = _settings_report(args, settings)
+    ceilings = None
+    if args.throughput:
+        prepare_compiler()
+        ceilings = measure_ceilings(settings.device, settings.dtype)
+        report["ceilings"] = {
+            "tflop_per_s": ceilings.flops_per_s / 1e12,
+            "gb_per_s": ceilings.bytes_per_s / 1e9,
+        }
+    _print_settings(report, ceilings, console)
+
+    results: dict[str, Result] = {}
+    names = [name for group in members for name in group.names]
+    with _Progress(len(names) + (len(members) if args.throughput else 0)) as progress:
+        for name in names:
+            progress.show(f"{name}: counting")
+            results[name] = count(name, settings.img_size)
+            progress.advance()
+        for group in members if ceilings else ():
+            measure_group(
+                group, results, settings, args.batch_size, args.min_time, ceilings, progress.show
+            )
+            for name in group.names:
+                add_bounds(results[name], settings.dtype, ceilings)
+            progress.advance()
+    print_results(results, console)
+    if args.profile:
+        _print_profiles(results, settings, console)
+    if args.json is not None:
+        write_text(args.json, as_json(results, report))
+    if args.csv is not None:
+        write_text(args.csv, as_csv(results))
+    if args.plot is not None:
+        draw(results, args.plot, _where(report))
+    return 0
+
+
+def _print_profiles(results: dict[str, Result], settings: Settings, console: Console) -> None:
+    for name, result in results.items():
+        if result.batch_size is not None:
+            found = profile(name, result.batch_size, settings)
+            print_profile(name, result.batch_size, found, console)
+            release(settings.device)
+
+
+def _settings_report(args: Namespace, settings: Settings) -> dict[str, Any]:
+    return {
+        "device": str(settings.device),
+        "device_name": describe(settings.device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "amp": settings.amp,
+        "compile": args.compile,
+        "compile_mode": settings.compile_mode,
+        "fused_attention": True,
+        "throughput": args.throughput,
+        "train": settings.train,
+        "batch_size": args.batch_size or DEFAULT_BATCH,
+        "img_size": settings.img_size,
+        "min_time": args.min_time,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "versions": versions(),
+        "ceilings": None,
+    }
+
+
+def _print_settings(report: dict[str, Any], ceilings: Ceilings | None, console: Console) -> None:
+    lines = [("device", report["device_name"])]
+    if ceilings is not None:
+        lines.append(
+            (
+                "ceilings",
+                f"{ceilings.flops_per_s / 1e12:,.2f} TFLOP/s {report['dtype']} matrix products, "
+                f"{ceilings.bytes_per_s / 1e9:,.0f} GB/s copying",
+            )
+        )
+    found = [f"{name} {version}" for name, version in report["versions"].items() if version]
+    lines.append(("versions", ", ".join(found)))
+    if report["throughput"]:
+        lines.append(("settings", _settings_line(report)))
+    for label, text in lines:
+        console.print(f"{label:9} {text}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _settings_line(report: dict[str, Any]) -> str:
+    return ", ".join(
+        [
+            f"batch {report['batch_size']}",
+            f"{'autocast to ' if report['amp'] else ''}{report['dtype']}",
+            f"compiled ({report['compile_mode']})" if report["compile"] else "not compiled",
+            "fused attention",
+            f"at least {report['min_time']:g} s a network, twins in turns; medians",
+        ]
+    )
+
+
+def _where(report: dict[str, Any]) -> str:
+    if not report["throughput"]:
+        return ""
+    name = report["device_name"]
+    compiled = "compiled" if report["compile"] else "not compiled"
+    return f"{name}; {report['dtype']}{' autocast' if report['amp'] else ''}, {compiled}"
+
+
+class _Progress:
+    """A bar on a terminal's stderr; elsewhere a line for each network as it is begun."""
+
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True)
+        self._said: set[str] = set()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, text: str) -> None:
+        """Say what is done now."""
+        self._bar.update(self._task, description=text)
+        if self._bar.disable and text not in self._said:
+            print(text, file=sys.stderr, flush=True)
+        self._said.add(text)
+
+    def advance(self) -> None:
+        """One more is done."""
+        self._bar.advance(self._task)

@@ -1,0 +1,111 @@
+"""Which networks to measure, grouped with their twins, and how to build one for a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg, model_entrypoint
+from torch import nn
+
+import deit.models
+from deit.complexity.published import PUBLISHED, twin_of
+from deit.errors import UserError, suggest
+
+__all__ = ["Group", "build", "groups", "on_meta", "own_networks", "select", "trainable"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Networks that are compared with each other, and so timed in turns: a twin comes first."""
+
+    names: tuple[str, ...]
+
+
+def own_networks() -> list[str]:
+    """The names of the networks of this package."""
+    package = deit.models.__name__ + "."
+    return [name for name in timm.list_models() if _module(name).startswith(package)]
+
+
+def _module(name: str) -> str:
+    return model_entrypoint(name).__module__
+
+
+def select(patterns: Sequence[str] | None) -> list[str]:
+    """Names for `--models`: exact names of any timm network, globs over those of this package and
+    their twins; without patterns the published networks. In the order given, none twice.
+
+    Raises:
+        UserError: a name or glob that fits nothing.
+    """
+    if not patterns:
+        return [row.name for row in PUBLISHED]
+    own = own_networks()
+    twins = [twin for twin in map(twin_of, own) if twin and timm.is_model(twin)]
+    known = list(dict.fromkeys([*own, *twins]))
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        if timm.is_model(pattern):
+            found = [pattern]
+        else:
+            found = [name for name in known if fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"--models {pattern}: no network has this name, and no glob of ours fits"
+                f"{suggest(pattern, known)}"
+            )
+        names.update(dict.fromkeys(found))
+    return list(names)
+
+
+def groups(names: Sequence[str]) -> list[Group]:
+    """The networks with their twins added: one group for each twin, in order of appearance."""
+    members: dict[str, list[str]] = {}
+    for name in names:
+        twin = twin_of(name)
+        first = twin if twin is not None and timm.is_model(twin) else name
+        group = members.setdefault(first, [first])
+        if name != first:
+            group.append(name)
+    return [Group(tuple(group)) for group in members.values()]
+
+
+def build(
+    name: str,
+    *,
+    img_size: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, int]:
+    """A network in evaluation mode, with fused attention, and the size of its images.
+
+    Raises:
+        UserError: a network that cannot have images of this size.
+    """
+    config = get_pretrained_cfg(name)
+    size = img_size or (config.input_size[-1] if config else 224)
+    kwargs = {"img_size": size} if config is not None and config.fixed_input_size else {}
+    try:
+        with torch.device(device):
+            model = timm.create_model(name, **kwargs)
+    except ValueError as error:
+        raise UserError(f"{name} with --img-size {size}: {error}") from error
+    for module in model.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = True
+    return model.to(dtype).eval(), size
+
+
+def on_meta(name: str, img_size: int | None = None) -> tuple[nn.Module, torch.Tensor]:
+    """A network without memory and one image for it, to count what it would do."""
+    model, size = build(name, img_size=img_size, device="meta")
+    return model, torch.empty(1, 3, size, size, device="meta")
+
+
+def trainable(model: nn.Module) -> int:
+    """Number of parameters that training changes: index tensors and fixed zeros are none."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,156 @@
+"""The publication's figure, from our data: throughput gain, and accuracy, over FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deit.complexity.measure import Result
+from deit.complexity.published import PUBLISHED, Published, twin_of
+from deit.errors import UserError
+from deit.saving import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "make_figure"]
+
+# colours that people with colour-blindness can tell apart (Okabe and Ito)
+COLOURS = {"ViT": "#0072B2", "ConvNeXt-iso": "#D55E00", "ResMLP": "#009E73"}
+OTHER = "#444444"
+STYLES = {
+    "ordinary": dict(linestyle=":", marker="o", fillstyle="none"),
+    "equivariant": dict(linestyle="-", marker="o"),
+    "hybrid": dict(linestyle="--", marker="s"),
+}
+
+
+def draw(results: Mapping[str, Result], path: str | Path, where: str) -> None:
+    """Write the figure to `path`, in the format of its suffix.
+
+    Args:
+        where: device and settings of the throughput, for the title.
+
+    Raises:
+        UserError: nothing to draw, or a suffix that matplotlib has no format for.
+    """
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise UserError(f"--plot {path}: the name must end in one of .{', .'.join(known)}")
+    if all(row.gflops is None for row in results.values()):
+        raise UserError(f"--plot {path}: there are no FLOPs to draw anything over")
+    with atomic_path(path) as temporary:
+        figure = make_figure(results, where)
+        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=160)
+
+
+def make_figure(results: Mapping[str, Result], where: str = "") -> Figure:
+    """Two panels: throughput gain, measured and published, and published accuracy, over FLOPs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    gains, accuracies = figure.subplots(1, 2)
+    _draw_gains(gains, results, where)
+    _draw_accuracies(accuracies, results)
+    for axes in (gains, accuracies):
+        axes.set_xscale("log")
+        axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], [1, 2, 5, 10, 20, 50, 100, 200])
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _published(family: str, kind: str, results: Mapping[str, Result]) -> list[Published]:
+    """Published networks of a family that have FLOPs here, small to large."""
+    rows = [row for row in PUBLISHED if row.family == family and row.kind == kind]
+    rows = [row for row in rows if row.name in results and results[row.name].gflops is not None]
+    return sorted(rows, key=lambda row: results[row.name].gflops)
+
+
+def _draw_gains(axes: Axes, results: Mapping[str, Result], where: str) -> None:
+    axes.axhline(0, color="black", linewidth=0.8)
+    for family, colour in COLOURS.items():
+        rows = _published(family, "equivariant", results)
+        measured = [(row, _gain(row.name, results)) for row in rows]
+        measured = [(row, gain) for row, gain in measured if gain is not None]
+        _line(
+            axes,
+            [
+                (results[row.name].gflops, 100 * row.gain, "" if measured else row.size)
+                for row in rows
+            ],
+            colour,
+            f"{family}, published (A100)",
+            linestyle=":",
+            marker="o",
+            fillstyle="none",
+            alpha=0.6 if measured else 1,
+        )
+        _line(
+            axes,
+            [(results[row.name].gflops, 100 * gain, row.size) for row, gain in measured],
+            colour,
+            f"{family}, measured",
+            linestyle="-",
+            marker="o",
+        )
+    others = set(results) - {row.name for row in PUBLISHED if row.kind == "equivariant"}
+    points = [
+        (results[name].gflops, 100 * gain, name)
+        for name in sorted(others)
+        if (gain := _gain(name, results)) is not None and results[name].gflops is not None
+    ]
+    _line(axes, points, OTHER, "other networks, measured", linestyle="", marker="x")
+    axes.set_xlabel("GFLOPs an image")
+    axes.set_ylabel("throughput over the ordinary twin's (%)")
+    axes.set_title("Throughput gain" + (f"\n{where}" if where else ""), fontsize=10)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _gain(name: str, results: Mapping[str, Result]) -> float | None:
+    ratio = results[name].ratios(results.get(twin_of(name)))["images_per_s"]
+    return None if ratio is None else ratio - 1
+
+
+def _draw_accuracies(axes: Axes, results: Mapping[str, Result]) -> None:
+    for family, colour in COLOURS.items():
+        for kind, style in STYLES.items():
+            rows = [row for row in _published(family, kind, results) if row.top1 is not None]
+            points = [(results[row.name].gflops, row.top1, row.size) for row in rows]
+            _line(axes, points, colour, f"{family}, {kind}", **style)
+    axes.set_xlabel("GFLOPs an image")
+    axes.set_ylabel("published ImageNet-1K top-1 (%)")
+    axes.set_title("Accuracy", fontsize=10)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _line(
+    axes: Axes, points: list[tuple[float, float, str]], colour: str, label: str, **style
+) -> None:
+    """Points (x, y, text) joined by a line, each with its text; nothing without points."""
+    if not points:
+        return
+    x, y, _ = zip(*points, strict=True)
+    axes.plot(x, y, color=colour, label=label, markersize=5, linewidth=1.4, **style)
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    for left, height, text in points:
+        axes.annotate(
+            text,
+            (left, height),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7.5,
+            color=colour,
+            path_effects=halo,
+        )

@@ -1,0 +1,181 @@
+"""Results as tables for a terminal, as CSV and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deit.complexity.measure import Result
+from deit.complexity.published import PUBLISHED
+from deit.complexity.roofline import Bound
+
+__all__ = ["as_csv", "as_json", "print_results"]
+
+NOTHING = "-"
+GAINS = {row.name: row.gain for row in PUBLISHED}
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NOTHING if value is None else f"{value:,.{digits}f}"
+
+
+def _rate(value: float | None, spread: float | None) -> str:
+    """Three significant digits or more, and the spread in percent."""
+    if value is None:
+        return NOTHING
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f} ±{100 * (spread or 0):.1f}%"
+
+
+def _change(ratio: float | None) -> str:
+    """A ratio as a gain or loss: 1.06 is +6 %."""
+    return NOTHING if ratio is None else f"{100 * (ratio - 1):+.0f}%"
+
+
+def print_results(results: Mapping[str, Result], console: Console) -> None:
+    """All tables that the results have something for."""
+    rows = list(results.values())
+    timed = any(row.images_per_s is not None for row in rows)
+    trained = any(row.train_images_per_s is not None for row in rows)
+    _show(console, "Networks", _overview(rows, timed, trained))
+    compared = [row for row in rows if row.twin in results]
+    if compared:
+        table = _comparison(compared, results, timed, trained)
+        _show(console, "Compared with the ordinary twin", table)
+    if any(row.bound for row in rows):
+        _show(console, "Roofline: what the measured ceilings allow", _roofline(rows, trained))
+    if any(row.notes for row in rows):
+        console.print("\nNotes", style="bold")
+    for row in rows:
+        for note in row.notes:
+            console.print(Text(f"{row.model}: {note}"), soft_wrap=True)
+
+
+def _show(console: Console, title: str, table: Table) -> None:
+    console.print(f"\n{title}", style="bold", highlight=False)
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("network", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _overview(rows: Sequence[Result], timed: bool, trained: bool) -> Table:
+    columns = ["params\n(M)", *(["throughput\n(images/s)"] if timed else []), "FLOPs\n(G)"]
+    columns += ["memory\n(MB)"] if timed else []
+    columns += ["training\n(images/s)"] if trained else []
+    table = _table(*columns)
+    for row in rows:
+        cells = [_number(row.params / 1e6, 1)]
+        cells += [_rate(row.images_per_s, row.spread)] if timed else []
+        cells += [_number(row.gflops, 2)]
+        cells += [_number(row.peak_memory_mb, 0)] if timed else []
+        cells += [_rate(row.train_images_per_s, row.train_spread)] if trained else []
+        table.add_row(row.model, *cells)
+    return table
+
+
+def _comparison(
+    rows: Sequence[Result], results: Mapping[str, Result], timed: bool, trained: bool
+) -> Table:
+    columns = ["FLOPs", *(["throughput"] if timed else []), *(["training"] if trained else [])]
+    columns += ["memory"] if timed else []
+    table = _table(*columns, "published\nthroughput")
+    for row in rows:
+        ratios = row.ratios(results[row.twin])
+        names = ["gflops", *(["images_per_s"] if timed else [])]
+        names += ["train_images_per_s"] if trained else []
+        names += ["peak_memory_mb"] if timed else []
+        gain = GAINS.get(row.model)
+        cells = [_change(ratios[name]) for name in names]
+        table.add_row(row.model, *cells, _change(None if gain is None else 1 + gain))
+    return table
+
+
+def _roofline(rows: Sequence[Result], trained: bool) -> Table:
+    columns = ["bound\n(images/s)", "reached", "limited\nby"]
+    columns += ["training\n(images/s)", "reached"] if trained else []
+    table = _table(*columns)
+    for row in rows:
+        if row.bound is None:
+            continue
+        limit = "arithmetic" if row.bound.arithmetic >= 0.5 else "bandwidth"
+        cells = [*_reached(row.bound, row.images_per_s), limit]
+        cells += _reached(row.train_bound, row.train_images_per_s) if trained else []
+        table.add_row(row.model, *cells)
+    return table
+
+
+def _reached(bound: Bound, rate: float | None) -> list[str]:
+    share = NOTHING if rate is None else f"{100 * rate / bound.images_per_s:.0f}%"
+    return [f"{bound.images_per_s:,.0f}", share]
+
+
+def as_json(results: Mapping[str, Result], settings: Mapping[str, Any]) -> str:
+    """The report for programs; what a result has beyond its eight fields is in the settings."""
+    rows = [
+        {
+            "model": row.model,
+            "params": row.params,
+            "gflops": row.gflops,
+            "images_per_s": row.images_per_s,
+            "train_images_per_s": row.train_images_per_s,
+            "peak_memory_mb": row.peak_memory_mb,
+            "twin": row.twin,
+            "ratios": row.ratios(results.get(row.twin)),
+        }
+        for row in results.values()
+    ]
+    details = {name: _details(row) for name, row in results.items()}
+    report = {"settings": {**settings, "details": details}, "results": rows}
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
+def _details(row: Result) -> dict[str, Any]:
+    """How a result came about, and how far from possible it is."""
+    bound, train_bound = row.bound, row.train_bound
+    return {
+        "batch_size": row.batch_size,
+        "spread": row.spread,
+        "train_spread": row.train_spread,
+        "train_peak_memory_mb": row.train_peak_memory_mb,
+        "bound_images_per_s": bound and bound.images_per_s,
+        "bound_by_arithmetic": bound and bound.arithmetic,
+        "train_bound_images_per_s": train_bound and train_bound.images_per_s,
+        "notes": row.notes,
+    }
+
+
+def as_csv(results: Mapping[str, Result]) -> str:
+    """One line for each network, all that is known of it; what is absent is empty."""
+    text = io.StringIO()
+    writer: csv.DictWriter | None = None
+    for row in results.values():
+        ratios = row.ratios(results.get(row.twin))
+        line = {
+            "model": row.model,
+            "params": row.params,
+            "gflops": row.gflops,
+            "images_per_s": row.images_per_s,
+            "train_images_per_s": row.train_images_per_s,
+            "peak_memory_mb": row.peak_memory_mb,
+            "twin": row.twin,
+            **{f"{name}_ratio": value for name, value in ratios.items()},
+            **{**_details(row), "notes": "; ".join(row.notes)},
+        }
+        if writer is None:
+            writer = csv.DictWriter(text, list(line), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(line)
+    return text.getvalue()
