@@ -1,0 +1,278 @@
+"""The main program as users meet it: what it prints, what it leaves, what it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import TINY, VAL_IMAGES, load, make_images, train
+
+import deit.engine
+import deit.saving
+from deit.args import parse_args
+from deit.errors import one_line_errors
+from deit.main import main
+
+ROOT = Path(__file__).parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    assert train("--eval-freq", "2", data=data, out=out) == 0
+    return out
+
+
+# what a training leaves
+
+
+def test_log(trained):
+    first, second = (json.loads(line) for line in (trained / "log.txt").read_text().splitlines())
+    assert {"epoch", "train_loss", "train_lr", "n_parameters", "time"} == first.keys()
+    assert {"test_loss", "test_acc1", "test_acc5"} == second.keys() - first.keys()
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    state = load(trained / "checkpoint.pth")["model"]
+    assert first["n_parameters"] == sum(value.numel() for value in state.values())
+
+
+def test_configuration_is_written_before_the_first_step(data, tmp_path, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deit.engine.Learner, "update", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train(data=data, out=tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["args"]["model"] == "test_vit"
+    assert config["environment"]["torch"] == torch.__version__
+    assert {"git_commit", "command", "device", "started"} <= config["environment"].keys()
+    assert (config["global_batch"], config["updates_per_epoch"]) == (4, 6)
+    assert config["peak_learning_rate"] == 1e-3
+
+
+def test_figure_and_tensorboard(trained):
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    assert {"train/loss", "train/lr", "test/acc1"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [6, 12]
+
+
+def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train("--epochs", "1", data=data) == 0
+    assert list(tmp_path.iterdir()) == []
+    output = capsys.readouterr().out
+    assert "nothing is saved" in output
+    assert "finished after" in output
+
+
+def test_frozen_and_fixed_parameters_stay(data, tmp_path):
+    options = ("--model", "d2_deit_tiny_patch16_LS", "--attn-only", "--epochs", "1")
+    assert train(*options, "--seed", "3", data=data, out=tmp_path) == 0
+    trained = load(tmp_path / "checkpoint.pth")["model"]
+    from deit.build import build_model
+    from deit.resume import seed_all
+
+    seed_all(3)
+    model, _ = build_model(parse_args([*TINY, *options]), 3)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, trained[k])}
+    assert changed
+    assert all(".attn." in key or key.startswith(("pos_embed", "head")) for key in changed)
+
+
+def test_compiling(data, tmp_path, monkeypatch):
+    """The same keys and nearly the same weights; no new compilation for odd batches."""
+    from torch._dynamo.testing import CompileCounter
+
+    assert train(data=data, out=tmp_path / "plain") == 0
+    counter = CompileCounter()  # counts graphs, and runs them as they are
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend=counter))
+    torch._dynamo.reset()
+    assert train("--compile", "--model-ema-eval", data=data, out=tmp_path / "compiled") == 0
+    once = counter.frame_count
+    assert once >= 2  # training and evaluation
+    counter.frame_count = 0
+    torch._dynamo.reset()
+    more = ("--epochs", "4", "--resume", "auto")
+    assert train("--compile", "--model-ema-eval", *more, data=data, out=tmp_path / "compiled") == 0
+    assert counter.frame_count == once
+    plain = load(tmp_path / "plain/checkpoint.pth")["model"]
+    compiled = load(tmp_path / "compiled/best_checkpoint.pth")["model"]
+    assert compiled.keys() == plain.keys()
+    assert train("--resume", "auto", "--epochs", "5", data=data, out=tmp_path / "compiled") == 0
+
+
+# evaluation
+
+
+def evaluate(*argv: str) -> int:
+    return one_line_errors(lambda: main(parse_args([*TINY, "--eval", *argv])))
+
+
+def test_eval_prints_the_scores_of_the_training(data, trained, capsys):
+    source = str(trained / "checkpoint.pth")
+    assert evaluate("--data-path", str(data), "--resume", source) == 0
+    last = json.loads((trained / "log.txt").read_text().splitlines()[-1])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} "
+        f"loss {last['test_loss']:.3f}",
+        f"Accuracy of the network on the {VAL_IMAGES} test images: {last['test_acc1']:.1f}%",
+    ]
+
+
+def test_eval_needs_weights_and_val_only(data, trained, tmp_path, capsys):
+    (tmp_path / "val").symlink_to(data / "val")
+    torch.save(load(trained / "checkpoint.pth")["model"], tmp_path / "bare.pth")
+    assert evaluate("--data-path", str(tmp_path), "--resume", str(tmp_path / "bare.pth")) == 0
+    bare = capsys.readouterr().out
+    average = str(trained / "checkpoint.pth")
+    assert evaluate("--data-path", str(data), "--resume", average, "--model-ema-eval") == 0
+    assert capsys.readouterr().out != bare
+
+
+def test_crop_ratio_changes_what_is_seen(data, trained, capsys):
+    argv = ("--data-path", str(data), "--resume", str(trained / "checkpoint.pth"))
+    evaluate(*argv)
+    whole = capsys.readouterr().out
+    evaluate(*argv, "--eval-crop-ratio", "0.5")
+    assert capsys.readouterr().out != whole
+
+
+def test_finetune_at_another_size_for_other_classes(data, trained, tmp_path, capsys):
+    argv = ("--finetune", str(trained / "checkpoint.pth"), "--input-size", "64", "--epochs", "1")
+    assert train(*argv, "--nb-classes", "7", data=data, out=tmp_path) == 0
+    state = load(tmp_path / "checkpoint.pth")["model"]
+    assert state["head.weight"].shape[0] == 7
+    assert "head.weight" in capsys.readouterr().out
+
+
+# what is refused
+
+
+def make_bad_files(folder: Path, trained: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "empty.pth").touch()
+    (folder / "cut.pth").write_bytes((trained / "checkpoint.pth").read_bytes()[:5000])
+    torch.save({"model": {"a": torch.ones(1), "b": torch.ones(2)}}, folder / "foreign.pth")
+    (folder / "file").touch()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data-path", "{tmp}/absent"], "absent"),
+        (["--data-path", "{tmp}/empty"], "empty"),
+        (["--model", "d2_deit_smal_patch16_LS"], "did you mean.*d2_deit_small_patch16_LS"),
+        (["--resume", "{tmp}/absent.pth"], "absent.pth'.*does not exist"),
+        (["--resume", "{tmp}/empty.pth"], "empty.pth'.*empty"),
+        (["--resume", "{tmp}/cut.pth"], "truncated"),
+        (["--resume", "{tmp}/foreign.pth"], r"\d+ missing keys .*2 unexpected keys \(a, b\)"),
+        (["--finetune", "{tmp}/foreign.pth"], "foreign.pth"),
+        (["--model", "d2_deit_tiny_patch16_LS", "--input-size", "40"], "40"),
+        (["--model", "deit_tiny_patch16_LS", "--input-size", "40"], "32 or 48"),
+        (["--attn-mixer", "--fused-attn"], "--attn-mixer.*--fused-attn"),
+        (["--model", "test_convnext", "--attn-mixer"], "no option --attn-mixer"),
+        (["--nb-classes", "2"], "--nb-classes 2.*3 classes"),
+        (["--batch-size", "30"], "0 updates.*smaller --batch-size"),
+        (["--update-freq", "9"], "updates"),
+        (["--world-size", "2"], "torchrun"),
+        (["--output-dir", "{tmp}/file"], "--output-dir"),
+        (["--output-dir", "{tmp}/file/below"], "--output-dir"),
+        (["--eval", "--resume", "auto", "--output-dir", "{tmp}"], "no checkpoint.pth"),
+        (["--opt", "adamv"], "adamv"),
+        (["--bogus"], "bogus"),
+        (["--wandb"], "pip install wandb"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--teacher-model", "nonet", "--distillation-type", "soft"], "nonet"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line(argv, message, data, trained, tmp_path, capfd, monkeypatch):
+    if "cuda" in argv and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    if "--wandb" in argv:
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    make_bad_files(tmp_path, trained)
+    status = train(*(word.format(tmp=tmp_path) for word in argv), data=data)
+    error = capfd.readouterr().err
+    assert status == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def test_damaged_image_is_named(data, tmp_path, capfd):
+    folder = make_images(tmp_path / "data")
+    bad = folder / "train" / "class1" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    for workers in ("0", "1"):
+        assert train("--no-repeated-aug", "--num-workers", workers, data=folder) == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1
+        assert str(bad) in error
+
+
+def test_broken_loss_says_where_and_what_to_try(data, tmp_path, capsys):
+    assert train("--epochs", "1", data=data, out=tmp_path) == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    arguments = ("--lr", "1e30", "--resume", "auto", "--epochs", "3")
+    assert train(*arguments, data=data, out=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"infinite or NaN in epoch 2 at step \d \(update \d+\)", error)
+    assert f"last good checkpoint is {tmp_path / 'checkpoint.pth'}" in error
+    assert "--clip-grad" in error
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_full_disk_while_saving(data, tmp_path, monkeypatch, capsys):
+    assert train("--epochs", "1", data=data, out=tmp_path) == 0
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert train("--resume", "auto", "--epochs", "3", data=data, out=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: cannot save .*full.*previous file is unchanged\n", error)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+# as a script
+
+
+def run_script(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "deit/main.py", *argv]
+    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, **kwargs)
+
+
+def test_script_runs_without_an_installation(data, trained):
+    done = run_script(*TINY, "--eval", "--data-path", str(data))
+    assert done.returncode == 0, done.stderr
+    assert "random weights" in done.stdout
+    assert "* Acc@1" in done.stdout
+    wrong = run_script("--resume", str(trained / "no.pth"))
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert wrong.stdout == ""
+
+
+def test_help():
+    done = run_script("--help")
+    assert done.returncode == 0
+    assert "--resume" in done.stdout
