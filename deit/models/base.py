@@ -46,6 +46,8 @@ class PooledClassifier(Scriptable, nn.Module):
     """
 
     norm: nn.Module
+    num_features: int  # channels of `forward_features`
+    head_hidden_size: int  # channels that are classified
     feature_info: list[dict[str, Any]]
 
     # what a family says
@@ -67,15 +69,15 @@ class PooledClassifier(Scriptable, nn.Module):
         raise NotImplementedError
 
     def _set_channels(self, channels: int) -> None:
-        """Classify the invariants of so many channels: sets `num_features`."""
+        """Classify features of so many channels: sets `num_features`, `head_hidden_size`."""
         raise NotImplementedError
 
-    def _invariants(self, x: Tensor) -> Tensor:
-        """Features to what flopping leaves alone, with `num_features` channels."""
+    def _finish(self, x: Tensor) -> Tensor:
+        """Features after the last step to what `forward_features` gives."""
         raise NotImplementedError
 
     def _pool(self, x: Tensor) -> Tensor:
-        """Invariants to (B, num_features), or as `global_pool` says to (B, ..., num_features)."""
+        """Those to invariants (B, head_hidden_size), or without pooling with more axes between."""
         raise NotImplementedError
 
     # construction
@@ -94,7 +96,7 @@ class PooledClassifier(Scriptable, nn.Module):
         self.global_pool = self._check_pool(global_pool)
         self.head_init_scale = head_init_scale
         self.grad_checkpointing = False
-        self.norm = norm_layer(self.num_features, **dd)
+        self.norm = norm_layer(self.head_hidden_size, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(num_classes, **dd)
         self.init_weights()
@@ -106,11 +108,6 @@ class PooledClassifier(Scriptable, nn.Module):
 
     _init_module = staticmethod(init_linear)
 
-    @property
-    def head_hidden_size(self) -> int:
-        """Width of the features that are classified."""
-        return self.num_features
-
     def _check_pool(self, pool: str) -> str:
         if pool not in ("", "avg"):
             raise ValueError(f"global_pool {pool!r} is not known: use 'avg', or '' for none")
@@ -119,7 +116,7 @@ class PooledClassifier(Scriptable, nn.Module):
     def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
         if num_classes <= 0:
             return nn.Identity()
-        return nn.Linear(self.num_features, num_classes, **dd)
+        return nn.Linear(self.head_hidden_size, num_classes, **dd)
 
     # timm's interface
 
@@ -159,10 +156,9 @@ class PooledClassifier(Scriptable, nn.Module):
         """
         take, last = feature_take_indices(len(self._steps()), indices)
         self._truncate(last + 1)
-        features = self.num_features
+        width = self.head_hidden_size
         self._set_channels(self.feature_info[last]["num_chs"])
-        if self.num_features != features:
-            prune_head = True
+        prune_head = prune_head or self.head_hidden_size != width
         if prune_norm or prune_head:
             self.norm = nn.Identity()
         if prune_head:
@@ -187,12 +183,12 @@ class PooledClassifier(Scriptable, nn.Module):
         return x, taken
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the invariant features that are classified, before pooling."""
+        """Images to features before pooling, with `num_features` channels."""
         x, _ = self._run(x)
-        return self._invariants(x)
+        return self._finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Invariant features to logits (B, num_classes), or to what the classifier sees.
+        """Features to logits (B, num_classes), or to the invariant ones that the classifier sees.
 
         Without pooling each place is classified, (B, ..., num_classes).
         """
@@ -223,4 +219,4 @@ class PooledClassifier(Scriptable, nn.Module):
         maps = [self._to_map(y) for y in taken]
         if output_fmt == "NLC":
             maps = [y.flatten(2).mT for y in maps]
-        return maps if intermediates_only else (self._invariants(x), maps)
+        return maps if intermediates_only else (self._finish(x), maps)

@@ -1,11 +1,10 @@
 """ConvNeXt: equivariant, isotropic (one resolution) and hierarchical (four stages).
 
 Inside, features have packed channels last, (B, H, W, [s | a]). Maps leave the network
-(`forward_intermediates`, `features_only=True`) as (B, C, H, W). Flopping the image flips them,
-leaves channels [0, C/2) alone and negates channels [C/2, C);
-`feature_info[i]["symmetric_channels"]` says how many are left alone. `forward_features` gives the
-maps that are classified, which are flipped and left alone: s, and with
-`use_symmetrized_asym_feats` |a|.
+(`forward_intermediates`, `features_only=True`, `forward_features`) as (B, C, H, W). Flopping the
+image flips them, leaves channels [0, C/2) alone and negates channels [C/2, C);
+`feature_info[i]["symmetric_channels"]` says how many are left alone. The head classifies means of
+s, and with `use_symmetrized_asym_feats` of |a| too.
 
 The networks are fully convolutional. Flopping maps the kernels' positions to one another, and the
 network is exactly equivariant, if the width of an image is a multiple of the total stride; another
@@ -85,18 +84,20 @@ class _ConvNeXt(PooledClassifier):
     def _set_channels(self, channels: int) -> None:
         self.invariants = InvariantBridge(channels) if self.use_symmetrized_asym_feats else None
         own = FLOP.regular(channels).invariant if self.equivariant else channels
-        self.num_features = channels if self.use_symmetrized_asym_feats else own
+        self.num_features = channels
+        self.head_hidden_size = channels if self.use_symmetrized_asym_feats else own
 
-    def _invariants(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to an invariant map, (B, num_features, H, W)."""
-        x = x if self.invariants is None else self.invariants(x)
-        return x[..., : self.num_features].permute(0, 3, 1, 2)
+    def _finish(self, x: Tensor) -> Tensor:
+        return self._to_map(x)
 
     def _pool(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3)) if self.global_pool == "avg" else x.permute(0, 2, 3, 1)
+        x = x.permute(0, 2, 3, 1)
+        x = x if self.invariants is None else self.invariants(x)
+        x = x[..., : self.head_hidden_size]
+        return x.mean((1, 2)) if self.global_pool == "avg" else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Invariant maps to logits (B, num_classes), or to what the classifier sees.
+        """Maps (B, C, H, W) to logits (B, num_classes), or to the invariants that are classified.
 
         Without pooling each place is classified, (B, num_classes, H, W).
         """

@@ -134,8 +134,9 @@ class ResMLP(PooledClassifier):
     def _set_channels(self, channels: int) -> None:
         own = FLOP.regular(channels).invariant
         self.num_features = channels if self.use_symmetrized_asym_feats else own
+        self.head_hidden_size = self.num_features
 
-    def _invariants(self, x: Tensor) -> Tensor:
+    def _finish(self, x: Tensor) -> Tensor:
         """(B, N, C) packed in both axes to (B, N, num_features).
 
         The N rows are invariant parts of the token axis, and no places.
