@@ -103,6 +103,8 @@ class Linear(nn.Module):
     def _map_block(
         self, index: int, block: nn.Module, x: Tensor, in_gain: float, out_gain: float
     ) -> Tensor:
+        if not self.in_rep.sizes[index] and not self.out_rep.sizes[index]:
+            return x  # the irrep does not occur: one column of tokens has no antisymmetric part
         weight, bias = block.weight.flatten(1), block.bias
         d = self.group.irreps[index].dim
         if d > 1:  # the same weight acts on each component of the irrep
