@@ -41,8 +41,9 @@ from deit.engine import (
 from deit.errors import UserError, one_line_errors
 from deit.metrics import Scores
 from deit.reporting import duration
+from deit.run import LAST, Run, find_checkpoint
 from deit.stopping import Stopped, request_stop, stop_on_signals
-from deit.training import LAST, Run, build_run, build_val_loader, find_checkpoint
+from deit.training import build_run, build_val_loader
 
 __all__ = ["main", "request_stop"]
 

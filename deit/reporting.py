@@ -220,7 +220,8 @@ class Reporter:
 
     def start(self, title: str, total: int, done: int = 0) -> None:
         """Begin to show the progress of an epoch or an evaluation, of which `done` is behind us."""
-        self._title, self._total = title, total
+        self.stop()
+        self._title = title
         self._mark = (time.perf_counter(), done)
         if self.console.is_terminal and self._active:
             self._bar = Progress(
@@ -244,8 +245,7 @@ class Reporter:
         number = epoch * self._updates + done
         if loss is not None and (done % self._log_interval == 0 or done == self._updates):
             self._scalars({"train_running/loss": loss, "train_running/lr": lr}, number)
-        line = self._bar is None and (done % self._log_interval == 0 or done == self._updates)
-        if self._bar is None and not line:
+        if self._bar is None and done % self._log_interval:
             return
         now = time.perf_counter()
         since, before = self._mark

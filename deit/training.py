@@ -37,101 +37,13 @@ from deit.losses import build_criterion, prepare_student
 from deit.optim import build_optimizer, scaled_lr
 from deit.reporting import Reporter, environment, read_log
 from deit.resume import Progress, RunningLoss, TrainingState, seed_all
-from deit.saving import CheckpointWriter, clean_temporaries
+from deit.run import LAST, Run, find_checkpoint, prepare_folder
 from deit.schedule import build_scheduler
 from deit.stopping import StopAgreement
 from deit.teacher import build_teacher
 
-LAST = "checkpoint.pth"
-BEST = "best_checkpoint.pth"
-EPOCH_COPY = "checkpoint_{:04d}.pth"
 # Repeated augmentation uses each image so often in an epoch.
 REPEATS = 3
-
-
-@dataclass
-class Run:
-    """A training that is ready to start or to go on."""
-
-    args: Namespace
-    processes: Processes
-    learner: Learner
-    state: TrainingState
-    evaluated: nn.Module
-    """The network that is evaluated: the averaged one or the trained one."""
-    train_loader: TrainLoader
-    val_loader: DeviceLoader
-    batches: int
-    """Batches in an epoch; those that do not fill an update at its end are not used."""
-    updates: int
-    """Optimizer updates in an epoch."""
-    images: int
-    """Images in an update, over all processes."""
-    parameters: int
-    """Trainable ones."""
-    agreement: StopAgreement
-    reporter: Reporter
-    writer: CheckpointWriter | None
-
-    def note_update(self, done: int, loss: float | None) -> None:
-        """After each update of an epoch: remember the place, and show it."""
-        progress = self.state.progress
-        progress.step, progress.images = done, done * self.images
-        if self.writer is not None:
-            self.writer.check()
-        self.reporter.on_update(progress.epoch, done, self.learning_rate(), loss)
-
-    def learning_rate(self) -> float:
-        """That of the layers without reduction."""
-        return max(group["lr"] for group in self.state.optimizer.param_groups)
-
-    def save(self, names: list[str]) -> None:
-        """Save the state under `names` in the output folder, if there is one."""
-        if self.args.output_dir:
-            checkpoint = self.state.collect()
-            if self.writer is not None:
-                self.writer.save(checkpoint, names)
-
-    def names_after_epoch(self, epoch: int, best: bool) -> list[str]:
-        """The files that the end of `epoch` is saved under; the one for resuming is the last."""
-        copy = self.args.save_freq and (epoch + 1) % self.args.save_freq == 0
-        return ([BEST] if best else []) + ([EPOCH_COPY.format(epoch)] if copy else []) + [LAST]
-
-    def close(self) -> None:
-        """End the loader's workers and wait for the last write; also after a failure."""
-        self.train_loader.close()
-        self.val_loader.close()
-        if self.writer is not None:
-            self.writer.close()
-
-
-def find_checkpoint(args: Namespace, processes: Processes) -> tuple[str, dict[str, Any] | None]:
-    """What `--resume` names: (source, checkpoint), or ("", None) for a fresh start."""
-    source = args.resume
-    if source == "auto":
-        last = Path(args.output_dir) / LAST
-        source = str(last) if last.exists() else ""
-    if not source:
-        return "", None
-    with processes.main_first():
-        return source, read_checkpoint(source)
-
-
-def prepare_folder(args: Namespace, processes: Processes) -> CheckpointWriter | None:
-    """Make the output folder; the writer on rank 0.
-
-    Raises:
-        UserError: it cannot be made, or holds a training that this one would overwrite.
-    """
-    if not args.output_dir or not processes.is_main:
-        return None
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {args.output_dir!r}: {error.strerror}") from error
-    clean_temporaries(folder)
-    return CheckpointWriter(folder)
 
 
 @dataclass
@@ -337,6 +249,12 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     batches = len(train_set) // (args.batch_size * processes.world_size)
     updates = batches // args.update_freq
     images = args.batch_size * processes.world_size * args.update_freq
+    if updates == 0:
+        raise UserError(
+            f"the training set has {len(train_set)} images, fewer than one global batch of "
+            f"{images} (--batch-size {args.batch_size} x {processes.world_size} processes x "
+            f"--update-freq {args.update_freq}): use a smaller one"
+        )
     state = build_state(args, networks, processes, updates, images)
     learner = build_learner(args, networks, state, classes)
     # Building has drawn random numbers; from here on every rank has its own.
@@ -438,5 +356,7 @@ def _introduce(run: Run, networks: Networks, source: str, sizes: tuple[int, int,
             if progress.epoch < args.epochs
             else f"resume  {source}: all {args.epochs} epochs are done"
         )
+    elif args.resume:
+        say(f"resume  there is no {LAST} in {args.output_dir} yet: starting afresh")
     elif args.output_dir and (Path(args.output_dir) / LAST).exists():
         say(f"note    the {LAST} there will be replaced; --resume auto goes on with it")

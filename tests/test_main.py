@@ -12,7 +12,6 @@ import torch
 from training_runs import TINY, VAL_IMAGES, load, make_images, train
 
 import deit.engine
-import deit.saving
 from deit.args import parse_args
 from deit.errors import one_line_errors
 from deit.main import main
@@ -187,8 +186,8 @@ def make_bad_files(folder: Path, trained: Path) -> None:
         (["--attn-mixer", "--fused-attn"], "--attn-mixer.*--fused-attn"),
         (["--model", "test_convnext", "--attn-mixer"], "no option --attn-mixer"),
         (["--nb-classes", "2"], "--nb-classes 2.*3 classes"),
-        (["--batch-size", "30"], "0 updates.*smaller --batch-size"),
-        (["--update-freq", "9"], "updates"),
+        (["--batch-size", "30"], "26 images, fewer than one global batch of 30"),
+        (["--update-freq", "9"], "global batch of 36"),
         (["--world-size", "2"], "torchrun"),
         (["--output-dir", "{tmp}/file"], "--output-dir"),
         (["--output-dir", "{tmp}/file/below"], "--output-dir"),

@@ -14,7 +14,8 @@ from training_runs import differences, load, make_images, run_processes, train
 
 import deit.engine
 import deit.main
-import deit.saving
+import deit.run
+from deit.checkpoint import read_checkpoint
 from deit.errors import UserError
 from deit.reporting import Reporter
 from deit.resume import load_optimizer, random_state, seed_all, set_random_state
@@ -62,7 +63,7 @@ def test_what_a_checkpoint_holds(whole):
     assert not (whole / "checkpoint_0000.pth").exists()
     # What is written can be read back safely.
     torch.serialization.clear_safe_globals()
-    assert deit.training.read_checkpoint(whole / "checkpoint.pth")["epoch"] == 2
+    assert read_checkpoint(whole / "checkpoint.pth")["epoch"] == 2
 
 
 def at_call(owner, name: str, number: int, action):
@@ -98,7 +99,7 @@ def killed(moment: str, data: Path, out: Path) -> int:
         "mid-epoch": (deit.engine.Learner, "update", 5, die),
         "evaluation": (deit.main, "evaluate", 2, die),
         "before the log": (Reporter, "end_epoch", 2, die),
-        "before the save": (deit.training.Run, "save", 2, die),
+        "before the save": (deit.run.Run, "save", 2, die),
         "in the write": (torch, "save", 2, die_after_half_a_file),
         "before the rename": (os, "replace", 8, die),
         "at the end": (Reporter, "close", 1, die),

@@ -1,0 +1,111 @@
+"""A training under way: its objects, its place, its folder."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deit.checkpoint import read_checkpoint
+from deit.data import DeviceLoader, TrainLoader
+from deit.distributed import Processes
+from deit.engine import Learner
+from deit.errors import UserError
+from deit.reporting import Reporter
+from deit.resume import TrainingState
+from deit.saving import CheckpointWriter, clean_temporaries
+from deit.stopping import StopAgreement
+
+LAST = "checkpoint.pth"
+BEST = "best_checkpoint.pth"
+EPOCH_COPY = "checkpoint_{:04d}.pth"
+
+
+@dataclass
+class Run:
+    """A training that is ready to start or to go on."""
+
+    args: Namespace
+    processes: Processes
+    learner: Learner
+    state: TrainingState
+    evaluated: nn.Module
+    """The network that is evaluated: the averaged one or the trained one."""
+    train_loader: TrainLoader
+    val_loader: DeviceLoader
+    batches: int
+    """Batches in an epoch; those that do not fill an update at its end are not used."""
+    updates: int
+    """Optimizer updates in an epoch."""
+    images: int
+    """Images in an update, over all processes."""
+    parameters: int
+    """Trainable ones."""
+    agreement: StopAgreement
+    reporter: Reporter
+    writer: CheckpointWriter | None
+
+    def note_update(self, done: int, loss: float | None) -> None:
+        """After each update of an epoch: remember the place, and show it."""
+        progress = self.state.progress
+        progress.step, progress.images = done, done * self.images
+        if self.writer is not None:
+            self.writer.check()
+        self.reporter.on_update(progress.epoch, done, self.learning_rate(), loss)
+
+    def learning_rate(self) -> float:
+        """That of the layers without reduction."""
+        return max(group["lr"] for group in self.state.optimizer.param_groups)
+
+    def save(self, names: list[str]) -> None:
+        """Save the state under `names` in the output folder, if there is one."""
+        if self.args.output_dir:
+            checkpoint = self.state.collect()
+            if self.writer is not None:
+                self.writer.save(checkpoint, names)
+
+    def names_after_epoch(self, epoch: int, best: bool) -> list[str]:
+        """The files that the end of `epoch` is saved under; the one for resuming is the last."""
+        copy = self.args.save_freq and (epoch + 1) % self.args.save_freq == 0
+        return ([BEST] if best else []) + ([EPOCH_COPY.format(epoch)] if copy else []) + [LAST]
+
+    def close(self) -> None:
+        """End the loader's workers and wait for the last write; also after a failure."""
+        self.train_loader.close()
+        self.val_loader.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def find_checkpoint(args: Namespace, processes: Processes) -> tuple[str, dict[str, Any] | None]:
+    """What `--resume` names: (source, checkpoint), or ("", None) for a fresh start."""
+    source = args.resume
+    if source == "auto":
+        last = Path(args.output_dir) / LAST
+        source = str(last) if last.exists() else ""
+    if not source:
+        return "", None
+    with processes.main_first():
+        return source, read_checkpoint(source)
+
+
+def prepare_folder(args: Namespace, processes: Processes) -> CheckpointWriter | None:
+    """Make the output folder; the writer on rank 0.
+
+    Raises:
+        UserError: it cannot be made, or holds a training that this one would overwrite.
+    """
+    if not args.output_dir or not processes.is_main:
+        return None
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {args.output_dir!r} cannot be made: {error.strerror}"
+        ) from error
+    clean_temporaries(folder)
+    return CheckpointWriter(folder)
