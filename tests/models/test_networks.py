@@ -1,0 +1,125 @@
+"""The published networks: state-dict keys and shapes, trainable counts and logits of all 50.
+
+`tests/fixtures/README.md` says where the facts come from.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import deit.models  # noqa: F401 - registers the names
+from deit.layers import FixedBuffers
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+sys.path.insert(0, str(FIXTURES))
+import fill  # noqa: E402
+
+FACTS = json.loads((FIXTURES / "networks.json").read_text())
+NETWORKS = FACTS["networks"]
+
+# Float64 arithmetic on a CPU: 25 million parameters take a second or two, 120 million ten. Of the
+# larger ones, which are further rows of the same tables, two stand for all.
+SMALL, MEDIUM = 25e6, 120e6
+LARGE = {"d2_deit_large_patch16_LS", "d2_convnext_isotropic_large"}
+
+
+def size(expression: str, facts: dict) -> int:
+    """'1000', or '0.5C' for half of facts['C']."""
+    factor, symbol = re.fullmatch(r"([\d.]*)([A-Z]\d?)?", expression).groups()
+    value = float(factor or 1) * (facts[symbol] if symbol else 1)
+    assert value == int(value), (expression, facts)
+    return int(value)
+
+
+def contract(name: str) -> dict[str, tuple[int, ...]]:
+    """Every state-dict key of a published network with its shape."""
+    facts = NETWORKS[name]
+    keys = {}
+    for template, sizes in FACTS["families"][facts["family"]].items():
+        shape = tuple(size(s, facts) for s in sizes.split())
+        match = re.match(r"(?:blocks|stages\.(\d))\.([ij])\.", template)
+        if match is None:
+            keys[template] = shape
+            continue
+        stage, kind = match.groups()
+        depth = facts[f"D{stage or ''}"]
+        first = facts.get("E", depth)
+        for i in range(first) if kind == "i" else range(first, depth):
+            keys[re.sub(r"\.[ij]\.", f".{i}.", template, count=1)] = shape
+    return keys
+
+
+def build(name: str) -> nn.Module:
+    """The network with the weights of the facts, in float64, without drawing initial ones."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, FixedBuffers):
+            module.reset_parameters()
+    return fill.fill_(model).double().eval()
+
+
+def logits_cases() -> list:
+    cases = []
+    for name, facts in NETWORKS.items():
+        if facts["trainable"] < SMALL:
+            cases.append(name)
+        elif facts["trainable"] < MEDIUM or name in LARGE:
+            cases.append(pytest.param(name, marks=pytest.mark.slow))
+    return cases
+
+
+def test_all_networks_are_here():
+    assert len(NETWORKS) == 50
+    assert set(NETWORKS) <= set(timm.list_models())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_state_dict_is_the_published_one(name):
+    expected = contract(name)
+    with torch.device("meta"):
+        model = timm.create_model(name)
+        published = {key: torch.empty(shape) for key, shape in expected.items()}
+    model.load_state_dict(published, strict=True)
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == expected
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == NETWORKS[name]["trainable"]
+
+
+@pytest.mark.parametrize("name", logits_cases())
+@torch.inference_mode()
+def test_logits_are_the_published_ones(name):
+    facts = NETWORKS[name]
+    logits = build(name)(fill.images())
+    expected = torch.tensor(facts["logits"], dtype=torch.float64)
+    assert (logits[:, :8] - expected).norm() < 1e-8 * expected.norm()
+    assert logits.norm().item() == pytest.approx(facts["logits_norm"], rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["d2_deit_tiny_patch16_LS", "resmlp_equi_d2_12"])
+def test_a_loaded_state_dict_comes_back(name):
+    model = timm.create_model(name)
+    saved = fill.fill_(timm.create_model(name), salt="other").state_dict()
+    assert not torch.equal(model.state_dict()["head.weight"], saved["head.weight"])
+    model.load_state_dict(saved, strict=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, saved[key]), key
+
+
+def test_the_tolerance_would_show_another_eps():
+    """Not vacuous: the smallest change of arithmetic that could go unnoticed is found."""
+    model = build("d2_deit_tiny_patch16_LS")
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 1e-5
+    expected = torch.tensor(NETWORKS["d2_deit_tiny_patch16_LS"]["logits"], dtype=torch.float64)
+    with torch.inference_mode():
+        logits = model(fill.images())
+    assert (logits[:, :8] - expected).norm() > 1e-7 * expected.norm()
