@@ -2,8 +2,8 @@
 
 Processes whose partners were on a node that died end with an error, often minutes before Slurm
 notices the death; the job would count as failed, not as a victim. So when training failed, every
-node is asked for a sign of life. If one gives none, the job goes back into the queue and on from
-its last checkpoint; if all do, the failure was the training's own and stands.
+node is looked at. If one is dead, or was in the meantime, the job goes back into the queue and on
+from its last checkpoint; if all are well, the failure was the training's own and stands.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def settle(status: int) -> int:
     # A job that is being cancelled, requeued or timed out fails, too, and must be left alone.
     if status == 0 or slurm.job_state(job_id) != "RUNNING":
         return status
-    silent = slurm.silent_nodes()
-    if silent:
+    lost = slurm.lost_nodes(job_id)
+    if lost:
         problem = slurm.requeue(job_id)
         outcome = f"cannot be requeued: {problem}" if problem else "is back in the queue"
-        names = ", ".join(silent)
-        print(f"no answer from {names}; job {job_id} {outcome}", file=sys.stderr, flush=True)
+        names = ", ".join(lost)
+        print(f"lost {names}; job {job_id} {outcome}", file=sys.stderr, flush=True)
     return status
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 _PATIENCE = 60.0  # seconds that a busy controller may take to answer
 _CONNECT = 15.0  # seconds in which a node that is alive takes a connection
@@ -20,12 +20,16 @@ def _run(command: list[str], timeout: float = _PATIENCE) -> subprocess.Completed
         return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
+def _describe(kind: str, name: str) -> list[dict[str, str]]:
+    """What `scontrol show` says about a job, or about each of a list of nodes."""
+    shown = _run(["scontrol", "--oneliner", "show", kind, name]).stdout
+    return [dict(re.findall(r"(\w+)=(\S+)", line)) for line in shown.splitlines() if "=" in line]
+
+
 def job_state(job_id: str) -> str | None:
     """Slurm's state of the job, such as RUNNING or COMPLETING; None if Slurm does not say."""
-    shown = _run(["scontrol", "--oneliner", "show", "job", job_id]).stdout
-    match = re.search(r"\bJobState=(\w+)", shown)
-    if match:
-        return match[1]
+    for job in _describe("job", job_id):
+        return job.get("JobState")
     # The controller forgets a finished job after minutes, accounting does not.
     table = _run(["sacct", "-X", "-n", "-P", "-o", "State", "-j", job_id]).stdout.split()
     return table[0] if table else None
@@ -37,31 +41,35 @@ def requeue(job_id: str) -> str | None:
     return None if done.returncode == 0 else done.stderr.strip() or "scontrol requeue failed"
 
 
-def silent_nodes() -> list[str]:
-    """The nodes of the job this runs in that are down or whose slurmd takes no connection.
+def lost_nodes(job_id: str) -> list[str]:
+    """The nodes of a running job that are dead, or came back to life after the job had started.
 
-    Asking the daemons themselves is what makes the answer quick: the controller may take minutes
-    to miss a node.
+    The daemons themselves are asked, because the controller may take minutes to miss a node.
     """
-    shown = _run(["scontrol", "--oneliner", "show", "node", os.environ["SLURM_JOB_NODELIST"]])
+    job = next(iter(_describe("job", job_id)), {})
     config = _run(["scontrol", "show", "config"]).stdout
-    default_port = re.search(r"^SlurmdPort\s*=\s*(\d+)", config, re.M)
-    nodes = []
-    for line in shown.stdout.splitlines():
-        values = dict(re.findall(r"\b(NodeName|NodeAddr|Port|State)=(\S+)", line))
-        port = values.get("Port") or (default_port[1] if default_port else "6818")
-        nodes.append((values["NodeName"], values.get("NodeAddr"), int(port), values["State"]))
+    usual_port = re.search(r"^SlurmdPort\s*=\s*(\d+)", config, re.M)
+
+    def is_lost(node: dict[str, str]) -> bool:
+        if "DOWN" in node["State"] or _is_later(node.get("SlurmdStartTime"), job.get("StartTime")):
+            return True
+        port = node.get("Port") or (usual_port[1] if usual_port else "6818")
+        try:
+            address = (node.get("NodeAddr", node["NodeName"]), int(port))
+            socket.create_connection(address, timeout=_CONNECT).close()
+        except OSError:
+            return True
+        return False
+
+    nodes = _describe("node", job.get("NodeList", ""))
     with ThreadPoolExecutor(max_workers=16) as pool:
-        answers = list(pool.map(_answers, nodes))
-    return [name for (name, *_), answer in zip(nodes, answers, strict=True) if not answer]
+        lost = list(pool.map(is_lost, nodes))
+    return [node["NodeName"] for node, gone in zip(nodes, lost, strict=True) if gone]
 
 
-def _answers(node: tuple[str, str | None, int, str]) -> bool:
-    name, address, port, state = node
-    if "DOWN" in state:
-        return False
+def _is_later(one: str | None, other: str | None) -> bool:
+    """Whether Slurm's time `one` is after `other`; False if one of them is not known."""
     try:
-        socket.create_connection((address or name, port), timeout=_CONNECT).close()
-    except OSError:
+        return datetime.fromisoformat(one or "") > datetime.fromisoformat(other or "")
+    except ValueError:
         return False
-    return True

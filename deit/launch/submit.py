@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -150,6 +151,9 @@ def _sbatch_script(plan: Plan) -> str:
 def _local_executor(plan: Plan) -> submitit.LocalExecutor:
     from submitit import LocalExecutor
 
+    # The processes inherit this environment; `setup` lines are for another machine's.
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), inherited)))
     executor = LocalExecutor(folder=plan.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
     resources = plan.resources
     executor.update_parameters(

@@ -47,7 +47,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
-SlurmdTimeout=10
+SlurmdTimeout=60
 KillWait=5
 MinJobAge=3600
 JobRequeue=1
@@ -154,13 +154,17 @@ class Cluster:
             try:
                 if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == namespace:
                     os.kill(int(entry.name), signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # ended in the meantime
+            except OSError:
+                continue  # ended in the meantime, or not ours to look at
 
     def query(self, *command: str) -> str:
-        """The output of a Slurm tool, stripped."""
+        """The output of a Slurm tool, stripped; empty if it fails."""
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
         return done.stdout.strip()
+
+    def command(self, *command: str) -> None:
+        """Run a Slurm tool that must not fail."""
+        subprocess.run(command, env=self.env, check=True, timeout=60)
 
     def down(self) -> None:
         """Cancel all jobs and end all daemons."""

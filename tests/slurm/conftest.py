@@ -1,0 +1,24 @@
+"""One cluster for all tests here: started when Slurm is installed and we are root."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `cluster`, which is a script of its own too
+
+from cluster import Cluster, why_unavailable
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    reason = why_unavailable()
+    if reason:
+        pytest.skip(f"no Slurm: {reason}")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    cluster.up()
+    yield cluster
+    cluster.down()

@@ -1,0 +1,313 @@
+"""Trainings on a real Slurm, disturbed in every way that a cluster knows.
+
+Each disturbed run must end with the very weights of the one that was left alone. The network is
+tiny, but everything that is random in a training is on: dropout of paths, augmentation, mixup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster import Cluster
+from PIL import Image
+
+from deit.checkpoint import read_checkpoint
+from deit.launch.status import read_status
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(240)]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EPOCHS, UPDATES, PROCESSES, BATCH = 2, 16, 4, 4
+EARLY = 3  # the step of the second epoch at which the tests strike
+TRAINING = [
+    *("--model", "d2_deit_tiny_patch16_LS", "--input-size", "32", "--patch-size", "16"),
+    *("--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--warmup-epochs", "0", "--lr", "0.01"),
+    *("--num-workers", "1", "--threads", "1", "--log-interval", "1", "--save-freq", "1"),
+]
+CLUSTER = ["--nodes", "2", "--ngpus", "2", "--tgpu", "none", "--cpus-per-task", "1"]
+# submitit takes every signal within ten minutes of the limit for a time-out.
+CLUSTER += ["--time", "60"]
+# The same training in one process, where more would show nothing more.
+ALONE = ["--nodes", "1", "--ngpus", "1", "--batch-size", str(PROCESSES * BATCH)]
+
+
+@dataclass
+class Job:
+    """A submitted training."""
+
+    cluster: Cluster
+    id: str
+    folder: Path
+    announcement: str
+
+    @property
+    def log(self) -> str:
+        path = self.folder / f"{self.id}_0_log.out"
+        return path.read_text() if path.exists() else ""
+
+    def state(self) -> str:
+        shown = self.cluster.query("scontrol", "-o", "show", "job", self.id)
+        found = re.search(r"JobState=(\w+)", shown)
+        return found[1] if found else "UNKNOWN"
+
+    def restarts(self) -> int:
+        shown = self.cluster.query("scontrol", "-o", "show", "job", self.id)
+        return int(re.search(r"Restarts=(\d+)", shown)[1])
+
+    def seconds(self) -> int:
+        """How long it has been running."""
+        shown = self.cluster.query("scontrol", "-o", "show", "job", self.id)
+        hours, minutes, seconds = re.search(r"RunTime=(\d+):(\d+):(\d+)", shown).groups()
+        return (int(hours) * 60 + int(minutes)) * 60 + int(seconds)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
+        """Wait for `condition`; on time-out fail with all logs."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                logs = "".join(
+                    f"--- {path.name}\n{path.read_text()[-3000:]}\n"
+                    for path in sorted(self.folder.glob("*_log.*"))
+                )
+                pytest.fail(
+                    f"no {what} in {timeout} s, job is {self.state()}\n{logs}{self.cluster.logs()}"
+                )
+            time.sleep(0.1)
+
+    def wait_for_mid_epoch(self) -> None:
+        """Until the second epoch is under way, so that a checkpoint of the first exists."""
+        self.wait_until(
+            lambda: f"epoch {EPOCHS}/{EPOCHS}  step {EARLY}/" in self.log, "second epoch"
+        )
+
+    def wait_for_end(self) -> None:
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        self.wait_until(lambda: self.state() in over, "end")
+        assert self.state() == "COMPLETED", self.log[-2000:]
+
+    def checkpoint(self) -> dict:
+        return read_checkpoint(self.folder / "checkpoint.pth")
+
+    def stops(self) -> list[int]:
+        """The steps of the second epoch after which the training was stopped and saved."""
+        return [int(step) for step in re.findall(r"in epoch 2 after step (\d+)", self.log)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Images of noise, as many as make `UPDATES` updates an epoch."""
+    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, count in (("train", UPDATES * PROCESSES * BATCH), ("val", 8)):
+        for index in range(count):
+            path = root / split / f"class{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def submit(cluster: Cluster, data: Path, tmp_path_factory) -> Callable[..., Job]:
+    """`submit(*options)`: through the script, as a user does, from another folder."""
+
+    def run(*options: str) -> Job:
+        words = [*CLUSTER, *TRAINING, "--data-path", str(data), *options]
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
+            cwd=tmp_path_factory.mktemp("runs"),
+            env=cluster.env | {"HOME": str(data), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        job_id = re.search(r"^job (\S+)", done.stdout, re.M)[1]
+        folder = re.search(r"^  folder  (.+)", done.stdout, re.M)[1]
+        return Job(cluster, job_id, Path(folder), done.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(submit: Callable[..., Job]) -> Job:
+    job = submit()
+    job.wait_for_end()
+    return job
+
+
+def assert_same_training(job: Job, undisturbed: Job) -> None:
+    """Weights and average are those of the undisturbed run, the log has no gap and no repeat.
+
+    Not to the last bit, because DDP arranges its buckets anew after the first step of a process,
+    and a sum over four processes depends on the arrangement.
+    """
+    ours, theirs = job.checkpoint(), undisturbed.checkpoint()
+    assert ours["epoch"] == theirs["epoch"] == EPOCHS - 1
+    for part in ("model", "model_ema"):
+        assert ours[part].keys() == theirs[part].keys()
+        assert largest_difference(ours[part], theirs[part]) < 1e-6
+    log, reference = (
+        [json.loads(line) for line in (run.folder / "log.txt").open()] for run in (job, undisturbed)
+    )
+    assert [record["epoch"] for record in log] == list(range(EPOCHS))
+    for record, wanted in zip(log, reference, strict=True):
+        for key in ("train_loss", "train_lr", "test_loss", "test_acc1"):
+            assert record[key] == pytest.approx(wanted[key], rel=1e-5)
+
+
+def largest_difference(ours: dict, theirs: dict) -> float:
+    return max((ours[key].double() - theirs[key]).abs().max().item() for key in theirs)
+
+
+def test_two_nodes_with_two_processes_each_train(undisturbed: Job):
+    job = undisturbed
+    assert job.restarts() == 0
+    starts = [path.read_text() for path in sorted(job.folder.glob("*_log.out"))]
+    hosts = [
+        re.search(r"hostname=(\w+), .*global_rank=(\d)\(4\)", text).groups() for text in starts
+    ]
+    assert hosts == [("n1", "0"), ("n1", "1"), ("n2", "2"), ("n2", "3")]
+    assert job.folder.name == job.id
+    for hint in ("tail -F ", f"status {job.folder}", f"scancel {job.id}", "global batch 16"):
+        assert hint in job.announcement
+    status = read_status(job.folder)
+    assert (status.state, status.epoch, status.epochs) == ("finished", EPOCHS, EPOCHS)
+    # What the other tests compare does move: the second epoch changes the weights.
+    first = read_checkpoint(job.folder / "checkpoint_0000.pth")
+    assert largest_difference(first["model"], job.checkpoint()["model"]) > 1e-4
+
+
+def test_signal_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
+    job = submit()
+    job.wait_for_mid_epoch()
+    job.cluster.command("scancel", "--signal=USR2", job.id)
+    job.wait_for_end()
+    assert job.restarts() == 1
+    (step,) = job.stops()
+    assert EARLY <= step < UPDATES
+    assert f"going on at epoch 2, step {step}" in job.log
+    assert_same_training(job, undisturbed)
+
+
+def test_time_out_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
+    job = submit("--signal-delay", "70")
+    job.wait_for_mid_epoch()
+    with held(job):  # Slurm looks at time limits, which are whole minutes, every half minute
+        minutes = math.ceil((job.seconds() + 35) / 60)
+        job.cluster.command("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
+        job.wait_until(lambda: job.restarts() == 1, "requeue at the time limit", 90)
+    job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    job.wait_for_end()
+    (step,) = job.stops()
+    assert EARLY <= step < UPDATES
+    assert_same_training(job, undisturbed)
+
+
+def test_preemption_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
+    job = submit()
+    job.wait_for_mid_epoch()
+    urgent = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true"]
+    with held(job):
+        job.cluster.command(*urgent)
+        job.wait_until(lambda: job.restarts() == 1, "requeue in favour of the urgent job", 60)
+    job.wait_for_end()
+    assert job.restarts() == 1
+    (step,) = job.stops()
+    assert EARLY <= step < UPDATES
+    assert_same_training(job, undisturbed)
+
+
+def test_node_that_dies_is_survived_from_the_last_checkpoint(submit, undisturbed: Job):
+    job = submit()
+    job.wait_for_mid_epoch()
+    job.cluster.kill_node("n2")
+    # The survivors notice, long before the controller does.
+    job.wait_until(lambda: "n2 " in error_log(job) and "dead" in error_log(job), "report", 60)
+    job.cluster.start_node("n2")
+    job.wait_for_end()
+    assert job.restarts() == 1
+    assert job.stops() == []
+    assert "going on at epoch 2, step 0" in job.log
+    assert_same_training(job, undisturbed)
+
+
+def test_cancelled_run_saves_and_stays_cancelled(submit, monkeypatch):
+    job = submit(*ALONE)
+    job.wait_for_mid_epoch()
+    job.cluster.command("scancel", job.id)
+    job.wait_until(lambda: job.state() == "CANCELLED", "end", 60)
+    assert "not requeued" in job.log
+    assert job.checkpoint()["step"] == job.stops()[0]
+    monkeypatch.setenv("SLURM_CONF", job.cluster.env["SLURM_CONF"])
+    assert read_status(job.folder).state == "cancelled"
+
+
+def test_failed_training_is_not_requeued(submit):
+    job = submit(*ALONE, "--lr", "1e30", "--unscale-lr", "--opt", "sgd", "--model-ema-decay", "0")
+    job.wait_until(lambda: job.state() == "FAILED", "failure")
+    assert job.restarts() == 0
+    assert "the loss became infinite or NaN" in error_log(job)
+
+
+def test_array_runs_in_folders_of_their_own(submit):
+    job = submit(*ALONE, "--epochs", "1", "--array", "seed=3-4")
+    runs = [job.folder.parent / f"{job.id.split('_')[0]}_{task}" for task in (0, 1)]
+    job.wait_until(lambda: all((run / "curves.png").exists() for run in runs), "array", 120)
+    seeds = [read_checkpoint(run / "checkpoint.pth")["args"].seed for run in runs]
+    assert seeds == [3, 4]
+
+
+def test_refused_submission_is_one_line(cluster: Cluster, tmp_path):
+    words = ["--tgpu", "none", "--partition", "nowhere"]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
+        cwd=tmp_path,
+        env=cluster.env | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sbatch refused the job")
+    assert "invalid partition" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def error_log(job: Job) -> str:
+    return "".join(path.read_text() for path in job.folder.glob("*_log.err"))
+
+
+@contextlib.contextmanager
+def held(job: Job) -> Iterator[None]:
+    """Let `job` make no step until Slurm has a signal for it, for which it wakes it."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # ended in the meantime
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+            if words[0] == sys.executable and str(job.folder.parent / "%j") in words:
+                pids.append(int(entry.name))
+    assert len(pids) >= PROCESSES
+    send(pids, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        send(pids, signal.SIGCONT)
+
+
+def send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
