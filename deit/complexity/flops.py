@@ -121,9 +121,9 @@ def _shape(value: Any) -> list[int]:
 
 def _per_output(name: str, cost: int) -> Handle:
     def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-        # arithmetic on sizes, which a trace contains too, is no work on data
-        is_data = outputs[0].isCompleteTensor()
-        return Counter({name: cost * prod(_shape(outputs[0])) if is_data else 0})
+        # a trace contains the arithmetic on sizes too, in integers: no work on data
+        on_data = outputs[0].type().scalarType() != "Long"
+        return Counter({name: cost * prod(_shape(outputs[0])) * on_data})
 
     return handle
 

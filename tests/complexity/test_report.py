@@ -1,0 +1,257 @@
+"""What users get: tables, JSON, CSV, the figure, and the command line."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from deit.complexity.command import main, make_settings, parse_args
+from deit.complexity.measure import Result
+from deit.complexity.plot import draw, make_figure
+from deit.complexity.published import PUBLISHED
+from deit.complexity.roofline import Bound
+from deit.complexity.tables import as_csv, as_json, print_results
+from deit.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TWIN, OURS = "deit_base_patch16_LS", "d2_deit_base_patch16_LS"
+LONGEST = "d2_inv_early_deit_huge_patch14_52_LS"
+FIELDS = {
+    "model",
+    "params",
+    "gflops",
+    "images_per_s",
+    "train_images_per_s",
+    "peak_memory_mb",
+    "twin",
+    "ratios",
+}
+RATIOS = {"gflops", "images_per_s", "train_images_per_s", "peak_memory_mb"}
+
+
+def results():
+    bounds = dict(bound=Bound(2000.0, 0.9), train_bound=Bound(700.0, 0.9))
+    return {
+        TWIN: Result(
+            TWIN,
+            86_585_320,
+            17.68,
+            [],
+            None,
+            64,
+            1000.0,
+            0.01,
+            300.0,
+            0.02,
+            900.0,
+            5000.0,
+            **bounds,
+        ),
+        OURS: Result(
+            OURS,
+            43_311_976,
+            9.33,
+            [],
+            TWIN,
+            64,
+            1100.0,
+            0.01,
+            330.0,
+            0.02,
+            600.0,
+            4000.0,
+            **bounds,
+            notes=["a note"],
+        ),
+    }
+
+
+def test_json_has_exactly_the_documented_fields():
+    report = json.loads(as_json(results(), {"device": "cpu"}))
+    assert set(report) == {"settings", "results"}
+    assert report["settings"]["device"] == "cpu"
+    assert report["settings"]["details"][OURS]["notes"] == ["a note"]
+    assert report["settings"]["details"][OURS]["spread"] == 0.01
+    twin, ours = report["results"]
+    for row in (twin, ours):
+        assert set(row) == FIELDS
+        assert set(row["ratios"]) == RATIOS
+    assert twin["twin"] is None
+    assert set(twin["ratios"].values()) == {None}
+    assert ours["twin"] == TWIN
+    assert ours["ratios"]["images_per_s"] == pytest.approx(1.1)
+    assert ours["ratios"]["peak_memory_mb"] == pytest.approx(2 / 3)
+
+
+def test_absent_values_are_null_and_empty():
+    row = Result(OURS, 1, None, [], TWIN)
+    (found,) = json.loads(as_json({OURS: row}, {}))["results"]
+    assert [found[name] for name in ("gflops", "images_per_s", "peak_memory_mb")] == [None] * 3
+    assert set(found["ratios"].values()) == {None}
+    (line,) = csv.DictReader(io.StringIO(as_csv({OURS: row})))
+    assert line["gflops"] == line["images_per_s_ratio"] == ""
+
+
+def test_csv():
+    twin, ours = csv.DictReader(io.StringIO(as_csv(results())))
+    assert (twin["model"], ours["model"]) == (TWIN, OURS)
+    assert float(ours["images_per_s_ratio"]) == pytest.approx(1.1)
+    assert float(ours["bound_images_per_s"]) == 2000
+    assert ours["notes"] == "a note"
+
+
+def test_tables_fit_into_a_narrow_terminal():
+    rows = results()
+    rows[LONGEST] = Result(LONGEST, 769_411_560, 207.23, [], None, 64, 12.3, 0.01, None, None, 9e4)
+    for row in rows.values():
+        row.train_images_per_s = None
+    output = io.StringIO()
+    print_results(rows, Console(file=output, width=80))
+    text = output.getvalue()
+    assert LONGEST in text
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    ours = [line.split() for line in text.splitlines() if line.startswith(OURS)]
+    assert ours[0][1:] == ["43.3", "1,100", "±1.0%", "9.33", "600"]
+    assert ours[1][1:] == ["-47%", "+10%", "-33%", "+6%"]  # the last is published
+    assert ours[2][1:] == ["2,000", "55%", "arithmetic"]
+    assert f"{OURS}: a note" in text
+
+
+def lines(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+
+
+def test_figure_draws_the_data():
+    gains, accuracies = make_figure(results(), "a device").axes
+    drawn = lines(gains)
+    assert drawn["ViT, measured"] == [[9.33, pytest.approx(10)]]
+    assert drawn["ViT, published (A100)"] == [[9.33, pytest.approx(6)]]
+    assert "a device" in gains.get_title()
+    drawn = lines(accuracies)
+    assert drawn == {"ViT, ordinary": [[17.68, 83.1]], "ViT, equivariant": [[9.33, 82.2]]}
+
+
+def test_figure_of_all_published_networks():
+    rows = {row.name: Result(row.name, 1, 10.0 + i, []) for i, row in enumerate(PUBLISHED)}
+    gains, accuracies = make_figure(rows).axes
+    # without measurements the published gains alone: one line a family and the zero
+    assert len(gains.get_lines()) == 3 + 1
+    points = sum(len(line.get_xdata()) for line in accuracies.get_lines())
+    assert points == sum(row.top1 is not None for row in PUBLISHED)
+
+
+def test_figure_files(tmp_path):
+    draw(results(), tmp_path / "figure.png", "")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    draw(results(), tmp_path / "figure.svg", "")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["figure.png", "figure.svg"]
+    with pytest.raises(UserError, match=r"figure\.xyz.*\.png"):
+        draw(results(), tmp_path / "figure.xyz", "")
+    with pytest.raises(UserError, match="no FLOPs"):
+        draw({TWIN: Result(TWIN, 1, None, [])}, tmp_path / "figure.png", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--amp", "--dtype", "float32"], "--amp with --dtype float32"),
+        (["--train", "--no-throughput"], "--train measures times"),
+        (["--profile", "--no-throughput"], "--profile measures times"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--json", "nowhere/x.json"], "no folder"),
+        (["--compile-mode", "fastest"], "fastest"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_wrong_options(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(arguments)
+
+
+def test_options():
+    args = parse_args(["--compile"])
+    assert (args.compile_mode, args.batch_size, args.models) == ("default", None, None)
+    assert parse_args(["--compile-mode", "max-autotune"]).compile
+    assert not parse_args([]).compile
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype", "storage"),
+    [
+        ([], torch.float32, torch.float32),
+        (["--amp"], torch.bfloat16, torch.float32),
+        (["--amp", "--dtype", "float16"], torch.float16, torch.float32),
+        (["--dtype", "bfloat16"], torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes(arguments, dtype, storage):
+    settings = make_settings(parse_args([*arguments, "--device", "cpu"]))
+    assert (settings.dtype, settings.storage) == (dtype, storage)
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        make_settings(parse_args(["--threads", "1", "--device", "cpu"]))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_counting_command(tmp_path, capsys):
+    name = "d2_deit_tiny_patch16_LS"
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
+    arguments = [item for kind, path in files.items() for item in (f"--{kind}", str(path))]
+    assert main(["--models", name, "--no-throughput", "--device", "cpu", *arguments]) == 0
+    report = json.loads(files["json"].read_text())
+    assert [row["model"] for row in report["results"]] == [name.removeprefix("d2_"), name]
+    assert report["results"][1]["gflops"] == pytest.approx(0.7675, rel=0.03)
+    assert report["results"][1]["images_per_s"] is None
+    assert report["settings"]["ceilings"] is None
+    assert report["settings"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert len(files["csv"].read_text().splitlines()) == 3
+    captured = capsys.readouterr()
+    assert "-40%" in captured.out
+    assert f"{name}: counting" in captured.err
+
+
+def test_measuring_command(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0"
+    assert main([*command.split(), "--device", "cpu", "--profile", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    twin, ours = report["results"]
+    assert ours["ratios"]["images_per_s"] == ours["images_per_s"] / twin["images_per_s"]
+    assert ours["peak_memory_mb"] < twin["peak_memory_mb"]
+    assert ours["train_images_per_s"] is None
+    assert report["settings"]["ceilings"]["tflop_per_s"] > 0
+    assert report["settings"]["details"][ours["model"]]["bound_images_per_s"] > 0
+    printed = capsys.readouterr().out
+    assert "Roofline" in printed
+    assert "by layer, eager" in printed
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_measured(tmp_path):
+    path = tmp_path / "out.json"
+    command = "--models deit_tiny_patch16_LS --img-size 32 --batch-size 1 --min-time 0 --compile"
+    assert main([*command.split(), "--device", "cpu", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["settings"]["compile_mode"] == "default"
+    assert report["results"][0]["images_per_s"] > 0
+
+
+def test_script_from_another_folder(tmp_path):
+    script = str(ROOT / "calculate_complexity.py")
+    command = [sys.executable, script, "--models", "d2_deit_giant", "--no-throughput"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --models d2_deit_giant: ")
+    assert done.stderr.count("\n") == 1
