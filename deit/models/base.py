@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deit.models.scripting import Scriptable
 
-__all__ = ["Pool", "PooledClassifier", "init_linear", "scale_classifier"]
+__all__ = ["Pool", "PooledClassifier", "init_linear", "reset_layers", "scale_classifier"]
 
 Pool = Literal["", "avg"]
 
@@ -28,6 +28,14 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def reset_layers(model: nn.Module) -> None:
+    """Let every layer write its initial parameters and buffers again, as in its constructor."""
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 
 @torch.no_grad()
@@ -99,10 +107,15 @@ class PooledClassifier(Scriptable, nn.Module):
         self.norm = norm_layer(self.head_hidden_size, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self._classifier(num_classes, **dd)
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
-    def init_weights(self) -> None:
-        """Initialise by the family's rule; `head_init_scale` is a factor on the classifier."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise by the family's rule; `head_init_scale` is a factor on the classifier.
+
+        `needs_reset` is as in timm: False if the layers have just initialised themselves.
+        """
+        if needs_reset:
+            reset_layers(self)
         self.apply(self._init_module)
         scale_classifier(self.head, self.head_init_scale)
 

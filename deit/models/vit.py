@@ -39,6 +39,7 @@ from deit.layers import (
     RegularBridge,
 )
 from deit.layers.tokens import resample
+from deit.models.base import init_linear, reset_layers, scale_classifier
 from deit.models.registry import record_input_size, register_sizes
 from deit.models.scripting import Scriptable
 
@@ -171,7 +172,7 @@ class VisionTransformer(Scriptable, nn.Module):
             }
             for i in range(depth)
         ]
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
     def _symmetric_channels(self, block: int, bridge: str | None) -> int | None:
         if block < self.equivariant_depth:
@@ -192,13 +193,15 @@ class VisionTransformer(Scriptable, nn.Module):
             return nn.Identity()
         return nn.Linear(self.head_hidden_size, num_classes, **dd)
 
-    def init_weights(self) -> None:
-        """Truncated normal, 0.02, for linear weights; zero biases; the rest by its own rule."""
-        self.apply(_init_linear)
-        if isinstance(self.head, nn.Linear):
-            with torch.no_grad():
-                self.head.weight.mul_(self.head_init_scale)
-                self.head.bias.mul_(self.head_init_scale)
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Truncated normal, 0.02, for linear weights; zero biases; the rest by its own rule.
+
+        `needs_reset` is as in timm: False if the layers have just initialised themselves.
+        """
+        if needs_reset:
+            reset_layers(self)
+        self.apply(init_linear)
+        scale_classifier(self.head, self.head_init_scale)
 
     # timm's interface
 
@@ -232,7 +235,7 @@ class VisionTransformer(Scriptable, nn.Module):
             self.global_pool = self._check_pool(global_pool)
         self.num_classes = num_classes
         self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
-        self.head.apply(_init_linear).train(self.training)
+        self.head.apply(init_linear).train(self.training)
 
     def set_input_size(
         self,
@@ -445,17 +448,7 @@ class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
         )
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
-        if isinstance(self.head, nn.Linear):
-            with torch.no_grad():
-                self.head.weight.mul_(head_init_scale)
-                self.head.bias.mul_(head_init_scale)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        scale_classifier(self.head, head_init_scale)
 
 
 def checkpoint_filter_fn(

@@ -1,0 +1,455 @@
+"""Every family behaves as a timm model: what timm's own tests, scripts and users rely on."""
+
+import copy
+import fnmatch
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config, resolve_model_data_config
+from timm.models import (
+    FeatureInfo,
+    group_parameters,
+    load_checkpoint,
+    model_entrypoint,
+    safe_model_name,
+)
+from timm.models import create_feature_extractor as fx_extractor
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.utils import ModelEmaV3, reparameterize_model
+from tiny import FAMILIES, NAMES, TRANSFORMERS, create, create_random, images, registered
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+
+FIRST, LAST = 0, -1
+
+
+def x32(count: int = 2) -> torch.Tensor:
+    return images(count, dtype=torch.float32)
+
+
+def test_every_registered_name_belongs_to_a_tested_family():
+    def family(name):
+        return max((f for f in NAMES if name.startswith(f)), key=len, default=None)
+
+    names = registered()
+    assert len(names) == 50
+    found = {name: family(name) for name in names}
+    assert None not in found.values()
+    assert set(found.values()) == set(NAMES)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_unknown_arguments_are_errors(family):
+    with pytest.raises(TypeError, match="not_an_argument"):
+        create(family, not_an_argument=1)
+    with pytest.raises(TypeError, match="initial LayerScale more than once"):
+        create(family, init_scale=0.1, init_values=0.1)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_widths_of_features_and_head(family):
+    """As timm's default_cfgs tests: widths agree with what the model says of itself."""
+    model, x = create(family), x32()
+    features = model.forward_features(x)
+    axis = 1 if features.ndim == 4 else -1
+    assert features.shape[axis] == model.num_features
+    if features.ndim == 3:  # timm holds transformers to one width
+        assert model.head_hidden_size == model.num_features
+    before = model.forward_head(features, pre_logits=True)
+    assert before.shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(model.get_classifier()(before), model(x))
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    assert model.head_hidden_size == model.get_classifier().in_features
+
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    torch.testing.assert_close(model(x), before)
+    model.reset_classifier(0, "")
+    unpooled = model.forward_head(features).shape
+    assert unpooled.numel() * features.shape[axis] == features.numel() * model.head_hidden_size
+    assert model(x).shape == unpooled
+    model.reset_classifier(7, "avg")
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    assert model.global_pool == "avg"
+
+    assert create(family, num_classes=0)(x).shape == before.shape
+    assert create(family, num_classes=0, global_pool="")(x).shape == unpooled
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_pretrained_cfg(family):
+    name, _ = FAMILIES[family]
+    model = create(family)
+    cfg = model.pretrained_cfg
+    keys = model.state_dict()
+    assert cfg["architecture"] == name
+    assert f"{cfg['classifier']}.weight" in keys
+    first = cfg["first_conv"] if isinstance(cfg["first_conv"], tuple) else (cfg["first_conv"],)
+    assert all(f"{conv}.weight" in keys for conv in first)
+    assert all(keys[f"{conv}.weight"].shape[1] == 3 for conv in first)
+    data = resolve_model_data_config(model)
+    assert data["mean"] == (0.485, 0.456, 0.406)
+    assert data["std"] == (0.229, 0.224, 0.225)
+    assert data["interpolation"] == "bicubic"
+    assert data["crop_pct"] == 1.0
+    assert data["input_size"] == (3, 224, 224)
+    assert resolve_data_config({}, model=model)["mean"] == data["mean"]
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_pool_size_is_that_of_the_map(family):
+    with torch.device("meta"):
+        model = timm.create_model(FAMILIES[family][0])
+        features = model.forward_features(torch.zeros(1, 3, 224, 224))
+    expected = model.pretrained_cfg["pool_size"]
+    assert (tuple(features.shape[2:]) if features.ndim == 4 else None) == expected
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_backward_reaches_every_parameter(family):
+    model = create(family, num_classes=42).train()
+    model(x32()).mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_gradient_checkpointing_changes_no_gradient(family):
+    def gradients(checkpointing):
+        model = create_random(family).train()
+        model.set_grad_checkpointing(checkpointing)
+        model(images()).square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    torch.testing.assert_close(checkpointed, plain)
+    assert any(g.abs().max() > 1e-6 for g in plain.values())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_intermediates(family):
+    model = create_random(family)
+    x = images()
+    info = FeatureInfo(model.feature_info, len(model.feature_info))
+    assert len(info.channels()) >= 3
+    features, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(features, model.forward_features(x))
+    assert len(maps) == len(info.channels())
+    for y, channels, reduction in zip(maps, info.channels(), info.reduction(), strict=True):
+        assert y.shape == (2, channels, 32 // reduction, 32 // reduction)
+    (last,) = model.forward_intermediates(x, indices=[LAST], intermediates_only=True)
+    torch.testing.assert_close(last, maps[LAST])
+    (first,) = model.forward_intermediates(
+        x, indices=[FIRST], stop_early=True, intermediates_only=True
+    )
+    torch.testing.assert_close(first, maps[FIRST])
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model.forward_intermediates(x)[1], maps)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_intermediates_of_transformers(family):
+    model = create_random(family, reg_tokens=2)
+    x = images()
+    with_prefix = model.forward_intermediates(
+        x, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    assert [(y.shape, z.shape) for y, z in with_prefix] == [((2, 16, 32), (2, 3, 32))] * 4
+    result = model.forward_intermediates(
+        x, indices=2, return_prefix_tokens=True, norm=True, output_fmt="NLC", output_dict=True
+    )
+    assert set(result) == {"image_intermediates", "image_intermediates_prefix", "image_features"}
+    torch.testing.assert_close(result["image_intermediates"], [y for y, _ in with_prefix[2:]])
+    # the head reads the symmetric channels of the last normed features
+    normed = torch.cat([with_prefix[-1][1], with_prefix[-1][0]], 1)[..., : model.num_features]
+    torch.testing.assert_close(result["image_features"], normed)
+    layers = model.get_intermediate_layers(x, n=2, reshape=True)
+    torch.testing.assert_close(
+        list(layers), model.forward_intermediates(x, indices=2, intermediates_only=True)
+    )
+    with pytest.raises((ValueError, AssertionError), match=r"NHWC|Output format"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_features_only(family):
+    name, tiny = FAMILIES[family]
+    model = timm.create_model(name, features_only=True, **tiny).eval()
+    maps = model(x32())
+    assert len(maps) >= 3
+    for y, channels, reduction in zip(
+        maps, model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert y.shape == (2, channels, 32 // reduction, 32 // reduction)
+    chosen = timm.create_model(name, features_only=True, out_indices=(0, 2), **tiny).eval()
+    assert len(chosen(x32())) == 2
+    (only,) = timm.create_model(name, features_only=True, out_indices=[-1], **tiny).eval()(x32())
+    assert only.shape == maps[-1].shape
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_pruned_networks_give_the_same_features_and_use_all_they_keep(family):
+    """timm's test_prune_intermediate_layers_contract."""
+    model = create_random(family)
+    x = images()
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    last = len(maps) - 1
+    whole = copy.deepcopy(model)
+    whole.prune_intermediate_layers([last], prune_head=False)
+    torch.testing.assert_close(whole(x), model(x))
+    for i in range(last + 1):
+        pruned = copy.deepcopy(model)
+        kept = pruned.prune_intermediate_layers([i], prune_norm=True)
+        (y,) = pruned.forward_intermediates(x, indices=kept, intermediates_only=True)
+        torch.testing.assert_close(y, maps[i])
+        (y.sum() + pruned.train().forward_features(x).square().sum()).backward()
+        assert [n for n, p in pruned.named_parameters() if p.grad is None] == []
+
+
+# tracing and scripting
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_symbolic_tracing(family):
+    model = create_random(family)
+    x = images()
+    head = "head" if family != "d2_convnext" else "head_drop"
+    nodes = {"blocks.1" if hasattr(model, "blocks") else "stages.1": "middle", head: "end"}
+    traced = fx_extractor(model, nodes)
+    outputs = traced(x)
+    torch.testing.assert_close(model(x), outputs["end"] if head == "head" else model(x))
+    with torch.no_grad():
+        traced(images(3, seed=1))
+    assert outputs["middle"].shape[0] == 2
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_scripting(family):
+    model = create(family, num_classes=3).eval()
+    scripted = torch.jit.script(model)
+    x = x32()
+    torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == list(create(family, num_classes=3).state_dict())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_copies_and_pickles(family):
+    model = create_random(family)
+    x = images()
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+# optimizers
+
+
+def stem(names: list[str]) -> str:
+    """A parameter of the first layer."""
+    return next(n for n in names if n.startswith(("patch_embed", "stem", "downsample_layers.0")))
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_parameter_groups_cover_every_parameter(family):
+    model = create(family)
+    names = [n for n, _ in model.named_parameters()]
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        assert set(groups) == set(names)
+        assert len(set(groups.values())) > 3
+        assert groups[stem(names)] == min(groups.values())
+        assert groups["head.weight"] == max(groups.values())
+    grouped = param_groups_layer_decay(
+        model, weight_decay=0.1, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay()
+    )
+    assert sum(len(g["params"]) for g in grouped) == len(names)
+    by_scale = {id(p): g["lr_scale"] for g in grouped for p in g["params"]}
+    assert by_scale[id(model.get_parameter(stem(names)))] < by_scale[id(model.head.weight)] == 1.0
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_no_weight_decay_names_what_exists(family):
+    model = create(family)
+    names = [n for n, _ in model.named_parameters()]
+    optional = {"reg_token", "reg_token.0", "dist_token"}
+    for pattern in set(model.no_weight_decay()) - optional:
+        assert fnmatch.filter(names, pattern), pattern
+    if family in TRANSFORMERS:
+        decayed = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
+        free = next(g for g in decayed.param_groups if g["weight_decay"] == 0)
+        free = {id(p) for p in free["params"]}
+        embeddings = [p for n, p in model.named_parameters() if n.startswith(("pos_", "cls_"))]
+        assert embeddings
+        assert all(id(p) in free for p in embeddings)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_frozen_networks_stay_frozen(family):
+    model = create(family).requires_grad_(False)
+    model.reset_classifier(0, "")
+    if family in TRANSFORMERS:
+        model.set_input_size(img_size=(64, 48))
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == []
+
+
+# devices and dtypes
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_factory_device_and_dtype(family):
+    model = create(family, device="meta", dtype=torch.bfloat16)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    assert [n for n, t in tensors if t.device.type != "meta"] == []
+    assert {t.dtype for _, t in tensors} <= {torch.bfloat16, torch.int64}
+    model.reset_classifier(0)
+    model.reset_classifier(2)
+    assert (model.head.weight.device.type, model.head.weight.dtype) == ("meta", torch.bfloat16)
+    assert not model.head.training
+
+
+@pytest.mark.parametrize("family", [f for f in NAMES if f not in ("deit", "resmlp")])
+def test_initialisation_after_the_meta_device(family):
+    """`init_weights` leaves nothing out: every tensor is written, buffers included."""
+    model = create(family, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+    model.init_weights()
+    bad = [n for n, t in model.state_dict().items() if not torch.isfinite(t).all()]
+    assert bad == []
+    create(family).load_state_dict(model.state_dict())  # refuses wrong buffers
+    assert torch.isfinite(model(x32())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", NAMES)
+def test_half_precision(family, dtype):
+    # the scale of a trained network: at the initial one the logits are near zero
+    model = create_random(family).float()
+    x = x32()
+    expected = model(x)
+    with torch.autocast("cpu", dtype=dtype):
+        y = model(x)
+    assert (y.float() - expected).norm() < 0.1 * expected.norm()
+    model.to(dtype)
+    y = model(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.float() - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_autocast_trains(family):
+    model = create(family).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(x32()).square().mean()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_channels_last(family):
+    model = create_random(family)
+    x = images()
+    expected = model(x)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_moving_average_and_reparameterization(family):
+    model = create_random(family)
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    ema.update(model)
+    for (name, own), average in zip(model.named_parameters(), ema.module.parameters(), strict=True):
+        torch.testing.assert_close(average, own * (2 / 3), msg=name)
+    x = images()
+    torch.testing.assert_close(reparameterize_model(copy.deepcopy(model))(x), model(x))
+
+
+# weights
+
+
+def test_no_weights_are_hosted_and_the_error_says_how_to_load_a_file():
+    for family in NAMES:
+        name, tiny = FAMILIES[family]
+        with pytest.raises(RuntimeError, match=f"no hosted weights exist for {name}.*file="):
+            timm.create_model(name, pretrained=True, **tiny)
+        assert not timm.is_model_pretrained(name)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("family", NAMES)
+def test_weights_from_files(family, suffix, tmp_path):
+    name, tiny = FAMILIES[family]
+    source = create_random(family).float()
+    path = str(tmp_path / f"weights.{suffix}")
+    if suffix == "pth":
+        state = {f"_orig_mod.{k}": v for k, v in source.state_dict().items()}
+        torch.save({"model": state, "epoch": 3}, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(source.state_dict(), path)
+    x = x32()
+    loaded = timm.create_model(name, checkpoint_path=path, num_classes=10, **tiny).eval()
+    torch.testing.assert_close(loaded(x), source(x))
+    again = create(family)
+    load_checkpoint(again, path)
+    torch.testing.assert_close(again(x), source(x))
+
+    overlay = dict(file=path, num_classes=10)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **tiny)
+    same = timm.create_model(name, num_classes=10, **options).eval()
+    torch.testing.assert_close(same(x), source(x))
+    other = timm.create_model(name, num_classes=4, **options).eval()
+    assert other(x).shape == (2, 4)
+    torch.testing.assert_close(other.forward_features(x), source.forward_features(x))
+    backbone = timm.create_model(name, features_only=True, out_indices=(0, 1), **options).eval()
+    expected = source.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    torch.testing.assert_close(backbone(x), expected)
+    grey = timm.create_model(name, num_classes=10, in_chans=1, **options).eval()
+    torch.testing.assert_close(grey(x[:, :1]), source(x[:, :1].expand(-1, 3, -1, -1)))
+
+
+def reconstruction() -> bool:
+    try:
+        import timm.models._input  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not reconstruction(), reason="this timm does not record how to rebuild models")
+@pytest.mark.parametrize("family", NAMES)
+def test_saved_models_are_rebuilt_with_their_changes(family, tmp_path):
+    """timm's save_for_hf and 'local-dir:' bring back a resized network with another head."""
+    from timm.models._hub import save_for_hf
+
+    source = create_random(family, in_chans=4).float()
+    size = (32, 32)
+    if family in TRANSFORMERS:
+        size = (40, 56)
+        source.set_input_size(img_size=size)
+    source.reset_classifier(7, "avg")
+    save_for_hf(source, tmp_path)
+    restored = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (restored.num_classes, restored.global_pool, restored.in_chans) == (7, "avg", 4)
+    x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(restored(x), source(x))
+    config = resolve_model_data_config(restored)
+    if family in TRANSFORMERS:
+        assert config["input_size"] == (4, *size)
+
+
+def test_entry_points_are_documented_functions_of_their_modules():
+    for family in NAMES:
+        name, _ = FAMILIES[family]
+        entry = model_entrypoint(name)
+        assert entry.__name__ == name == safe_model_name(name)
+        assert name in entry.__doc__
