@@ -77,10 +77,10 @@ class MirrorKernel(FixedBuffers):
     def reset_parameters(self) -> None:
         """torch's default for Conv2d with the fan-in of the stored half."""
         super().reset_parameters()
-        if self.weight.numel():
-            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        # an antisymmetric kernel one column wide stores nothing
+        bound = max(self.weight[0].numel(), 1) ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
-            bound = self.weight[0].numel() ** -0.5
             nn.init.uniform_(self.bias, -bound, bound)
 
     def kernel(self) -> Tensor:

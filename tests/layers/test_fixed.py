@@ -1,0 +1,67 @@
+"""Buffers that no checkpoint may change."""
+
+import pytest
+import torch
+from torch import nn
+
+from deit.layers import (
+    FixedBuffers,
+    MirrorDepthwiseConv2d,
+    MirrorGrid,
+    MirrorHalves,
+    MirrorOrder,
+    PrefixToken,
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "message"),
+    [
+        (lambda: MirrorOrder(MirrorGrid(2, 4)), "permutation", "token order of a 2 x 4 grid"),
+        (lambda: MirrorHalves(MirrorGrid(2, 4)), "left_idx", "token order of a 2 x 4 grid"),
+        (lambda: MirrorHalves(MirrorGrid(2, 4)), "right_idx", "token order of a 2 x 4 grid"),
+        (lambda: MirrorHalves(MirrorGrid(2, 5)), "middle_idx", "token order of a 2 x 5 grid"),
+        (lambda: PrefixToken(8), "1", "zero, as equivariance demands"),
+        (lambda: MirrorDepthwiseConv2d(8), "sym_to_asym.zero_center", "centre column"),
+    ],
+)
+def test_another_value_is_an_error(make, key, message):
+    module = make()
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    module.load_state_dict(state)
+    state[key] += 1
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state)
+
+
+def test_an_order_of_another_size_is_an_error():
+    with pytest.raises(RuntimeError, match="not the token order of a 2 x 4 grid"):
+        MirrorOrder(MirrorGrid(2, 4)).load_state_dict(MirrorOrder(MirrorGrid(2, 6)).state_dict())
+
+
+def test_not_trainable_but_saved_and_moved():
+    module = PrefixToken(8, count=2)
+    assert [k for k, _ in module.named_parameters()] == ["0"]
+    assert list(module.state_dict()) == ["0", "1"]
+    assert module.double().get_buffer("1").dtype == torch.float64
+
+
+def test_modules_made_without_memory_get_their_values_back():
+    with torch.device("meta"):
+        module = MirrorOrder(MirrorGrid(3, 3))
+    assert module.permutation.is_meta
+    module.to_empty(device="cpu")
+    module.permutation.fill_(-1)
+    module.reset_parameters()
+    assert torch.equal(module.permutation, MirrorGrid(3, 3).permutation())
+
+
+def test_a_missing_buffer_is_reported_by_torch():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.order = MirrorOrder(MirrorGrid(1, 2))
+
+    with pytest.raises(RuntimeError, match=r"Missing key.*order.permutation"):
+        Holder().load_state_dict({})
+    assert isinstance(Holder().order, FixedBuffers)
