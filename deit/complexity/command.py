@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _Progress(len(names) + (len(members) if args.throughput else 0)) as progress:
         for name in names:
             progress.show(f"{name}: counting")
-            results[name] = count(name, settings.img_size)
+            results[name] = count(name, settings.img_size, with_products=args.throughput)
             progress.advance()
         for group in members if ceilings else ():
             measure_group(

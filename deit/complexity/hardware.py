@@ -55,19 +55,14 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated now; None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu":
-        try:
-            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        except OSError:
-            return None
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
+def available_memory() -> int | None:
+    """Bytes of main memory that can be allocated now; None where that cannot be told."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

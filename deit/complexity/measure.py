@@ -19,6 +19,7 @@ from deit.complexity.timing import alternate
 
 __all__ = ["Result", "add_bounds", "count", "measure_group"]
 
+DEFAULT_BATCH = 64
 # Unless a batch size is asked for, a CPU gets one that its matrix rate does in so many seconds.
 CPU_SECONDS = 4.0
 # Of inference: what the largest product reads and writes, and as much again beside it. Of training:
@@ -64,10 +65,11 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
     return None if ours is None or not theirs else ours / theirs
 
 
-def count(name: str, img_size: int | None = None) -> Result:
-    """Parameters and FLOPs of a network, without building it in memory.
+def count(name: str, img_size: int | None = None, *, with_products: bool = True) -> Result:
+    """Parameters, FLOPs and matrix products of a network, without building it in memory.
 
-    FLOPs are fvcore's count; where fvcore is not installed, the closed formula.
+    FLOPs are fvcore's count; where fvcore is not installed, the closed formula. The products are
+    for bounds and batch sizes, and not needed for a network that is not going to be timed.
     """
     model, image = on_meta(name, img_size)
     notes = []
@@ -87,7 +89,7 @@ def count(name: str, img_size: int | None = None) -> Result:
         name,
         trainable(model),
         None if flops is None else flops / 1e9,
-        matrix_products(model, image),
+        matrix_products(model, image) if with_products else [],
         twin=twin_of(name),
         notes=notes,
     )
@@ -128,9 +130,6 @@ def measure_group(
             result.notes.append(f"batch {batch} in place of {wanted}: {reason}")
 
 
-DEFAULT_BATCH = 64
-
-
 def first_batch(
     members: Sequence[Result], settings: Settings, wanted: int | None, ceilings: Ceilings
 ) -> tuple[int, str]:
@@ -145,7 +144,7 @@ def first_batch(
     if wanted is None:
         while batch > 1 and 2 * multiply_adds * batch / ceilings.flops_per_s > CPU_SECONDS:
             batch, reason = batch // 2, "this processor would take long (give --batch-size)"
-    available = available_memory(settings.device)
+    available = available_memory()
     while available is not None and batch > 1 and _need(members, batch, settings) > available:
         batch, reason = batch // 2, "memory does not hold more"
     return batch, reason

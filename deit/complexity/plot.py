@@ -25,6 +25,7 @@ STYLES = {
     "equivariant": dict(linestyle="-", marker="o"),
     "hybrid": dict(linestyle="--", marker="s"),
 }
+PUBLISHED_STYLE = dict(linestyle=":", marker="o", fillstyle="none", alpha=0.6)
 
 
 def draw(results: Mapping[str, Result], path: str | Path, where: str) -> None:
@@ -53,7 +54,7 @@ def make_figure(results: Mapping[str, Result], where: str = "") -> Figure:
     """Two panels: throughput gain, measured and published, and published accuracy, over FLOPs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     gains, accuracies = figure.subplots(1, 2)
     _draw_gains(gains, results, where)
     _draw_accuracies(accuracies, results)
@@ -75,46 +76,38 @@ def _published(family: str, kind: str, results: Mapping[str, Result]) -> list[Pu
 
 def _draw_gains(axes: Axes, results: Mapping[str, Result], where: str) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
+    drawn = set()
     for family, colour in COLOURS.items():
-        rows = _published(family, "equivariant", results)
-        measured = [(row, _gain(row.name, results)) for row in rows]
-        measured = [(row, gain) for row, gain in measured if gain is not None]
-        _line(
-            axes,
-            [
+        for kind in ("equivariant", "hybrid"):
+            rows = _published(family, kind, results)
+            measured = [
+                (row, gain) for row in rows if (gain := _gain(row.name, results)) is not None
+            ]
+            points = [(results[row.name].gflops, 100 * gain, row.size) for row, gain in measured]
+            _line(axes, points, colour, f"{family}, {kind}", **STYLES[kind])
+            drawn.update(row.name for row in rows)
+            points = [
                 (results[row.name].gflops, 100 * row.gain, "" if measured else row.size)
                 for row in rows
-            ],
-            colour,
-            f"{family}, published (A100)",
-            linestyle=":",
-            marker="o",
-            fillstyle="none",
-            alpha=0.6 if measured else 1,
-        )
-        _line(
-            axes,
-            [(results[row.name].gflops, 100 * gain, row.size) for row, gain in measured],
-            colour,
-            f"{family}, measured",
-            linestyle="-",
-            marker="o",
-        )
-    others = set(results) - {row.name for row in PUBLISHED if row.kind == "equivariant"}
+                if row.gain is not None
+            ]
+            _line(axes, points, colour, f"{family}, {kind}, published (A100)", **PUBLISHED_STYLE)
     points = [
         (results[name].gflops, 100 * gain, name)
-        for name in sorted(others)
-        if (gain := _gain(name, results)) is not None and results[name].gflops is not None
+        for name in results
+        if name not in drawn
+        and results[name].gflops is not None
+        and (gain := _gain(name, results)) is not None
     ]
-    _line(axes, points, OTHER, "other networks, measured", linestyle="", marker="x")
+    _line(axes, points, OTHER, "other networks", linestyle="", marker="x")
     axes.set_xlabel("GFLOPs an image")
     axes.set_ylabel("throughput over the ordinary twin's (%)")
     axes.set_title("Throughput gain" + (f"\n{where}" if where else ""), fontsize=10)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _gain(name: str, results: Mapping[str, Result]) -> float | None:
+    """The measured gain in throughput over the twin, as a fraction."""
     ratio = results[name].ratios(results.get(twin_of(name)))["images_per_s"]
     return None if ratio is None else ratio - 1
 
@@ -128,8 +121,15 @@ def _draw_accuracies(axes: Axes, results: Mapping[str, Result]) -> None:
     axes.set_xlabel("GFLOPs an image")
     axes.set_ylabel("published ImageNet-1K top-1 (%)")
     axes.set_title("Accuracy", fontsize=10)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the panel, where it hides nothing."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(
+            fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13)
+        )
 
 
 def _line(
@@ -150,7 +150,7 @@ def _line(
             (0, 6),
             textcoords="offset points",
             ha="center",
-            fontsize=7.5,
+            fontsize=7.5 if len(text) < 5 else 6,
             color=colour,
             path_effects=halo,
         )

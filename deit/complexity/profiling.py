@@ -62,7 +62,11 @@ def _events(step: Callable[[], object], device: torch.device) -> list[Any]:
 
 def _kernels(events: list[Any]) -> dict[str, float]:
     """Seconds a step of each kernel on the device, or of each operator's own on a CPU."""
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    on_device = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(LAYER)
+    ]
     seconds: Counter[str] = Counter()
     for event in on_device or events:
         own = event.self_device_time_total if on_device else event.self_cpu_time_total

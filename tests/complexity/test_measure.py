@@ -190,7 +190,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
 
 
 def test_default_batch_suits_the_processor(monkeypatch):
-    monkeypatch.setattr(measure, "available_memory", lambda device: 2**40)
+    monkeypatch.setattr(measure, "available_memory", lambda: 2**40)
     slow = Result("slow", 10, 1.0, [Product(10**9, 10, 10)])
     assert first_batch([slow], CPU, None, Ceilings(1e12, 1))[0] == 64
     # 2e9 operations an image at 1e9 a second, in four seconds
@@ -203,7 +203,7 @@ def test_default_batch_suits_the_processor(monkeypatch):
 def test_first_batch_fits_into_memory(monkeypatch):
     result = Result("wide", 0, 1.0, [Product(1, 1000, 10)])
     need = measure.INFERENCE_COPIES * 1000 * 4
-    monkeypatch.setattr(measure, "available_memory", lambda device: 10 * need)
+    monkeypatch.setattr(measure, "available_memory", lambda: 10 * need)
     batch, reason = first_batch([result], CPU, 64, CEILINGS)
     assert batch == 8
     assert "memory" in reason

@@ -131,8 +131,8 @@ def lines(axes):
 def test_figure_draws_the_data():
     gains, accuracies = make_figure(results(), "a device").axes
     drawn = lines(gains)
-    assert drawn["ViT, measured"] == [[9.33, pytest.approx(10)]]
-    assert drawn["ViT, published (A100)"] == [[9.33, pytest.approx(6)]]
+    assert drawn["ViT, equivariant"] == [[9.33, pytest.approx(10)]]
+    assert drawn["ViT, equivariant, published (A100)"] == [[9.33, pytest.approx(6)]]
     assert "a device" in gains.get_title()
     drawn = lines(accuracies)
     assert drawn == {"ViT, ordinary": [[17.68, 83.1]], "ViT, equivariant": [[9.33, 82.2]]}
