@@ -144,19 +144,22 @@ def assert_equivariant(
 
 @torch.no_grad()
 def randomize_(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill all parameters with random values of a useful scale, so that no term of a layer is
-    hidden by its initial zero or one; returns `module`."""
+    """Fill all parameters with random values of a useful scale; returns `module`.
+
+    No term of a layer is hidden by its initial zero or one. Scales are near one, weights keep the
+    size of features, and shifts and embeddings are small beside them: outputs depend on the input.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         leaf = name.rsplit(".", 1)[-1]
-        if (
-            leaf.startswith("alpha")
-            or "gamma" in name
-            or (parameter.ndim == 1 and leaf == "weight")
-        ):
+        is_vector = parameter.ndim == 1
+        is_scale = leaf.startswith(("alpha", "attn_mixer")) or "gamma" in name
+        if is_scale or (is_vector and leaf == "weight"):
             noise = 1 + 0.3 * noise
-        elif parameter.ndim > 1:
-            noise = noise / parameter[0].numel() ** 0.5
+        elif is_vector or parameter.shape[0] == 1:
+            noise = 0.2 * noise
+        else:
+            noise = noise / max(parameter[:1].numel(), 1) ** 0.5
         parameter.copy_(noise)
     return module

@@ -1,0 +1,244 @@
+"""`python test_equivariance.py`: check layers and networks, print tables, say whether all held."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Sequence
+
+import timm
+import torch
+from torch import nn
+
+from deit.cli import CommandLine, OptionGroup, number
+from deit.errors import UserError, one_line
+from deit.verify import breaks
+from deit.verify.checkpoints import network_of
+from deit.verify.layers import LAYER_CASES, check_layer
+from deit.verify.networks import DEFAULT, NetworkCase, NetworkResult, check_network, choose
+from deit.verify.report import Column, Table, shown
+from deit.verify.samples import CANDIDATES
+from deit.verify.settings import DTYPES, Settings
+
+__all__ = ["get_parser", "main"]
+
+DESCRIPTION = """\
+Check that layers and networks are equivariant under flopping (mirroring left to right).
+
+With random parameters, on natural and random images: every layer, its gradients, every feature
+inside each network, the maps it hands out, its logits. Errors are relative to the feature's norm.
+Exit code 0 if everything held, 1 if a check failed, 2 for wrong input.
+"""
+SIZE = 224
+
+
+def get_parser() -> CommandLine:
+    """The options of the script."""
+    parser = CommandLine(prog="test_equivariance.py", description=DESCRIPTION)
+    what = OptionGroup(parser, "what to check")
+    what.add(
+        "--model", str, None, "NAME",
+        "networks, by name or glob, such as 'd2_deit_*' (default: the smallest of each family, "
+        "also with its options)", nargs="+",
+    )  # fmt: skip
+    what.add(
+        "--checkpoint", str, None, "FILE",
+        "check these weights: a file, an address or hf-hub:owner/name",
+    )  # fmt: skip
+    what.switch(
+        "--self-test",
+        "check the checks instead: break each kind of layer in turn, and require that each break "
+        "is found and located",
+    )
+    how = OptionGroup(parser, "how")
+    how.add(
+        "--device", str, None, "DEVICE",
+        "such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)",
+    )  # fmt: skip
+    how.add(
+        "--dtype", str, None, "DTYPE",
+        f"one or more of {', '.join(DTYPES)} (default: all; with --amp, --compile or --checkpoint "
+        "float32)", nargs="+", choices=tuple(DTYPES),
+    )  # fmt: skip
+    how.switch("--amp", "automatic mixed precision")
+    how.switch("--compile", "check what torch.compile makes of layers and networks")
+    how.add(
+        "--batch", number(int, 2, CANDIDATES), 2, "N", "natural images, and as many random ones"
+    )
+    how.add(
+        "--img-size", number(int, 1), None, "N",
+        f"height and width of images (default: {SIZE}, or what a checkpoint was trained on)",
+    )  # fmt: skip
+    how.add("--seed", number(int, 0), 0, "N", "of parameters and random images")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks; returns the exit code.
+
+    Raises:
+        UserError: for wrong input.
+    """
+    args = get_parser().parse_args(argv)
+    settings = _settings(args)
+    start = time.monotonic()
+    # TF32 would round to ten bits what is called float32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cases = [] if args.self_test else _networks(args)
+    _print_header(settings)
+    if args.self_test:
+        tables = [_self_test(each) for each in settings]
+    else:
+        tables = [_check_layers(settings), _check_networks(cases, settings)]
+    rows, failed = sum(t.rows for t in tables), sum(t.failed for t in tables)
+    took = f"{time.monotonic() - start:.0f} s"
+    if failed:
+        print(f"\n{failed} of {rows} checks FAILED ({took})")
+        return 1
+    print(f"\nall {rows} checks held ({took})")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> list[Settings]:
+    """One for each dtype."""
+    if args.self_test and (args.model or args.checkpoint or args.compile):
+        raise UserError("--self-test breaks networks of its own: leave away --model, --checkpoint "
+                        "and --compile")  # fmt: skip
+    if args.amp and args.dtype not in (None, ["float32"]):
+        raise UserError(f"--amp keeps parameters in float32: leave --dtype {args.dtype[0]} away")
+    if args.checkpoint and args.model and len(args.model) > 1:
+        raise UserError(f"--checkpoint holds one network, not {len(args.model)}: give one --model")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = one_line(error).split(". ")[0]
+        raise UserError(f"the device {name!r} cannot be used: {reason}") from error
+    single = args.amp or args.compile or args.checkpoint
+    names = list(dict.fromkeys(args.dtype or (["float32"] if single else DTYPES)))
+    return [
+        Settings(DTYPES[dtype], device, args.batch, args.seed, args.amp, args.compile)
+        for dtype in names
+    ]
+
+
+def _networks(args: argparse.Namespace) -> list[tuple[NetworkCase, nn.Module | None]]:
+    """The cases, with the network itself where it comes from a checkpoint."""
+    if args.checkpoint:
+        name = args.model[0] if args.model else None
+        return [network_of(args.checkpoint, name, args.img_size)]
+    size = (args.img_size or SIZE,) * 2
+    if args.model:
+        return [(NetworkCase(name, img_size=size), None) for name in choose(args.model)]
+    # the variants keep their own sizes, which are part of what they check
+    return [
+        (case if case.variant else NetworkCase(case.name, img_size=size), None) for case in DEFAULT
+    ]
+
+
+def _print_header(settings: list[Settings]) -> None:
+    first = settings[0]
+    device = first.device
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu"
+    print(f"device {device} ({name}), torch {torch.__version__}, timm {timm.__version__}")
+    compiled = ", compiled" if first.compile else ""
+    print(f"{first.count} natural and {first.count} random images, seed {first.seed}{compiled}")
+    for each in settings:
+        print(f"tolerance {each.tolerance:.1e} relative to a feature's norm in {each.arithmetic}")
+
+
+def _check_layers(settings: list[Settings]) -> Table:
+    columns = [
+        Column("layer", 48, right=False),
+        *(Column(each.arithmetic, 8) for each in settings),
+        Column("images differ", 13),
+        Column("ordinary twin", 13),
+    ]
+    notes = ["the largest error of output and gradients; 'images differ': the smallest difference "
+             "of outputs of different images"]  # fmt: skip
+    with Table("Layers", columns, notes) as table:
+        for case in LAYER_CASES:
+            table.begin(str(case))
+            results = [check_layer(case, each) for each in settings]
+            cells = [
+                str(case),
+                *(shown(result.error) for result in results),
+                shown(min(result.output.contrast for result in results)),
+                shown(min(result.twin for result in results)),
+            ]
+            table.row(cells, [failure for result in results for failure in result.failures])
+    return table
+
+
+def _check_networks(
+    cases: list[tuple[NetworkCase, nn.Module | None]], settings: list[Settings]
+) -> Table:
+    columns = [
+        Column("network", 57, right=False),
+        Column("arithmetic", 10, right=False),
+        Column("layers", 6),
+        Column("natural", 8),
+        Column("random", 8),
+        Column("worst at", 32, right=False),
+        Column("gradients", 9),
+        Column("logits", 9),
+        Column("images differ", 13),
+        Column("ordinary twin", 13),
+    ]
+    notes = ["natural, random: the largest error of a feature on these images; ordinary twin: its "
+             "error in the logits"]  # fmt: skip
+    if any(case.name.startswith("hybrid_") for case, _ in cases):
+        notes.append("(logits) of a hybrid are not promised: it is equivariant up to its bridge, "
+                     "and its features are checked so far")  # fmt: skip
+    with Table("Networks", columns, notes) as table:
+        for case, network in cases:
+            for each in settings:
+                table.begin(f"{case} in {each.arithmetic}")
+                result = check_network(case, each, network)
+                table.row(_network_cells(result), result.failures)
+    return table
+
+
+def _network_cells(result: NetworkResult) -> list[str]:
+    logits = shown(result.logits)
+    return [
+        str(result.case),
+        result.settings.arithmetic,
+        str(result.layers),
+        shown(result.natural),
+        shown(result.random),
+        str(result.worst),
+        shown(result.gradient),
+        logits if result.invariant else f"({logits})",
+        shown(result.contrast),
+        shown(result.twin),
+    ]
+
+
+def _self_test(settings: Settings) -> Table:
+    columns = [
+        Column("broken", 26, right=False),
+        Column("how", 50, right=False),
+        Column("where", 24, right=False),
+        Column("found", 47, right=False),
+        Column("error", 8),
+    ]
+    with Table(f"Self-test in {settings.arithmetic}", columns) as table:
+        for case in breaks.INTACT:
+            table.begin(str(case))
+            event = breaks.intact_failure(case, settings)
+            found = [] if event is None else [f"{event} fails although nothing is broken"]
+            table.row(["nothing", str(case), "-", str(event or "nothing"), "-"], found)
+        for each in breaks.BREAKS:
+            table.begin(f"{each.kind.__name__}: {each.what}")
+            result = breaks.apply_break(each, settings)
+            kind = "network" if each.kind is nn.Module else each.kind.__name__
+            error = None if result.found is None else result.found.measurement.error
+            table.row(
+                [kind, each.what, each.where or "-", str(result.found or "nothing"), shown(error)],
+                [f"{each.what}: {failure}" for failure in result.failures],
+            )
+    return table

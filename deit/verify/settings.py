@@ -1,0 +1,66 @@
+"""How to check: on what, in which arithmetic, with how many images."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deit.verify.measure import tolerance
+
+__all__ = ["DTYPES", "Settings"]
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one check.
+
+    Attributes:
+        dtype: of parameters and images.
+        count: natural images, and random ones.
+        amp: automatic mixed precision; parameters and images are float32 then.
+        compile: check what `torch.compile` makes.
+    """
+
+    dtype: torch.dtype = torch.float64
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a device is immutable
+    count: int = 2
+    seed: int = 0
+    amp: bool = False
+    compile: bool = False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What features are rounded to."""
+        if not self.amp:
+            return self.dtype
+        float16 = self.device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        return torch.float16 if float16 else torch.bfloat16
+
+    @property
+    def arithmetic(self) -> str:
+        """For tables."""
+        name = str(self.compute_dtype).removeprefix("torch.")
+        return f"amp {name}" if self.amp else name
+
+    @property
+    def tolerance(self) -> float:
+        return tolerance(self.compute_dtype)
+
+    def autocast(self) -> AbstractContextManager:
+        """To be entered around a forward pass."""
+        if not self.amp:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
+    def compiled(self, module: nn.Module) -> nn.Module:
+        """`module`, compiled if that is asked for."""
+        if not self.compile:
+            return module
+        # each case is a new network: without this, recompilations stop at a limit, silently
+        torch.compiler.reset()
+        return torch.compile(module)
