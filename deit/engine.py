@@ -171,7 +171,15 @@ class Learner:
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
-        scaler.step(self.optimizer)
+        try:
+            scaler.step(self.optimizer)
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            name = type(self.optimizer).__name__
+            raise UserError(
+                f"the optimizer {name} cannot update sharded weights (--fsdp)"
+            ) from error
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:

@@ -87,6 +87,7 @@ def train(run: Run) -> None:
         run.save([LAST])
         how = f"stopped ({stop}) in epoch {progress.epoch + 1} after step {progress.step}"
     except NonFiniteLossError as error:
+        reporter.close(title=args.model)
         raise UserError(explain_non_finite(run, error)) from error
     finally:
         reporter.stop()
@@ -97,7 +98,7 @@ def train(run: Run) -> None:
     if progress.best_epoch >= 0:
         best = f"; best Acc@1 {progress.best_acc1:.3f} in epoch {progress.best_epoch + 1}"
     spent = sum(record["time"] for record in progress.history) + progress.seconds
-    reporter.say(f"{how} after {duration(spent)} of training{best}")
+    reporter.say(f"{how}, {duration(spent)} of training{best}")
     if args.output_dir:
         again = "" if how == "finished" else "; --resume auto goes on from there"
         reporter.say(f"saved   {Path(args.output_dir) / LAST}{again}")

@@ -213,8 +213,9 @@ class TrainingState:
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
         known = {f.name for f in fields(Progress)}
         saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
+        started = self.progress.epoch  # --start-epoch, for a file that does not say
         self.progress = Progress(**saved)
-        self.progress.epoch = int(checkpoint.get("epoch", -1)) + 1
+        self.progress.epoch = int(checkpoint.get("epoch", started - 1)) + 1
         self.progress.step = int(checkpoint.get("step", 0))
         if self.progress.step and self.progress.images != self.progress.step * global_batch:
             self.progress.step, rest = divmod(self.progress.images, global_batch)

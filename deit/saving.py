@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -105,10 +104,6 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.last_path: Path | None = None
-        """The last file that is safely on the disk."""
-        self.stalled = 0.0
-        """Seconds that the last `save` kept its caller."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -118,11 +113,9 @@ class CheckpointWriter:
         The names appear in the given order, so the one that a resumed run reads comes last: then
         it never exists without those that belong to it.
         """
-        start = time.perf_counter()
         self.flush()
         copied = snapshot(state)
         self._pending = self._pool.submit(self._write, copied, tuple(names))
-        self.stalled = time.perf_counter() - start
 
     def check(self) -> None:
         """Raise the error of a finished write, without waiting for an unfinished one."""
@@ -149,7 +142,6 @@ class CheckpointWriter:
             for name in names[:-1]:
                 with atomic_path(self.folder / name) as temporary:
                     _link(written, temporary)
-        self.last_path = self.folder / last
 
 
 def _link(source: Path, target: Path) -> None:

@@ -74,7 +74,7 @@ def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
     output = capsys.readouterr().out
     assert "nothing is saved" in output
-    assert "finished after" in output
+    assert "finished, " in output
 
 
 def test_frozen_and_fixed_parameters_stay(data, tmp_path):

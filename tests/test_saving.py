@@ -64,7 +64,6 @@ def test_save_under_several_names(writer, tmp_path):
     assert torch.load(tmp_path / "best.pth")["model"].sum() == 3
     assert torch.load(tmp_path / "last.pth")["model"].sum() == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pth", "last.pth"]
-    assert writer.last_path == tmp_path / "last.pth"
 
 
 def test_training_goes_on_while_a_file_is_written(writer, monkeypatch, tmp_path):

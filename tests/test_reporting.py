@@ -1,0 +1,136 @@
+"""What a run tells: the terminal, log.txt, curves, Weights & Biases."""
+
+import io
+import json
+import re
+import sys
+import types
+
+import pytest
+import torch
+from rich.console import Console
+
+from deit.errors import UserError
+from deit.reporting import Reporter, draw_curves, duration, environment, memory_used, read_log
+
+CPU = torch.device("cpu")
+RECORD = {
+    "epoch": 0,
+    "train_loss": 2.0,
+    "train_lr": 1e-3,
+    "test_loss": 1.5,
+    "test_acc1": 40.0,
+    "test_acc5": 80.0,
+    "n_parameters": 10,
+    "time": 3.0,
+}
+
+
+def make_reporter(folder=None, **kwargs) -> Reporter:
+    options = {"active": True, "device": CPU, "epochs": 3, "updates": 4, "images": 8}
+    options |= {"log_interval": 2, "config": {"a": 1}} | kwargs
+    return Reporter(folder, **options)
+
+
+def test_duration():
+    assert duration(59.9) == "0:00:59"
+    assert duration(3600 + 62) == "1:01:02"
+    assert duration(2 * 86400 + 5) == "2d 0:00:05"
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    reporter = make_reporter()
+    reporter.start("epoch 2/3", 4)
+    for done in range(1, 5):
+        reporter.on_update(1, done, 1e-3, 2.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    pattern = (
+        r"epoch 2/3  step 2/4  loss 2.5000  lr 1.00e-03  [\d,]+ images/s  [\d.]+ GiB  \S+ left"
+    )
+    assert re.fullmatch(pattern, lines[0]), lines[0]
+    assert "step 4/4" in lines[1]
+
+
+def test_a_bar_on_a_terminal():
+    reporter = make_reporter()
+    reporter.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    reporter.start("epoch 1/3", 4)
+    reporter.on_update(0, 1, 1e-3, 2.5)
+    reporter.on_update(0, 2, 1e-3, None)  # the loss is not looked at each time
+    reporter.start("testing", 5)
+    reporter.on_batch(1, 5)
+    reporter.stop()
+    shown = reporter.console.file.getvalue()
+    assert "2/4" in shown
+    assert "loss 2.5000" in shown
+    assert "1/5" in shown
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    reporter = make_reporter(tmp_path, active=False)
+    reporter.start("epoch 1/3", 4)
+    reporter.on_update(0, 2, 1e-3, 2.5)
+    reporter.say("hello")
+    reporter.end_epoch(RECORD)
+    assert reporter.close() is None
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_is_cut_back_to_what_a_checkpoint_knows(tmp_path):
+    reporter = make_reporter(tmp_path)
+    for epoch in range(3):
+        reporter.end_epoch(RECORD | {"epoch": epoch})
+    with (tmp_path / "log.txt").open("a") as file:
+        file.write('{"epoch": 3, "tra')
+    assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1, 2]
+    make_reporter(tmp_path).restore(read_log(tmp_path)[:2])
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1]
+
+
+def test_curves_with_gaps(tmp_path):
+    """An epoch may not have been evaluated."""
+    partial = {key: value for key, value in RECORD.items() if not key.startswith("test_")}
+    draw_curves([partial, RECORD | {"epoch": 1}], tmp_path / "c.png", title="a net")
+    draw_curves([partial], tmp_path / "d.png")
+    for name in ("c.png", "d.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_environment_and_memory():
+    found = environment(CPU, 3)
+    assert found["processes"] == 3
+    assert found["device"] == "cpu"
+    json.dumps(found)
+    assert memory_used(CPU) > 2**20
+
+
+def test_wandb_continues_its_run(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+    )
+    fake = types.ModuleType("wandb")
+    fake.util = types.SimpleNamespace(generate_id=lambda: f"id{len(calls)}")
+    fake.init = lambda **kwargs: calls.append(kwargs) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        reporter = make_reporter(tmp_path, wandb=True)
+        reporter.end_epoch(RECORD)
+        reporter.close()
+    starts = [call for call in calls if isinstance(call, dict)]
+    assert [start["id"] for start in starts] == ["id0", "id0"]
+    assert starts[0]["config"] == {"a": 1}
+    step, values = next(call for call in calls if isinstance(call, tuple))
+    assert step == 4
+    assert values["test/acc1"] == 40.0
+    assert calls[-1] == "end"
+
+    def refuse(**kwargs):
+        raise RuntimeError("no key\nno login")
+
+    fake.init = refuse
+    with pytest.raises(UserError, match="did not start: no key no login"):
+        make_reporter(tmp_path, wandb=True)
