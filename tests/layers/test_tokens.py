@@ -1,0 +1,178 @@
+"""Token order, patch embedding, position embedding and prefix tokens."""
+
+import pytest
+import torch
+from checks import breaks, check, close, features, few, random_layer
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from deit.equivariance import channels, compose, image, tokens
+from deit.groups import FLOP
+from deit.layers import (
+    MirrorGrid,
+    MirrorHalves,
+    MirrorOrder,
+    PatchEmbed,
+    PositionEmbedding,
+    PrefixToken,
+)
+
+GRIDS = given(st.integers(1, 4), st.integers(1, 6))
+
+
+def on_tokens(dim: int, grid: MirrorGrid):
+    """Flopping of packed tokens in mirror order, (B, N, dim)."""
+    return compose(channels(FLOP.regular(dim)), tokens(grid.mirror))
+
+
+@few
+@GRIDS
+def test_orders_are_inverse(height, width):
+    grid = MirrorGrid(height, width)
+    x = features(2, height, width, 3)
+    assert torch.equal(grid.to_image_order(grid.to_mirror_order(x)), x)
+    assert sum(grid.blocks) == grid.rep.size == height * width
+
+
+@few
+@GRIDS
+def test_mirror_is_flopping_of_the_image(height, width):
+    grid = MirrorGrid(height, width)
+    x = features(2, height, width, 3)
+    assert torch.equal(grid.mirror(grid.to_mirror_order(x)), grid.to_mirror_order(x.flip(2)))
+
+
+@few
+@GRIDS
+def test_permutation_names_the_patches(height, width):
+    grid = MirrorGrid(height, width)
+    permutation = grid.permutation()
+    assert permutation.dtype == torch.int64
+    rows = features(1, height * width, 1)
+    image_order = rows.view(1, height, width, 1)
+    assert torch.equal(grid.to_mirror_order(image_order), rows[:, permutation])
+    assert MirrorGrid.from_permutation(permutation).permutation().tolist() == permutation.tolist()
+
+
+def test_left_half_then_middle_then_right_half_mirrored():
+    assert MirrorGrid(2, 4).permutation().tolist() == [0, 1, 4, 5, 3, 2, 7, 6]
+    assert MirrorGrid(2, 3).permutation().tolist() == [0, 3, 1, 4, 2, 5]
+    halves = MirrorHalves(MirrorGrid(2, 4)).state_dict()
+    assert {k: v.tolist() for k, v in halves.items()} == {
+        "left_idx": [0, 1, 4, 5],
+        "right_idx": [3, 2, 7, 6],
+    }
+    odd = MirrorHalves(MirrorGrid(2, 3)).state_dict()
+    assert [v.tolist() for v in odd.values()] == [[0, 3], [1, 4], [2, 5]]
+    assert list(MirrorOrder(MirrorGrid(2, 3)).state_dict()) == ["permutation"]
+
+
+def test_an_order_of_no_grid():
+    with pytest.raises(ValueError, match="not that of any grid"):
+        MirrorGrid.from_permutation(torch.tensor([2, 0, 1]))
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+def test_patches_are_equivariant(height, width, patch, c):
+    size = (height * 2, width * patch)
+    layer = PatchEmbed(size, (2, patch), 3, 2 * c)
+    x = features(3, 3, *size)
+    check(layer, x, image(FLOP), on_tokens(2 * c, layer.grid))
+    assert layer(x).shape == (3, layer.num_patches, 2 * c)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(0.5**0.5, (4, 8)), (1.0, (6, 6))])
+def test_patch_formula(scale, size):
+    """Patch by patch: an inner product with each whole kernel, times the scale."""
+    layer = random_layer(PatchEmbed(size, 2, 3, 6, scale=scale))
+    x = features(1, 3, *size)
+    half_sym, half_asym = layer.proj_sym.weight, layer.proj_asym.weight
+    sym = torch.cat([half_sym, half_sym.flip(-1)], -1)
+    asym = torch.cat([half_asym, -half_asym.flip(-1)], -1)
+    y = layer(x)
+    for token, patch in enumerate(layer.grid.permutation().tolist()):
+        i, j = divmod(patch, size[1] // 2)
+        pixels = x[0, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        s = torch.einsum("ochw,chw->o", sym, pixels) + layer.proj_sym.bias
+        a = torch.einsum("ochw,chw->o", asym, pixels)
+        close(y[0, token], scale * torch.cat([s, a]))
+
+
+def test_broken_patches_are_found():
+    layer = random_layer(PatchEmbed((4, 8), 2, 3, 8))
+    x, action = features(2, 3, 4, 8), on_tokens(8, layer.grid)
+    row_major = layer.grid.permutation().argsort()
+    breaks(lambda y: layer(y)[:, row_major], x, image(FLOP), action)
+    plain = random_layer(nn.Conv2d(3, 8, 2, 2))
+    order = layer.grid.to_mirror_order
+    breaks(lambda y: order(plain(y).permute(0, 2, 3, 1)), x, image(FLOP), action)
+
+
+def test_patch_errors_show_what_would_be_right():
+    with pytest.raises(ValueError, match=r"30 x 33 pixels .* patches of 16 x 16.* 32 x 32"):
+        PatchEmbed((30, 33), 16)
+    with pytest.raises(ValueError, match=r"16 x 16 pixels, the network was made for 32 x 32"):
+        PatchEmbed(32, 16)(torch.zeros(1, 3, 16, 16))
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.integers(1, 6))
+def test_position_embedding_is_left_alone(height, width, other_height, other_width):
+    """On its own grid, and resampled to another."""
+    grid, other = MirrorGrid(height, width), MirrorGrid(other_height, other_width)
+    layer = random_layer(PositionEmbedding(6, grid))
+    for packed, g in ((layer.packed(), grid), (layer.packed(other), other)):
+        assert packed.shape == (1, g.height * g.width, 6)
+        close(on_tokens(6, g)(1, packed), packed)
+    layer.set_grid(other)
+    close(layer.packed(), packed)
+
+
+def test_position_formula():
+    """The table: 0 on both halves of s; 1 on the left half of a, minus 1 on the right."""
+    layer = random_layer(PositionEmbedding(6, MirrorGrid(2, 4)))
+    sym, asym = layer.get_parameter("0"), layer.get_parameter("1")
+    expected = torch.cat([torch.cat([sym, asym], -1), torch.cat([sym, -asym], -1)], 1)
+    close(layer.packed(), expected)
+    odd = random_layer(PositionEmbedding(6, MirrorGrid(2, 3))).packed()
+    assert torch.equal(odd[:, 2:4, 3:], torch.zeros(1, 2, 3, dtype=torch.float64))
+    assert odd.count_nonzero() == odd.numel() - 6
+
+
+class Positioned(nn.Module):
+    """x + position embedding."""
+
+    def __init__(self, dim: int, grid: MirrorGrid) -> None:
+        super().__init__()
+        self.embedding = PositionEmbedding(dim, grid)
+
+    def forward(self, x):
+        return x + self.embedding.packed()
+
+
+def test_a_position_embedding_that_is_not_mirrored_is_found():
+    grid = MirrorGrid(2, 4)
+    layer, action = Positioned(6, grid), on_tokens(6, grid)
+    check(layer, features(2, 8, 6), action, action)
+    symmetric = layer.embedding.packed().clone()
+    symmetric[:, 4:, 3:] *= -1
+    breaks(lambda x: x + symmetric, features(2, 8, 6), action, action)
+
+
+def test_prefix_tokens_have_no_antisymmetric_part():
+    layer = random_layer(PrefixToken(8, count=3))
+    y = layer(5)
+    assert y.shape == (5, 3, 8)
+    rep = FLOP.regular(8)
+    assert torch.equal(rep.act(1, y), y)
+    assert torch.equal(y[0, :, :4], layer.get_parameter("0")[0])
+    assert y[0, :, :4].count_nonzero() == 12
+
+
+def test_initial_scale_of_embeddings():
+    torch.manual_seed(0)
+    for layer in (PositionEmbedding(512, MirrorGrid(14, 14)), PrefixToken(2048, 8)):
+        for parameter in layer.parameters():
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05)
