@@ -60,6 +60,7 @@ class TrainingJob:
         _export_rendezvous(env)
         from deit.args import parse_args
         from deit.main import main
+        from deit.run import LAST
         from deit.stopping import request_stop, stop_reason
 
         def on_signal(number: int, frame: FrameType | None) -> None:
@@ -67,7 +68,7 @@ class TrainingJob:
 
         args = parse_args([word.replace("%j", env.job_id) for word in self.argv])
         args.output_dir = args.output_dir or str(env.paths.folder)
-        if not args.resume or (Path(args.output_dir) / "checkpoint.pth").exists():
+        if not args.eval and (not args.resume or (Path(args.output_dir) / LAST).exists()):
             args.resume = "auto"
         for number in STOP_SIGNALS:
             signal.signal(number, on_signal)

@@ -7,13 +7,13 @@ from again. It is imported here only, so that nothing else needs it.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +50,14 @@ def submit(plan: Plan) -> list[submitit.Job]:
     print(plan.describe())
     for task, job in enumerate(jobs):
         folder = job.paths.folder
+        output_dir = plan.options.get("output_dir", "").replace("%j", job.job_id)
+        _refuse_foreign_folder(plan, job)
         record = {
             "job_id": job.job_id,
             "name": plan.name,
             "recipe": plan.recipe,
             "local": plan.local,
-            "output_dir": plan.options.get("output_dir", "").replace("%j", job.job_id),
+            "output_dir": os.path.abspath(output_dir) if output_dir else "",
             "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": plan.command(task),
             "resources": asdict(plan.resources),
@@ -170,12 +172,46 @@ def _submit_all(executor: submitit.Executor, jobs: list[TrainingJob]) -> list[su
     """One job, or an array of them where the executor is Slurm's."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    # Also shows sbatch's complaint on stderr, which the one-line error repeats.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with _silenced():
         try:
             return executor.submit_array(jobs)
         except (FailedJobError, FailedSubmissionError) as error:
             raise UserError(f"sbatch refused the job: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Send the output of the body, and of the processes it starts, nowhere.
+
+    submitit prints sbatch's complaint, which the one-line error repeats, and its local controller
+    would keep a pipe that it inherits open for as long as the training runs.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        for number, copy in enumerate(kept, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
+
+
+def _refuse_foreign_folder(plan: Plan, job: submitit.Job) -> None:
+    """Job ids come again (process ids, a new Slurm), and a folder's checkpoint is gone on with."""
+    folder = job.paths.folder
+    if "%j" in plan.job_dir and (folder / "checkpoint.pth").exists():
+        job.cancel(check=False)
+        raise UserError(
+            f"{folder} holds another run, whose job had the same id: move it away, or continue it "
+            f"with --job-dir {folder}; job {job.job_id} is cancelled"
+        )
 
 
 def _announce(plan: Plan, job: submitit.Job, folder: Path, own: dict[str, Any]) -> None:
