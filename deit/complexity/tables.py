@@ -26,12 +26,14 @@ def _number(value: float | None, digits: int) -> str:
     return NOTHING if value is None else f"{value:,.{digits}f}"
 
 
-def _rate(value: float | None, spread: float | None) -> str:
-    """Three significant digits or more, and the spread in percent."""
-    if value is None:
-        return NOTHING
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f} ±{100 * (spread or 0):.1f}%"
+def _rate(value: float) -> str:
+    """Images a second, with about three significant digits."""
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def _median(value: float | None, spread: float | None) -> str:
+    """A measured rate and its spread in percent."""
+    return NOTHING if value is None else f"{_rate(value)} ±{100 * (spread or 0):.1f}%"
 
 
 def _change(ratio: float | None) -> str:
@@ -78,10 +80,10 @@ def _overview(rows: Sequence[Result], timed: bool, trained: bool) -> Table:
     table = _table(*columns)
     for row in rows:
         cells = [_number(row.params / 1e6, 1)]
-        cells += [_rate(row.images_per_s, row.spread)] if timed else []
+        cells += [_median(row.images_per_s, row.spread)] if timed else []
         cells += [_number(row.gflops, 2)]
         cells += [_number(row.peak_memory_mb, 0)] if timed else []
-        cells += [_rate(row.train_images_per_s, row.train_spread)] if trained else []
+        cells += [_median(row.train_images_per_s, row.train_spread)] if trained else []
         table.add_row(row.model, *cells)
     return table
 
@@ -119,7 +121,7 @@ def _roofline(rows: Sequence[Result], trained: bool) -> Table:
 
 def _reached(bound: Bound, rate: float | None) -> list[str]:
     share = NOTHING if rate is None else f"{100 * rate / bound.images_per_s:.0f}%"
-    return [f"{bound.images_per_s:,.0f}", share]
+    return [_rate(bound.images_per_s), share]
 
 
 def as_json(results: Mapping[str, Result], settings: Mapping[str, Any]) -> str:
