@@ -18,7 +18,7 @@ from PIL import Image
 
 from deit.checkpoint import read_checkpoint
 from deit.errors import UserError
-from deit.launch import aftermath, job, slurm
+from deit.launch import aftermath, job, slurm, submit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -163,3 +163,20 @@ def test_local_run_is_stopped_and_continued(tmp_path):
     text = wait_for(log, "\nfinished")
     assert f"going on at epoch 2, step {step}" in text
     assert read_checkpoint(folder / "checkpoint.pth")["epoch"] == 1
+
+
+def test_folder_of_another_run_with_the_same_job_id_is_not_gone_on_with(tmp_path):
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "checkpoint.pth").touch()
+    cancelled = []
+    submitted = SimpleNamespace(
+        job_id="7",
+        paths=SimpleNamespace(folder=tmp_path / "7"),
+        cancel=lambda check: cancelled.append("7"),
+    )
+    asked_for = SimpleNamespace(job_dir=str(tmp_path / "7"))
+    submit._refuse_foreign_folder(asked_for, submitted)
+    by_chance = SimpleNamespace(job_dir=str(tmp_path / "%j"))
+    with pytest.raises(UserError, match="holds another run, whose job had the same id"):
+        submit._refuse_foreign_folder(by_chance, submitted)
+    assert cancelled == ["7"]
