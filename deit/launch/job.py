@@ -82,9 +82,10 @@ def _export_rendezvous(env: JobEnvironment) -> None:
     """Set the variables that torchrun sets, as `deit.distributed` reads them."""
     from submitit.helpers import TorchDistributedEnvironment
 
-    # A port of its own for every start: the last one's sockets may linger.
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    os.environ["MASTER_PORT"] = str(random.Random(f"{env.job_id}.{restarts}").randint(*_PORTS))
+    # All processes of a start draw the same port, another start another: sockets may linger, and
+    # a node may run several jobs.
+    start = f"{env.paths.folder} {env.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    os.environ["MASTER_PORT"] = str(random.Random(start).randint(*_PORTS))
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
