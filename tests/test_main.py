@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from training_runs import TINY, VAL_IMAGES, load, make_images, train
 
 import deit.engine
+import deit.reporting
 from deit.args import parse_args
 from deit.errors import one_line_errors
 from deit.main import main
@@ -112,6 +114,27 @@ def test_compiling(data, tmp_path, monkeypatch):
     compiled = load(tmp_path / "compiled/best_checkpoint.pth")["model"]
     assert compiled.keys() == plain.keys()
     assert train("--resume", "auto", "--epochs", "5", data=data, out=tmp_path / "compiled") == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_long_trainings_do_not_leak(data, tmp_path, monkeypatch):
+    """Memory, open files and threads are the same after 10 and after 40 epochs."""
+    resident, files, threads = {}, {}, {}
+    original = deit.reporting.Reporter.end_epoch
+
+    def end_epoch(self, record):
+        original(self, record)
+        epoch = record["epoch"]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident[epoch] = pages * os.sysconf("SC_PAGESIZE") / 2**20
+        files[epoch] = len(os.listdir("/proc/self/fd"))
+        threads[epoch] = threading.active_count()
+
+    monkeypatch.setattr(deit.reporting.Reporter, "end_epoch", end_epoch)
+    assert train("--epochs", "40", "--num-workers", "1", data=data, out=tmp_path) == 0
+    assert resident[39] - resident[9] < 10
+    assert files[39] <= files[9] + 3  # a checkpoint may be being written
+    assert threads[39] == threads[9]
 
 
 # evaluation
