@@ -24,9 +24,9 @@ FACTS = json.loads((FIXTURES / "networks.json").read_text())
 NETWORKS = FACTS["networks"]
 
 # Float64 arithmetic on a CPU: 25 million parameters take a second or two, 120 million ten. Of the
-# larger ones, which are further rows of the same tables, two stand for all.
+# larger ones, which are further rows of the same tables, one stands for all.
 SMALL, MEDIUM = 25e6, 120e6
-LARGE = {"d2_deit_large_patch16_LS", "d2_convnext_isotropic_large"}
+LARGE = {"d2_deit_large_patch16_LS"}
 
 
 def size(expression: str, facts: dict) -> int:
@@ -97,10 +97,13 @@ def test_state_dict_is_the_published_one(name):
 @torch.inference_mode()
 def test_logits_are_the_published_ones(name):
     facts = NETWORKS[name]
-    logits = build(name)(fill.images())
-    expected = torch.tensor(facts["logits"], dtype=torch.float64)
+    # one image of the slow ones
+    count = 2 if facts["trainable"] < SMALL else 1
+    logits = build(name)(fill.images()[:count])
+    expected = torch.tensor(facts["logits"][:count], dtype=torch.float64)
     assert (logits[:, :8] - expected).norm() < 1e-8 * expected.norm()
-    assert logits.norm().item() == pytest.approx(facts["logits_norm"], rel=1e-10)
+    if count == 2:
+        assert logits.norm().item() == pytest.approx(facts["logits_norm"], rel=1e-10)
 
 
 @pytest.mark.parametrize("name", ["d2_deit_tiny_patch16_LS", "resmlp_equi_d2_12"])
