@@ -84,14 +84,28 @@ def _why_unwritten(path: Path, error: Exception) -> str:
     return f"cannot save {str(path)!r}: {reason} ({free / 2**20:,.0f} MiB free); {kept}"
 
 
-def snapshot(value: Any) -> Any:
-    """A deep copy of nested containers with every tensor in its own, compact host memory."""
+def snapshot(value: Any, reuse: Any = None) -> Any:
+    """A deep copy of nested containers with every tensor in its own, compact host memory.
+
+    Args:
+        reuse: an earlier snapshot, whose memory is overwritten where the tensors match: fresh
+            memory costs several times the copying.
+    """
     if isinstance(value, Tensor):
+        fits = isinstance(reuse, Tensor) and (reuse.shape, reuse.dtype) == (
+            value.shape,
+            value.dtype,
+        )
+        if fits:
+            return reuse.copy_(value.detach())
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, Mapping):
-        return {key: snapshot(item) for key, item in value.items()}
+        old = reuse if isinstance(reuse, Mapping) else {}
+        return {key: snapshot(item, old.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(snapshot(item) for item in value)
+        fits = isinstance(reuse, list | tuple) and len(reuse) == len(value)
+        old = reuse if fits else [None] * len(value)
+        return type(value)(map(snapshot, value, old))
     return value
 
 
@@ -106,6 +120,7 @@ class CheckpointWriter:
         self.folder = folder
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._copied: dict[str, Any] = {}
 
     def save(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Save `state` under each of `names` (one write; the others are links to it).
@@ -114,8 +129,8 @@ class CheckpointWriter:
         it never exists without those that belong to it.
         """
         self.flush()
-        copied = snapshot(state)
-        self._pending = self._pool.submit(self._write, copied, tuple(names))
+        self._copied = snapshot(state, self._copied)
+        self._pending = self._pool.submit(self._write, self._copied, tuple(names))
 
     def check(self) -> None:
         """Raise the error of a finished write, without waiting for an unfinished one."""

@@ -57,6 +57,17 @@ def test_snapshot_is_deep_and_compact():
     assert copied["b"][1] == 3
 
 
+def test_snapshot_reuses_memory_that_fits():
+    first = snapshot({"a": [torch.ones(3), torch.ones(2)], "b": torch.ones(1)})
+    new = {"a": [torch.zeros(3), torch.zeros(4)], "c": torch.zeros(1), "b": 5}
+    second = snapshot(new, first)
+    assert second["a"][0] is first["a"][0]
+    assert second["a"][0].tolist() == [0.0, 0.0, 0.0]
+    assert second["a"][1].shape == (4,)
+    assert second["b"] == 5
+    assert second["c"] is not new["c"]
+
+
 def test_save_under_several_names(writer, tmp_path):
     writer.save({"model": torch.ones(3)}, ["best.pth", "last.pth"])
     writer.save({"model": torch.zeros(3)}, ["last.pth"])
