@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models._manipulate import group_parameters
 from tiny import create, create_random, images
 from torch import nn
 
@@ -170,6 +171,23 @@ def test_stages_are_timms():
             assert [info[key] for info in ours.feature_info] == expected
         depths = [len(stage.blocks) for stage in theirs.stages]
         assert [len(stage) for stage in ours.stages] == depths
+
+
+def test_layer_wise_learning_rates_go_by_depth():
+    """Downsampling belongs to the first block behind it, or to its stage."""
+    model = create("d2_convnext")  # 1, 1, 2 and 1 blocks
+    fine = group_parameters(model, model.group_matcher(), reverse=True)
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    depths = {
+        "downsample_layers.0.0.proj_sym.weight": (0, 0),
+        "stages.0.0.pwconv1.linear_sym.weight": (1, 1),
+        "downsample_layers.2.1.sym_to_sym.weight": (3, 3),
+        "stages.2.0.pwconv1.linear_sym.weight": (3, 3),
+        "stages.2.1.pwconv1.linear_sym.weight": (4, 3),
+        "stages.3.0.gamma.alpha_sym": (5, 4),
+        "head.weight": (6, 5),
+    }
+    assert {name: (fine[name], coarse[name]) for name in depths} == depths
 
 
 @EQUIVARIANT
