@@ -76,7 +76,8 @@ def stop_on_signals(announce: bool = True) -> Iterator[None]:
             os.write(2, f"\n{name}: stopping after this update{again}\n".encode())
         request_stop(name)
 
-    free = (signal.SIG_DFL, signal.default_int_handler)
+    # Ignored too: shells start background jobs with an ignored SIGINT.
+    free = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
     previous = {s: signal.getsignal(s) for s in _SIGNALS if signal.getsignal(s) in free}
     for number in previous:
         signal.signal(number, handle)
