@@ -1,0 +1,242 @@
+"""The Fashion-MNIST study: what it trains, that it resumes exactly, and what its texts rest on."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from deit.data.datasets import SAMPLE_FOLDER
+from deit.errors import UserError
+from deit.stopping import Stopped, forget_stop, request_stop
+from experiments.fashion_mnist import cell as cell_module
+from experiments.fashion_mnist import draw, run, summary
+from experiments.fashion_mnist.cell import Data, Training
+from experiments.fashion_mnist.grid import FULL, QUICK, Cell, cells
+from experiments.fashion_mnist.images import Images, augmented, find_data, training_batches
+from experiments.fashion_mnist.networks import IMAGE_SIZE, Network, as_wide_as
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+TINY = replace(QUICK, name="tiny", depth=1, widths=(32,), legs=2, updates=3, batch_size=32, lr=1e-2)
+
+
+def tiny_cell(kind: str = "equivariant", **changes) -> Cell:
+    network = Network("vit", kind, 32, TINY.depth, TINY.patch, like=32)
+    return replace(Cell(network, flip=True, fraction=0.5, seed=0), **changes)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return Data.load(SAMPLE_FOLDER, CPU)
+
+
+@pytest.fixture(autouse=True)
+def no_stop_left():
+    yield
+    forget_stop()
+
+
+def test_a_stopped_training_ends_as_one_that_was_never_stopped(data, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = Training(tiny_cell(), TINY, data, CPU, tmp_path / "whole").run("")
+    original = training_batches
+
+    def stopping(*args, **kwargs):
+        for number, batch in enumerate(original(*args, **kwargs)):
+            if number == 1:
+                request_stop("test")
+            yield batch
+
+    monkeypatch.setattr(cell_module, "training_batches", stopping)
+    starts = []
+    for _ in range(6):
+        training = Training(tiny_cell(), TINY, data, CPU, tmp_path / "parts")
+        starts.append(training.start)
+        try:
+            result = training.run("")
+            break
+        except Stopped:
+            forget_stop()
+    assert starts == [0, 2, 4, 6]  # the last stop came before the last look at the test set
+    for found in (whole, result, *whole["curve"], *result["curve"]):
+        assert found.pop("seconds") > 0
+    assert result == whole
+    first, last = whole["curve"]
+    assert last["train_loss"] < first["train_loss"]
+
+
+def test_a_state_of_another_plan_is_not_gone_on_from(data, tmp_path):
+    request_stop("test")
+    with pytest.raises(Stopped):
+        Training(tiny_cell(), TINY, data, CPU, tmp_path).run("")
+    assert Training(tiny_cell(), TINY, data, CPU, tmp_path).start == 1
+    assert Training(tiny_cell(), replace(TINY, lr=1.0), data, CPU, tmp_path).start == 0
+
+
+@pytest.mark.parametrize("kind", ["equivariant", "invariant_early"])
+def test_invariant_networks_answer_alike_for_mirror_images(kind, data, tmp_path):
+    result = Training(tiny_cell(kind), TINY, data, CPU, tmp_path).run("")
+    assert result["agreement"] == 100
+    assert result["accuracy"] == result["accuracy_mirrored"]
+
+
+def test_ordinary_networks_do_not(data, tmp_path):
+    plan = replace(TINY, updates=20)
+    result = Training(tiny_cell("ordinary", flip=False), plan, data, CPU, tmp_path).run("")
+    assert result["agreement"] < 100
+
+
+@pytest.mark.slow
+def test_the_grid_trains_what_is_missing_and_reports_failures(tmp_path, capfd):
+    todo = [tiny_cell(), tiny_cell("ordinary"), tiny_cell(fraction=0.001)]  # less than a batch
+    settings = {
+        "plan": TINY,
+        "data": SAMPLE_FOLDER,
+        "results": tmp_path,
+        "states": tmp_path / "states",
+        "command": "python run.py",
+    }
+    assert run.supervise(todo, ["cpu"], settings) == run.FAILED
+    told = capfd.readouterr().out
+    assert "[3/3]" in told
+    assert "failed: the training set has" in told
+    assert [run.is_done(tmp_path, cell, TINY) for cell in todo] == [True, True, False]
+    assert not run.is_done(tmp_path, todo[0], replace(TINY, lr=1.0))
+    result = json.loads((tmp_path / f"{todo[0].name}.json").read_text())
+    assert result["command"] == "python run.py"
+    assert result["environment"]["torch"] == torch.__version__
+    assert not {"host", "folder"} & result["environment"].keys()
+    assert len(summary.read(tmp_path)) == 2
+
+
+def test_batches_depend_on_their_number_alone(data):
+    def first(count: int, start: int, flip: bool = True) -> list[torch.Tensor]:
+        stream = training_batches(
+            data.train, batch_size=64, seed=5, flip=flip, shift=2, start=start
+        )
+        return [next(stream)[0] for _ in range(count)]
+
+    per_epoch = len(data.train) // 64
+    whole = first(per_epoch + 3, 0)
+    for ours, theirs in zip(first(4, per_epoch - 1), whole[per_epoch - 1 :], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert not torch.equal(whole[0], whole[per_epoch])
+    # without flips the same crops of the same images, some of them the other way round
+    plain, flipped = first(1, 0, flip=False)[0], whole[0]
+    same = (plain == flipped).flatten(1).all(1)
+    assert 16 < same.sum() < 48
+    assert not torch.equal(plain, flipped)
+
+
+def test_augmentation_moves_and_mirrors_images():
+    pixels = torch.zeros(200, 28, 28, dtype=torch.uint8)
+    pixels[:, 10, 4] = 255
+    out = augmented(pixels, True, 2, torch.Generator().manual_seed(0))
+    assert out.shape == (200, 1, 28, 28)
+    places = out.flatten(1).argmax(1)
+    assert set((places // 28).tolist()) == {8, 9, 10, 11, 12}
+    assert set((places % 28).tolist()) == {2, 3, 4, 5, 6} | {21, 22, 23, 24, 25}
+    still = augmented(pixels, False, 0, torch.Generator())
+    assert set(still.flatten(1).argmax(1).tolist()) == {10 * 28 + 4}
+
+
+def test_parts_of_the_training_set():
+    images = Images(torch.zeros(50, 1, 1, dtype=torch.uint8), torch.arange(50))
+    part, other = images.subset(0.3, 0), images.subset(0.3, 1)
+    assert len(part) == len(set(part.targets.tolist())) == 15
+    assert part.targets.tolist() != other.targets.tolist()
+    assert part.targets.tolist() == images.subset(0.3, 0).targets.tolist()
+    assert images.subset(1, 0) is images
+
+
+@pytest.mark.parametrize("plan", [QUICK, FULL], ids=lambda plan: plan.name)
+def test_every_network_of_the_grids_can_be_built(plan):
+    grid = cells(plan)
+    assert len({cell.name for cell in grid}) == len(grid)
+    for network in {cell.network for cell in grid}:
+        network.register()
+        size = {} if network.family == "convnext" else {"img_size": IMAGE_SIZE}
+        with torch.device("meta"):
+            timm.create_model(network.name, **size)
+
+
+@pytest.mark.parametrize("family", ["vit", "resmlp", "convnext"])
+def test_costs_are_what_the_comparisons_say(family):
+    like = FULL.widths[-1]
+    ordinary = Network(family, "ordinary", like, 2, FULL.patch, like)
+    flops = summary.flops(ordinary)
+    half = summary.flops(replace(ordinary, kind="equivariant"))
+    assert 0.5 < half / flops < 0.53
+    wider = replace(ordinary, kind="equivariant", width=as_wide_as(family, like))
+    assert 0.95 < summary.flops(wider) / flops < 1.06
+
+
+def test_data_that_are_not_there_are_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "experiments.fashion_mnist.images.DEBIAN_FASHION_MNIST", tmp_path / "absent"
+    )
+    with pytest.raises(UserError, match="--data-path"):
+        find_data("")
+    assert find_data(str(SAMPLE_FOLDER)) == SAMPLE_FOLDER
+
+
+def test_differences_are_paired_by_seed():
+    def row(kind: str, accuracies: list[float]) -> summary.Row:
+        results = tuple(
+            {"cell": {"seed": seed}, "accuracy": value, "plan": {"depth": 4}}
+            for seed, value in enumerate(accuracies)
+        )
+        return summary.Row(Network("vit", kind, 32, 4, 7, 32), True, 1.0, 1, 1.0, results)
+
+    ordinary, ours = row("ordinary", [80, 82, 84]), row("equivariant", [81, 83, 85])
+    assert summary.twin(ours, [ours, ordinary]) is ordinary
+    assert summary.twin(ordinary, [ours, ordinary]) is None
+    assert summary.difference(ours, ordinary, "accuracy").text(sign="+") == "+1.00 ± 0.00"
+    assert ordinary.estimate("accuracy").text() == "82.00 ± 1.15"
+    assert row("ordinary", [80]).estimate("accuracy").text() == "80.00"
+
+
+# the committed results
+
+
+@pytest.fixture(scope="module")
+def committed() -> tuple[Path, list[summary.Row]]:
+    folder = draw.default_results()
+    return folder, summary.read(folder)
+
+
+def test_committed_tables_are_those_of_the_result_files(committed):
+    folder, rows = committed
+    tables = summary.as_markdown(rows)
+    assert (folder / "summary.csv").read_text() == summary.as_csv(rows)
+    assert (folder / "summary.md").read_text() == draw.summary(tables)
+    report = (ROOT / "docs" / "results.md").read_text()
+    for name, table in tables.items():
+        assert f"<!-- {name} -->\n\n{table}\n<!-- /{name} -->" in report
+
+
+@pytest.mark.parametrize("text", ["README.md", "docs/results.md"])
+def test_numbers_in_the_texts_come_from_the_tables(committed, text):
+    """Whatever has an error bar in a text stands in a table with that very error bar."""
+    tables = summary.as_markdown(committed[1])
+    estimate = re.compile(r"[-+]?\d+\.\d+ ± \d+\.\d+")
+    known = set(estimate.findall("\n".join(tables.values())))
+    assert known
+    quoted = set(estimate.findall((ROOT / text).read_text().replace("−", "-")))
+    assert quoted <= known, quoted - known
+
+
+def test_figures_are_drawn_from_the_results(committed, tmp_path):
+    from experiments.fashion_mnist.figures import draw_all
+
+    for path in draw_all(committed[1], tmp_path):
+        kept = ROOT / "assets" / path.name
+        assert kept.is_file(), f"{path.name} is not in assets: run draw.py"
+        assert 10_000 < path.stat().st_size < 200_000
