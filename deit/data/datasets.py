@@ -12,10 +12,12 @@ at the training images: evaluation needs the validation files alone.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,9 +197,18 @@ def _is_hidden(parts: list[str]) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes of one training would otherwise unpack the same download at the same time."""
+    with open(folder / ".download.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _torchvision(dataset: type, root: Path, split: Split, download: bool) -> Any:
     try:
-        return dataset(str(root), train=split == "train", download=download)
+        with _one_at_a_time(root) if download else nullcontext():
+            return dataset(str(root), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
         hint = "" if download else f" ({root} holds {_contents(root)})"
         raise UserError(f"{dataset.__name__}: {error}{hint}") from error

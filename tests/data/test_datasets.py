@@ -304,6 +304,32 @@ class TestCifar:
             build_dataset("val", name="CIFAR10", root=tmp_path)
 
 
+class TestDownload:
+    def test_into_a_new_folder(self, tmp_path, monkeypatch):
+        asked = []
+
+        class Fetched:
+            classes = tv.FashionMNIST.classes
+
+            def __init__(self, root, train, download):
+                asked.append((train, download))
+                for path in SAMPLE_FOLDER.glob("*.gz"):
+                    shutil.copy(path, root)
+
+        monkeypatch.setattr("deit.data.datasets.tv.FashionMNIST", Fetched)
+        val = build_dataset("val", name="FASHION", root=tmp_path / "new", download=True)
+        assert len(val) == 1000
+        assert asked == [(False, True)]
+
+    def test_failure_is_one_line(self, tmp_path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise RuntimeError("Error downloading train-images")
+
+        monkeypatch.setattr(tv.FashionMNIST, "download", refuse)
+        with pytest.raises(UserError, match="FashionMNIST: Error downloading train-images"):
+            build_dataset("val", name="FASHION", root=tmp_path, download=True)
+
+
 class TestINaturalist:
     TAXONOMY = (
         {"id": 0, "name": "Apis mellifera", "kingdom": "Animalia", "class": "Insecta"},
