@@ -73,7 +73,7 @@ class Cell:
 
 
 QUICK = Plan(
-    "quick", patch=7, depth=4, widths=(64, 96), legs=4, updates=235, batch_size=64, lr=2e-3,
+    "quick", patch=7, depth=4, widths=(64, 96), legs=3, updates=220, batch_size=64, lr=2e-3,
     warmup=0.25,
 )  # fmt: skip
 FULL = Plan(
