@@ -6,6 +6,7 @@ import argparse
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import timm
 import torch
@@ -131,11 +132,13 @@ def _networks(args: argparse.Namespace) -> list[tuple[NetworkCase, nn.Module | N
         return [network_of(args.checkpoint, name, args.img_size)]
     size = (args.img_size or SIZE,) * 2
     if args.model:
-        return [(NetworkCase(name, img_size=size), None) for name in choose(args.model)]
-    # the variants keep their own sizes, which are part of what they check
-    return [
-        (case if case.variant else NetworkCase(case.name, img_size=size), None) for case in DEFAULT
-    ]
+        cases = [NetworkCase(name, img_size=size) for name in choose(args.model)]
+    else:  # the variants keep their own sizes, which are part of what they check
+        cases = [case if case.variant else replace(case, img_size=size) for case in DEFAULT]
+    with torch.device("meta"):  # complain about a size now, not after minutes
+        for case in cases:
+            case.build()
+    return [(case, None) for case in cases]
 
 
 def _print_header(settings: list[Settings]) -> None:
@@ -182,7 +185,7 @@ def _check_networks(
         Column("layers", 6),
         Column("natural", 8),
         Column("random", 8),
-        Column("worst at", 32, right=False),
+        Column("worst at", 42, right=False),
         Column("gradients", 9),
         Column("logits", 9),
         Column("images differ", 13),
