@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from deit.errors import UserError, one_line
+from deit.errors import EXIT_USER_ERROR, UserError, one_line
 from deit.watchdog import ARRIVAL, Watchdog
 
 # A collective that takes longer hangs; ranks that die are noticed sooner (`deit.watchdog`).
@@ -213,7 +213,8 @@ def connect(place: Place, device: torch.device) -> Iterator[Processes]:
         if processes.watchdog is not None:
             if _is_network_error(error):
                 processes.watchdog.blame()
-            processes.watchdog.fail(error)
+            if processes.watchdog.fail(error) and isinstance(error, UserError):
+                raise SystemExit(EXIT_USER_ERROR) from None  # rank 0 prints the line
         raise
     finally:
         if processes.watchdog is not None:

@@ -36,7 +36,7 @@ class ModelEma:
         averaged: list[Tensor] = []
         current: list[Tensor] = []
         for own, other in zip(_tensors(self.module), _tensors(model), strict=True):
-            value = other.detach().to(own.device, non_blocking=True)
+            value = other.detach().to(own.device)
             if own.is_floating_point():
                 averaged.append(own)
                 current.append(value)

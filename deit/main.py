@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 
 from deit.args import parse_args
 from deit.build import build_model, build_val_dataset, number_of_classes, set_precision
-from deit.checkpoint import load_model, model_state, trained_model_name
+from deit.checkpoint import load_model, model_state, read_checkpoint, trained_model_name
 from deit.distributed import Processes, choose_device, connect, find_place
 from deit.engine import (
     Batches,
@@ -39,6 +39,7 @@ from deit.engine import (
     train_one_epoch,
 )
 from deit.errors import UserError, one_line_errors
+from deit.finetune import load_for_finetune
 from deit.metrics import Scores
 from deit.reporting import duration
 from deit.run import LAST, Run, find_checkpoint
@@ -176,6 +177,10 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
         load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))
     elif args.resume:
         raise UserError(f"--eval --resume auto: there is no {LAST} in {args.output_dir!r}")
+    elif args.finetune:
+        with processes.main_first():
+            origin = model_state(read_checkpoint(args.finetune), source=args.finetune)
+        notes.append(str(load_for_finetune(model, origin, source=args.finetune)))
     else:
         notes.append("evaluating random weights: no checkpoint is given by --resume")
     model.to(processes.device)

@@ -347,6 +347,8 @@ def _introduce(run: Run, networks: Networks, source: str, sizes: tuple[int, int,
         f"{args.opt}, peak learning rate {lr:.3g}"
     )
     say(f"output  {args.output_dir or 'none: nothing is saved without --output-dir'}")
+    if args.compile:
+        say("note    --compile: the first steps of training and testing take minutes")
     for note in networks.notes:
         say(f"note    {note}")
     if source:

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from deit.errors import UserError, one_line
+from deit.errors import EXIT_USER_ERROR, UserError, one_line
 
 INTERVAL = 2.0
 """Seconds between two heartbeats."""
@@ -48,6 +48,9 @@ class Watchdog:
         self._world_size = world_size
         self._host = socket.gethostname()
         self._failure: str | None = None
+        self._failures: dict[int, str] = {}
+        self._told = False
+        """Whether rank 0 prints, as one line, why it fails."""
         self._hosts: dict[int, str] = {}
         self._closing = threading.Event()
         self._answers = 0
@@ -82,12 +85,18 @@ class Watchdog:
                 )
             time.sleep(0.05)
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others that this process ends because of `error`."""
+    def fail(self, error: BaseException) -> bool:
+        """Tell the others that this process ends because of `error`.
+
+        Returns:
+            Whether rank 0, another process, ends for the same reason: one of them need say it.
+        """
         self._failure = f"{type(error).__name__}: {one_line(error)}"[:300]
+        self._told = self.rank == 0 and isinstance(error, UserError)
         # Two intervals: one to say it, one for the others to read it, before rank 0's exit takes
         # the store away.
         time.sleep(2 * INTERVAL)
+        return self.rank != 0 and self._failures.get(0) == self._failure
 
     def blame(self) -> None:
         """After a broken collective: wait for the heartbeats to tell which rank is dead.
@@ -103,25 +112,34 @@ class Watchdog:
     def _listen(self) -> None:
         """Beat and read the others' beats, once an interval."""
         beats = 0
+        present: list[int] = []
         seen: dict[int, int] = {}
         silent: dict[int, float] = {}
         waited = 0.0
         while not self._closing.is_set():
             beats += 1
             try:
-                self._store.set(f"beat/{self.rank}", json.dumps([beats, self._host, self._failure]))
-                present = [r for r in range(self._world_size) if self._store.check([f"beat/{r}"])]
+                self._store.set(
+                    f"beat/{self.rank}", json.dumps([beats, self._host, self._failure, self._told])
+                )
+                if len(present) < self._world_size:
+                    ranks = range(self._world_size)
+                    present = [r for r in ranks if self._store.check([f"beat/{r}"])]
                 values = self._store.multi_get([f"beat/{r}" for r in present])
             except (RuntimeError, OSError):
                 return  # the connection is broken for good; `_judge_store` draws the conclusion
             self._answers += 1
             for other, value in zip(present, values, strict=True):
-                count, host, failure = json.loads(value)
+                count, host, failure, told = json.loads(value)
                 self._hosts[other] = host
                 if other == self.rank:
                     continue
                 if failure:
-                    self._end(f"rank {other} on {host} failed: {failure}")
+                    self._failures[other] = failure
+                    if self._failure is None and told:
+                        os._exit(EXIT_USER_ERROR)
+                    if self._failure is None:
+                        self._end(f"rank {other} on {host} failed: {failure}")
                 silent[other] = 0.0 if seen.get(other) != count else silent[other] + waited
                 seen[other] = count
                 if silent[other] >= SILENCE:

@@ -288,6 +288,14 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(way, message, data, tmp_p
             assert re.search(f"error: {message}", output), output
 
 
+def test_a_wrong_input_is_told_once(data, tmp_path):
+    body = functools.partial(train, "--resume", str(tmp_path / "no.pth"), data=data)
+    results = run_processes([body] * 3, (), tmp_path)
+    assert [status for status, _ in results] == [2, 2, 2]
+    assert "".join(output for _, output in results).count("error: no checkpoint") == 1
+    assert results[0][1].count("\n") == 1, results
+
+
 @pytest.mark.slow
 def test_torchrun(data, one_process, tmp_path):
     """The real launcher, from the command line."""

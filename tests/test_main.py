@@ -182,6 +182,29 @@ def test_finetune_at_another_size_for_other_classes(data, trained, tmp_path, cap
     assert "head.weight" in capsys.readouterr().out
 
 
+def test_eval_of_weights_that_must_be_adapted(data, trained, capsys):
+    source = ("--finetune", str(trained / "checkpoint.pth"), "--nb-classes", "7")
+    assert evaluate("--data-path", str(data), *source) == 0
+    output = capsys.readouterr().out
+    assert "2 initialised anew (head." in output
+    assert "* Acc@1" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_on_a_gpu(dtype, data, tmp_path, capsys):
+    options = ("--device", "cuda", "--amp-dtype", dtype, "--model", "d2_deit_tiny_patch16_LS")
+    assert train(*options, "--fused-attn", data=data, out=tmp_path) == 0
+    more = ("--resume", "auto", "--epochs", "3", "--model-ema-force-cpu")
+    assert train(*options, *more, data=data, out=tmp_path) == 0
+    assert f", {dtype}; " in capsys.readouterr().out
+    checkpoint = load(tmp_path / "checkpoint.pth")
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert bool(checkpoint["scaler"]) == (dtype == "float16")
+    assert checkpoint["processes"][0]["random"]["cuda"] is not None
+
+
 # what is refused
 
 
