@@ -54,7 +54,7 @@ class MirrorGrid:
 
     def to_mirror_order(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, N, C)."""
-        half, odd = divmod(self.width, 2)
+        half, odd = self.width // 2, self.width % 2
         left, middle, right = x.split([half, odd, half], 2)
         parts = [left, middle, right.flip(2)] if odd else [left, right.flip(2)]
         return torch.cat([part.flatten(1, 2) for part in parts], 1)
@@ -136,7 +136,8 @@ class PositionEmbedding(nn.Module):
         sym, asym = getattr(self, "0"), getattr(self, "1")
         if grid is None:
             grid = self.grid
-        elif grid != self.grid:
+        # by number: compilers compare no data classes of sizes that they keep open
+        elif (grid.height, grid.width) != (self.grid.height, self.grid.width):
             sym, asym = resample(sym, asym, self.grid, grid)
         middle = asym.new_zeros(1, grid.rep.fixed, self.half)
         sym = torch.cat([sym, sym[:, : grid.rep.free]], 1)

@@ -1,0 +1,204 @@
+"""Compilers and exporters take every family whole: no graph breaks, no recompilation over batch
+sizes, the same logits and gradients everywhere."""
+
+import pytest
+import torch
+from tiny import NAMES, create, create_random, images
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+
+from deit.layers import GELU, Attention, Linear
+
+BATCHES = (2, 3, 5)
+
+
+def x32(count: int = 2) -> Tensor:
+    return images(count, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def trained(family: str, **kwargs) -> nn.Module:
+    """All parameters random, in float32."""
+    return small(family, **kwargs).float()
+
+
+def small(family: str, **kwargs) -> nn.Module:
+    """Two blocks, or one a stage: compilers take their time over each, and say the same of more."""
+    depth = dict(depths=(1, 1, 1, 1)) if family == "d2_convnext" else dict(depth=2)
+    return create_random(family, **{**depth, **kwargs})
+
+
+def gradients(model: nn.Module, forward, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    forward(x).square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_compiled_without_graph_breaks_or_recompilation(family):
+    model = trained(family).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch in BATCHES:
+        x = x32(batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(
+            gradients(model, compiled, x), gradients(model, model, x), rtol=1e-3, atol=1e-5
+        )
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("d2_deit", dict(use_fused_attn=False)),
+        ("d2_deit", dict(use_attn_mixer=True)),
+        ("d2_deit", dict(use_symmetrized_asym_feats=True, global_pool="avg", reg_tokens=2)),
+        ("d2_deit", dict(img_size=40, global_pool="")),
+        ("resmlp_equi_d2", dict(use_symmetrized_asym_feats=True)),
+        ("d2_convnext", dict(use_symmetrized_asym_feats=True)),
+    ],
+)
+def test_compiled_options(family, options):
+    model = trained(family, **options)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    size = options.get("img_size", 32)
+    x = images(2, (size, size), dtype=torch.float32)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_on_images_of_several_sizes():
+    model = trained("d2_deit", dynamic_img_size=True)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for size in [(32, 32), (40, 40), (24, 56), (48, 64), (56, 40), (32, 48)]:
+        x = images(2, size, dtype=torch.float32)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    # the constructed size, then one graph for odd grids and one for even ones
+    assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
+def test_compiled_training_step_with_stochastic_depth(family):
+    model = create(family, drop_path_rate=0.5, depth=2).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x, y = x32(8), torch.arange(8)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(compiled(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert counter.frame_count == 1
+    assert losses[-1] < losses[0]
+    # masks are drawn anew in each step
+    with torch.no_grad():
+        assert not torch.equal(compiled(x), compiled(x))
+
+
+@pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2"])
+def test_compiled_with_gradient_checkpointing(family):
+    model = trained(family).train()
+    x = x32()
+    expected = gradients(model, model, x)
+    model.set_grad_checkpointing()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(model, compiled, x), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    model = trained("d2_deit").train()
+    compiled = torch.compile(model, fullgraph=True, mode="default")
+    x = x32()
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        gradients(model, compiled, x), gradients(model, model, x), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_exported_with_any_batch_size(family):
+    model = small(family)
+    program = torch.export.export(
+        model, (images(),), dynamic_shapes={"x": {0: Dim("batch", min=1, max=64)}}
+    )
+    for batch in (1, *BATCHES):
+        x = images(batch, seed=batch)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-10)
+    static = torch.export.export(model, (images(),))
+    torch.testing.assert_close(static.module()(images()), model(images()))
+
+
+def test_an_exported_network_survives_a_file(tmp_path):
+    model = small("d2_deit")
+    torch.export.save(torch.export.export(model, (images(),)), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(loaded(images()), model(images()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("family", NAMES)
+def test_onnx(family, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = trained(family)
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(
+        model,
+        (x32(),),
+        path,
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"x": {0: Dim("batch", min=1, max=64)}},
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in BATCHES:
+        x = x32(batch)
+        (logits,) = session.run(["logits"], {"images": x.numpy()})
+        expected = model(x).detach()
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_functional_transforms():
+    """Per-sample gradients, which need operations that batch and no hidden state."""
+    model = small("d2_deit", use_fused_attn=False)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    x = images(3)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        torch.testing.assert_close(
+            each["head.weight"][i], torch.func.grad(loss)(parameters, x[i])["head.weight"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: Linear(16, 32), (2, 5, 16)),
+        (lambda: GELU(16), (2, 5, 16)),
+        (lambda: Attention(16, 2), (2, 5, 16)),
+    ],
+    ids=["Linear", "GELU", "Attention"],
+)
+def test_single_layers_compile_alone(layer, shape):
+    layer = layer()
+    x = torch.randn(shape)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
