@@ -85,7 +85,7 @@ for name, wrong in {"nn.Linear    ": torch.nn.Linear(8, 8), "plain GELU   ": F.g
 def small_vit(img_size: int) -> VisionTransformer:
     return VisionTransformer(
         img_size, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=2,
-        init_scale=0.1,
+        init_scale=1.0,
     )  # fmt: skip
 
 
