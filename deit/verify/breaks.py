@@ -85,7 +85,7 @@ def _first_failure(network: nn.Module, case: NetworkCase, settings: Settings) ->
     network = network.to(settings.device, settings.dtype).eval()
     with torch.no_grad(), settings.autocast(), Trace(network) as trace:
         network(batch)
-    return first_failure(trace.events, settings.tolerance)
+    return first_failure(trace.events, settings.tolerance())
 
 
 # ways of breaking

@@ -17,6 +17,9 @@ from deit.verify.networks import NetworkCase, choose
 __all__ = ["network_of"]
 
 TOKEN_ORDER = "patch_embed.flatten_and_permute.permutation"
+# where the families keep their patch kernels, (C/2, 3, patch, half a patch)
+PATCHES = ("patch_embed.proj_sym.weight", "stem.proj_sym.weight",
+           "downsample_layers.0.0.proj_sym.weight")  # fmt: skip
 
 
 def network_of(
@@ -37,14 +40,7 @@ def network_of(
     if name is None and trained_as is None:
         raise UserError(f"{source!r} does not say which model it is: give --model")
     (name,) = choose([name or trained_as])
-    options = {"num_classes": 0}
-    if "head.weight" in state:
-        options["num_classes"] = state["head.weight"].shape[0]
-    if any(key.endswith("attn.attn_mixer") for key in state):
-        options["use_attn_mixer"] = True
-    if "convnext" in name:
-        scaled = any(".gamma.alpha" in key for key in state)
-        options["layer_scale_init_value"] = 1e-6 if scaled else 0.0
+    options = _options(state, name)
     own_size = _trained_size(checkpoint, state, name)
     case = NetworkCase(name, "checkpoint", options, own_size)
     network = case.build()
@@ -61,6 +57,22 @@ def network_of(
     return NetworkCase(name, "checkpoint", options, size), network
 
 
+def _options(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """What the keys and shapes say of the arguments."""
+    options: dict[str, Any] = {"num_classes": 0}
+    if "head.weight" in state:
+        options["num_classes"] = state["head.weight"].shape[0]
+    for key in PATCHES:
+        if key in state:
+            options["patch_size"] = state[key].shape[-2]
+    if any(key.endswith("attn.attn_mixer") for key in state):
+        options["use_attn_mixer"] = True
+    if "convnext" in name:
+        scaled = any(".gamma.alpha" in key for key in state)
+        options["layer_scale_init_value"] = 1e-6 if scaled else 0.0
+    return options
+
+
 def _trained_size(
     checkpoint: Mapping[str, Any], state: Mapping[str, Tensor], name: str
 ) -> tuple[int, int]:
@@ -73,6 +85,6 @@ def _trained_size(
         return to_2tuple(size)
     if TOKEN_ORDER in state:
         grid = MirrorGrid.from_permutation(state[TOKEN_ORDER])
-        patch = state["patch_embed.proj_sym.weight"].shape[-2]
+        patch = state[PATCHES[0]].shape[-2]
         return (grid.height * patch, grid.width * patch)
     return to_2tuple(timm.get_pretrained_cfg(name).input_size[-2:])

@@ -59,8 +59,8 @@ def get_parser() -> CommandLine:
     )  # fmt: skip
     how.add(
         "--dtype", str, None, "DTYPE",
-        f"one or more of {', '.join(DTYPES)} (default: all; with --amp, --compile or --checkpoint "
-        "float32)", nargs="+", choices=tuple(DTYPES),
+        f"one or more of {', '.join(DTYPES)} (default: all, and mixed precision; with --amp, "
+        "--compile or --checkpoint float32)", nargs="+", choices=tuple(DTYPES),
     )  # fmt: skip
     how.switch("--amp", "automatic mixed precision")
     how.switch("--compile", "check what torch.compile makes of layers and networks")
@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.self_test:
         tables = [_self_test(each) for each in settings]
     else:
-        tables = [_check_layers(settings), _check_networks(cases, settings)]
+        checks = [(*case, each) for case in cases for each in _arithmetic(args, case[0], settings)]
+        tables = [_check_layers(settings), _check_networks(checks)]
     rows, failed = sum(t.rows for t in tables), sum(t.failed for t in tables)
     took = f"{time.monotonic() - start:.0f} s"
     if failed:
@@ -117,12 +118,12 @@ def _settings(args: argparse.Namespace) -> list[Settings]:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = one_line(error).split(". ")[0]
         raise UserError(f"the device {name!r} cannot be used: {reason}") from error
-    single = args.amp or args.compile or args.checkpoint
-    names = list(dict.fromkeys(args.dtype or (["float32"] if single else DTYPES)))
-    return [
-        Settings(DTYPES[dtype], device, args.batch, args.seed, args.amp, args.compile)
-        for dtype in names
-    ]
+    common = Settings(torch.float32, device, args.batch, args.seed, args.amp, args.compile)
+    if args.dtype:
+        return [replace(common, dtype=DTYPES[name]) for name in dict.fromkeys(args.dtype)]
+    if args.amp or args.compile or args.checkpoint:
+        return [common]
+    return [*(replace(common, dtype=d) for d in DTYPES.values()), replace(common, amp=True)]
 
 
 def _networks(args: argparse.Namespace) -> list[tuple[NetworkCase, nn.Module | None]]:
@@ -141,6 +142,15 @@ def _networks(args: argparse.Namespace) -> list[tuple[NetworkCase, nn.Module | N
     return [(case, None) for case in cases]
 
 
+def _arithmetic(
+    args: argparse.Namespace, case: NetworkCase, settings: list[Settings]
+) -> list[Settings]:
+    """How to check a network: by default a large one without the slow float64, and without AMP."""
+    if args.dtype or len(settings) == 1 or case.variant:
+        return settings
+    return [each for each in settings if each.dtype != torch.float64 and not each.amp]
+
+
 def _print_header(settings: list[Settings]) -> None:
     first = settings[0]
     device = first.device
@@ -150,13 +160,14 @@ def _print_header(settings: list[Settings]) -> None:
     compiled = ", compiled" if first.compile else ""
     print(f"{first.count} natural and {first.count} random images, seed {first.seed}{compiled}")
     for each in settings:
-        print(f"tolerance {each.tolerance:.1e} relative to a feature's norm in {each.arithmetic}")
+        print(f"tolerance {each.tolerance():.1e} of a feature's norm in {each.arithmetic}")
+    print("times sqrt(blocks / 12) in networks of more than 12 blocks")
 
 
 def _check_layers(settings: list[Settings]) -> Table:
     columns = [
         Column("layer", 48, right=False),
-        *(Column(each.arithmetic, 8) for each in settings),
+        *(Column(each.arithmetic, 12) for each in settings),
         Column("images differ", 13),
         Column("ordinary twin", 13),
     ]
@@ -176,12 +187,10 @@ def _check_layers(settings: list[Settings]) -> Table:
     return table
 
 
-def _check_networks(
-    cases: list[tuple[NetworkCase, nn.Module | None]], settings: list[Settings]
-) -> Table:
+def _check_networks(checks: list[tuple[NetworkCase, nn.Module | None, Settings]]) -> Table:
     columns = [
         Column("network", 57, right=False),
-        Column("arithmetic", 10, right=False),
+        Column("arithmetic", 12, right=False),
         Column("layers", 6),
         Column("natural", 8),
         Column("random", 8),
@@ -193,15 +202,14 @@ def _check_networks(
     ]
     notes = ["natural, random: the largest error of a feature on these images; ordinary twin: its "
              "error in the logits"]  # fmt: skip
-    if any(case.name.startswith("hybrid_") for case, _ in cases):
+    if any(case.name.startswith("hybrid_") for case, *_ in checks):
         notes.append("(logits) of a hybrid are not promised: it is equivariant up to its bridge, "
                      "and its features are checked so far")  # fmt: skip
     with Table("Networks", columns, notes) as table:
-        for case, network in cases:
-            for each in settings:
-                table.begin(f"{case} in {each.arithmetic}")
-                result = check_network(case, each, network)
-                table.row(_network_cells(result), result.failures)
+        for case, network, settings in checks:
+            table.begin(f"{case} in {settings.arithmetic}")
+            result = check_network(case, settings, network)
+            table.row(_network_cells(result), result.failures)
     return table
 
 

@@ -16,6 +16,7 @@ __all__ = ["CANDIDATES", "features", "images"]
 
 # natural images are chosen among so many
 CANDIDATES = 256
+COARSE = (3, 4)  # height and width of the coarse noise; it should not look the same when flopped
 
 
 @lru_cache(maxsize=1)
@@ -38,11 +39,17 @@ def _natural() -> Tensor:
 
 
 def images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
-    """`count` natural images, then `count` of white noise: (2 count, 3, H, W), float64, CPU."""
+    """`count` natural images, then `count` random ones: (2 count, 3, H, W), float64, CPU."""
     natural = F.interpolate(_natural()[:count], size, mode="bicubic", antialias=True)
+    return torch.cat([natural, _random(natural.shape, seed)])
+
+
+def _random(shape: torch.Size, seed: int) -> Tensor:
+    """White noise on coarse noise: white noise alone looks much the same wherever it is pooled."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(natural.shape, generator=generator, dtype=torch.float64)
-    return torch.cat([natural, noise])
+    fine = torch.randn(shape, generator=generator, dtype=torch.float64)
+    coarse = torch.randn((*shape[:2], *COARSE), generator=generator, dtype=torch.float64)
+    return fine + F.interpolate(coarse, shape[-2:], mode="nearest")
 
 
 def features(count: int, size: tuple[int, int], width: int, seed: int = 0) -> Tensor:
@@ -58,5 +65,4 @@ def features(count: int, size: tuple[int, int], width: int, seed: int = 0) -> Te
     projection = torch.randn(width, natural.shape[1], generator=generator, dtype=torch.float64)
     natural = torch.einsum("oc,bchw->bohw", projection, natural)
     natural = natural / natural.std()
-    noise = torch.randn(natural.shape, generator=generator, dtype=torch.float64)
-    return torch.cat([natural, noise])
+    return torch.cat([natural, _random(natural.shape, seed)])

@@ -47,9 +47,9 @@ class Settings:
         name = str(self.compute_dtype).removeprefix("torch.")
         return f"amp {name}" if self.amp else name
 
-    @property
-    def tolerance(self) -> float:
-        return tolerance(self.compute_dtype)
+    def tolerance(self, depth: int = 1) -> float:
+        """For layers, or for networks of `depth` blocks."""
+        return tolerance(self.compute_dtype, depth)
 
     def autocast(self) -> AbstractContextManager:
         """To be entered around a forward pass."""

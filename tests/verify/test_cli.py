@@ -35,8 +35,16 @@ def run(*argv: str) -> int:
 def test_what_holds_exits_with_zero(few, capsys):
     assert run("--seed", "1") == 0
     output = capsys.readouterr().out
-    assert "all 4 checks held" in output  # one layer, one network in three dtypes
-    for word in ("float64", "float32", "bfloat16", "worst at", "ordinary twin", "d2_deit_tiny"):
+    assert "all 5 checks held" in output  # one layer, one network in four arithmetics
+    for word in (
+        "float64",
+        "float32",
+        "bfloat16",
+        "amp bfloat16",
+        "worst at",
+        "ordinary twin",
+        "d2_deit_tiny",
+    ):
         assert word in output
 
 

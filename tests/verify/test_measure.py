@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deit.verify.features import MirroredTokens, in_rows
-from deit.verify.measure import Feature, gradient_errors, measure, tolerance, worst
+from deit.verify.measure import Feature, gradient_errors, is_far_off, measure, tolerance, worst
 
 INVARIANT = in_rows(None)
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -18,10 +18,15 @@ def problem(y, moved, feature=INVARIANT):
 def test_tolerance_follows_the_dtype():
     """At least as much as one rounding; a 16-bit type that accumulates in float32 is no worse."""
     eps = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
-    assert tolerance(torch.float64) == pytest.approx(64 * eps[torch.float64])
-    assert tolerance(torch.float32) == pytest.approx(64 * eps[torch.float32])
-    assert tolerance(torch.bfloat16) == pytest.approx(4 * 2**-7, rel=1e-2)
-    assert tolerance(torch.float16) == pytest.approx(4 * 2**-10, rel=1e-2)
+    assert tolerance(torch.float64) == pytest.approx(65 * eps[torch.float64])
+    assert tolerance(torch.float32) == pytest.approx(65 * eps[torch.float32])
+    assert tolerance(torch.bfloat16) == pytest.approx(5 * 2**-7, rel=1e-2)
+    assert tolerance(torch.float16) == pytest.approx(5 * 2**-10, rel=1e-2)
+
+
+def test_tolerance_grows_with_the_depth():
+    assert tolerance(torch.float32, depth=12) == tolerance(torch.float32)
+    assert tolerance(torch.float32, depth=48) == 2 * tolerance(torch.float32)
 
 
 def test_what_holds_has_no_problem():
@@ -79,6 +84,14 @@ def test_a_constant_feature_need_not_differ():
 def test_one_sample_is_refused():
     with pytest.raises(ValueError, match="two or more"):
         problem(X[:1], X[:1])
+
+
+@pytest.mark.parametrize(
+    ("twin", "own", "expected"),
+    [(0.1, 1e-3, True), (0.1, 0.02, False), (0.015, 0.0, False), (float("nan"), 0.0, False)],
+)
+def test_a_twin_must_be_far_off(twin, own, expected):
+    assert is_far_off(twin, own, tol=0.01) is expected
 
 
 def test_worst_prefers_nan():
