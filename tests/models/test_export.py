@@ -86,7 +86,7 @@ def test_compiled_on_images_of_several_sizes():
     assert counter.frame_count == 3
 
 
-@pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
+@pytest.mark.parametrize("family", ["d2_deit", "d2_convnext_isotropic"])
 def test_compiled_training_step_with_stochastic_depth(family):
     model = create(family, drop_path_rate=0.5, depth=2).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -107,9 +107,8 @@ def test_compiled_training_step_with_stochastic_depth(family):
         assert not torch.equal(compiled(x), compiled(x))
 
 
-@pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2"])
-def test_compiled_with_gradient_checkpointing(family):
-    model = trained(family).train()
+def test_compiled_with_gradient_checkpointing():
+    model = trained("d2_deit").train()
     x = x32()
     expected = gradients(model, model, x)
     model.set_grad_checkpointing()
