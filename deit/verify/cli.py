@@ -63,7 +63,7 @@ def get_parser() -> CommandLine:
         "--compile or --checkpoint float32)", nargs="+", choices=tuple(DTYPES),
     )  # fmt: skip
     how.switch("--amp", "automatic mixed precision")
-    how.switch("--compile", "check what torch.compile makes of layers and networks")
+    how.switch("--compile", "check what torch.compile makes of layers and networks (minutes)")
     how.add(
         "--batch", number(int, 2, CANDIDATES), 2, "N", "natural images, and as many random ones"
     )

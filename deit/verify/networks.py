@@ -214,6 +214,8 @@ def check_network(
         twin=twin,
     )
     found.failures.extend(_failures(found))
+    if not settings.compile:
+        found.failures.extend(_never_measured(network, found))
     return found
 
 
@@ -228,6 +230,17 @@ def _failures(result: NetworkResult) -> list[str]:
     if not is_far_off(result.twin, result.logits if result.invariant else 0.0, tol):
         failures.append(f"the ordinary twin is hardly worse (error {result.twin:.1e})")
     return failures
+
+
+def _never_measured(network: nn.Module, result: NetworkResult) -> list[str]:
+    """A block that no hook has seen has not been checked."""
+    seen = {event.layer for event in result.events}
+    kinds = BLOCKS if result.invariant else tuple(set(BLOCKS) - {L.OrdinaryBlock})
+    return [
+        f"{name} was never measured"
+        for name, module in network.named_modules()
+        if isinstance(module, kinds) and name not in seen
+    ]
 
 
 def _compare_logits(logits: Tensor) -> Measurement:

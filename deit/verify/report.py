@@ -55,7 +55,8 @@ class Table:
         self._console = Console()
         self._rich = RichTable(title=self.title, title_justify="left", title_style="bold")
         for column in self.columns:
-            self._rich.add_column(column.title, justify="right" if column.right else "left")
+            justify = "right" if column.right else "left"
+            self._rich.add_column(column.title, justify=justify, overflow="fold")
         self._status = self._console.status(self.title)
         self._status.start()
         return self

@@ -7,7 +7,9 @@ import torch
 from timm.layers import DropPath
 
 from deit import layers as L
+from deit.verify.breaks import VIT
 from deit.verify.layers import LAYER_CASES, check_layer
+from deit.verify.networks import check_network
 from deit.verify.settings import DTYPES, Settings
 
 
@@ -164,3 +166,23 @@ def test_embeddings(monkeypatch):
             lambda original: lambda self, batch: original(self, batch) + 0.01)  # fmt: skip
     assert set(failing("PositionEmbedding")) == {"even", "odd", "resampled"}
     assert failing("PrefixToken") == [""]
+
+
+@pytest.mark.parametrize(
+    ("cls", "method", "make", "blamed"),
+    [
+        (L.Linear, "map", last_part(lambda a: a + 0.1), "Linear"),
+        (L.GELU, "map", last_part(lambda a: a.abs()), "GELU"),
+        (L.LayerNorm, "centre", lambda _: lambda self, x: x - x.mean(-1, True), "LayerNorm"),
+        (L.PrefixToken, "forward", lambda f: lambda self, batch: f(self, batch) + 1, "PrefixToken"),
+        (L.MirrorGrid, "to_mirror_order", lambda _: lambda self, x: x.flatten(1, 2), "PatchEmbed"),
+        (L.Mlp, "forward", lambda f: lambda self, x: f(self, x.flip(-1)), "Mlp"),
+    ],
+)
+def test_networks_name_the_layer(monkeypatch, cls, method, make, blamed):
+    """All layers of a kind are wrong at once: the first of them is to blame."""
+    replace(monkeypatch, cls, method, make)
+    result = check_network(VIT, Settings(torch.float32))
+    module = VIT.build().get_submodule(result.culprit.culprit)
+    assert type(module).__name__ == blamed
+    assert result.culprit.culprit in result.failures[0]

@@ -115,6 +115,15 @@ def test_an_ordinary_network_in_disguise_fails():
     assert result.logits > 1000 * FLOAT32.tolerance()
 
 
+def test_a_block_that_is_never_run_fails():
+    network = randomize_(VIT.build())
+    block = network.blocks[1]
+    network.blocks[1] = nn.Identity()
+    network.blocks[1].inner = block
+    failures = check_network(VIT, FLOAT32, network).failures
+    assert failures == ["blocks.1.inner was never measured"]
+
+
 def test_gradients_are_compared():
     """A backward pass that is wrong in one layer, behind a right forward pass."""
 
