@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from deit.models.scripting import Scriptable
 
-__all__ = ["Pool", "PooledClassifier", "init_linear", "reset_layers", "scale_classifier"]
+__all__ = [
+    "ClassifierMethods",
+    "Pool",
+    "PooledClassifier",
+    "init_linear",
+    "reset_layers",
+    "scale_classifier",
+]
 
 Pool = Literal["", "avg"]
 
@@ -46,7 +53,42 @@ def scale_classifier(head: nn.Module, scale: float) -> None:
         head.bias.mul_(scale)
 
 
-class PooledClassifier(Scriptable, nn.Module):
+class ClassifierMethods:
+    """timm's methods about the classifier `head`, for networks with `head_hidden_size`."""
+
+    head: nn.Module
+    head_hidden_size: int
+
+    def _check_pool(self, pool: str) -> str:
+        """`pool`, or a ValueError if the network cannot pool so."""
+        raise NotImplementedError
+
+    def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
+        if num_classes <= 0:
+            return nn.Identity()
+        return nn.Linear(self.head_hidden_size, num_classes, **dd)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass to save memory."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The final linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; 0 classes for none. `global_pool` changes the pooling."""
+        parameter = next(self.parameters())
+        if global_pool is not None:
+            self.global_pool = self._check_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
+        self.head.apply(init_linear).train(self.training)
+
+
+class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
     """The common part of the families; a subclass builds the layers and says how to run them.
 
     Its constructor calls `_init_head` when stem, blocks and `feature_info` (an entry for each step)
@@ -126,36 +168,12 @@ class PooledClassifier(Scriptable, nn.Module):
             raise ValueError(f"global_pool {pool!r} is not known: use 'avg', or '' for none")
         return pool
 
-    def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
-        if num_classes <= 0:
-            return nn.Identity()
-        return nn.Linear(self.head_hidden_size, num_classes, **dd)
-
     # timm's interface
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beyond those of one dimension: none."""
         return set()
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass to save memory."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """Replace the classifier; 0 classes for none. `global_pool` changes the pooling."""
-        parameter = next(self.parameters())
-        if global_pool is not None:
-            self.global_pool = self._check_pool(global_pool)
-        self.num_classes = num_classes
-        self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
-        self.head.apply(init_linear).train(self.training)
 
     def prune_intermediate_layers(
         self,

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor, nn
 
@@ -39,17 +38,17 @@ from deit.layers import (
     RegularBridge,
 )
 from deit.layers.tokens import resample
-from deit.models.base import init_linear, reset_layers, scale_classifier
+from deit.models.base import ClassifierMethods, init_linear, reset_layers, scale_classifier
+from deit.models.ordinary_vit import OrdinaryVisionTransformer
 from deit.models.registry import record_input_size, register_sizes
 from deit.models.scripting import Scriptable
 
 __all__ = ["OrdinaryVisionTransformer", "VisionTransformer", "checkpoint_filter_fn"]
 
 BRIDGES = {"regular": RegularBridge, "invariant": InvariantBridge}
-Pool = Literal["", "token", "avg"]
 
 
-class VisionTransformer(Scriptable, nn.Module):
+class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     """A vision transformer whose first blocks are equivariant under flopping.
 
     Args:
@@ -78,7 +77,7 @@ class VisionTransformer(Scriptable, nn.Module):
         patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Pool = "token",
+        global_pool: Literal["", "token", "avg"] = "token",
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -117,7 +116,6 @@ class VisionTransformer(Scriptable, nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
-        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
         self.head_init_scale = head_init_scale
         self.equivariant_depth = depth if bridge is None else depth // 2
         self.global_pool = self._check_pool(global_pool)
@@ -159,8 +157,8 @@ class VisionTransformer(Scriptable, nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
 
         all_channels = bridge is not None or use_symmetrized_asym_feats
-        self.num_features = embed_dim if all_channels else FLOP.regular(embed_dim).invariant
-        self.head_hidden_size = self.num_features
+        width = embed_dim if all_channels else FLOP.regular(embed_dim).invariant
+        self.num_features = self.head_hidden_size = width
         self.invariants = InvariantBridge(embed_dim) if use_symmetrized_asym_feats else None
         self.head = self._classifier(num_classes, **dd)
         self.feature_info = [
@@ -188,11 +186,6 @@ class VisionTransformer(Scriptable, nn.Module):
             raise ValueError("global_pool 'token' needs class_token=True; use 'avg' without one")
         return pool
 
-    def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
-        if num_classes <= 0:
-            return nn.Identity()
-        return nn.Linear(self.head_hidden_size, num_classes, **dd)
-
     def init_weights(self, needs_reset: bool = True) -> None:
         """Truncated normal, 0.02, for linear weights; zero biases; the rest by its own rule.
 
@@ -218,25 +211,6 @@ class VisionTransformer(Scriptable, nn.Module):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass to save memory."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The final linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """Replace the classifier; 0 classes for none. `global_pool` changes the pooling."""
-        parameter = self.pos_embed.get_parameter("0")
-        if global_pool is not None:
-            self.global_pool = self._check_pool(global_pool)
-        self.num_classes = num_classes
-        self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
-        self.head.apply(init_linear).train(self.training)
-
     def set_input_size(
         self,
         img_size: int | tuple[int, int] | None = None,
@@ -257,8 +231,6 @@ class VisionTransformer(Scriptable, nn.Module):
         for info in self.feature_info:
             info["reduction"] = self.patch_embed.feat_ratio()
         record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
-
-    # forward
 
     def _embed(self, images: Tensor) -> Tensor:
         """Patches with their positions after the prefix tokens, (B, prefix + N, C)."""
@@ -370,9 +342,8 @@ class VisionTransformer(Scriptable, nn.Module):
         if output_fmt == "NCHW":
             size = (grid.height, grid.width)
             maps = [y.mT.unflatten(-1, size).contiguous() for y in maps]
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         result: dict[str, Any] = {"image_intermediates": maps}
-        if with_prefix:
+        if return_prefix_tokens and self.num_prefix_tokens > 0:
             result["image_intermediates_prefix"] = prefixes
             if not output_dict:
                 maps = list(zip(maps, prefixes, strict=True))
@@ -415,40 +386,6 @@ class VisionTransformer(Scriptable, nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
-
-
-class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
-    """timm's VisionTransformer as DeiT III uses it, with the published keys.
-
-    Args:
-        init_scale: initial LayerScale.
-        drop_path_rate: the same for all blocks, as published (timm's rises with depth).
-        use_fused_attn: None leaves the choice to timm.
-        head_init_scale: factor on the classifier's initial weights.
-        kwargs: timm's.
-    """
-
-    def __init__(
-        self,
-        *,
-        init_scale: float = 1e-4,
-        drop_path_rate: float = 0.0,
-        use_fused_attn: bool | None = None,
-        head_init_scale: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
-        def block(**options: Any) -> OrdinaryBlock:
-            options.update(
-                init_values=init_scale, drop_path=drop_path_rate, use_fused_attn=use_fused_attn
-            )
-            return OrdinaryBlock(**options)
-
-        super().__init__(
-            block_fn=block, norm_layer=OrdinaryLayerNorm, no_embed_class=True, **kwargs
-        )
-        if self.cls_token is not None:
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
-        scale_classifier(self.head, head_init_scale)
 
 
 def checkpoint_filter_fn(

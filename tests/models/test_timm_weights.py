@@ -1,0 +1,80 @@
+"""Weights in files: timm's ways to load them, and to save and rebuild a model."""
+
+import importlib.util
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models import load_checkpoint
+from tiny import FAMILIES, NAMES, TRANSFORMERS, create, create_random, images
+
+OLD_TIMM = importlib.util.find_spec("timm.models._input") is None
+
+
+def x32() -> torch.Tensor:
+    return images(dtype=torch.float32)
+
+
+def test_no_weights_are_hosted_and_the_error_says_how_to_load_a_file():
+    for family in NAMES:
+        name, tiny = FAMILIES[family]
+        with pytest.raises(RuntimeError, match=f"no hosted weights exist for {name}.*file="):
+            timm.create_model(name, pretrained=True, **tiny)
+        assert not timm.is_model_pretrained(name)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("family", NAMES)
+def test_weights_from_files(family, suffix, tmp_path):
+    name, tiny = FAMILIES[family]
+    source = create_random(family).float()
+    path = str(tmp_path / f"weights.{suffix}")
+    if suffix == "pth":
+        state = {f"_orig_mod.{k}": v for k, v in source.state_dict().items()}
+        torch.save({"model": state, "epoch": 3}, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(source.state_dict(), path)
+    x = x32()
+    loaded = timm.create_model(name, checkpoint_path=path, num_classes=10, **tiny).eval()
+    torch.testing.assert_close(loaded(x), source(x))
+    again = create(family)
+    load_checkpoint(again, path)
+    torch.testing.assert_close(again(x), source(x))
+
+    overlay = dict(file=path, num_classes=10)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **tiny)
+    same = timm.create_model(name, num_classes=10, **options).eval()
+    torch.testing.assert_close(same(x), source(x))
+    other = timm.create_model(name, num_classes=4, **options).eval()
+    assert other(x).shape == (2, 4)
+    torch.testing.assert_close(other.forward_features(x), source.forward_features(x))
+    backbone = timm.create_model(name, features_only=True, out_indices=(0, 1), **options).eval()
+    expected = source.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    torch.testing.assert_close(backbone(x), expected)
+    grey = timm.create_model(name, num_classes=10, in_chans=1, **options).eval()
+    torch.testing.assert_close(grey(x[:, :1]), source(x[:, :1].expand(-1, 3, -1, -1)))
+
+
+@pytest.mark.skipif(OLD_TIMM, reason="this timm does not record how to rebuild models")
+@pytest.mark.parametrize("family", NAMES)
+def test_saved_models_are_rebuilt_with_their_changes(family, tmp_path):
+    """timm's save_for_hf and 'local-dir:' bring back a resized network with another head."""
+    from timm.models._hub import save_for_hf
+
+    source = create_random(family, in_chans=4).float()
+    size = (32, 32)
+    if family in TRANSFORMERS:
+        size = (40, 56)
+        source.set_input_size(img_size=size)
+    source.reset_classifier(7, "avg")
+    save_for_hf(source, tmp_path)
+    restored = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert (restored.num_classes, restored.global_pool, restored.in_chans) == (7, "avg", 4)
+    x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(restored(x), source(x))
+    config = resolve_model_data_config(restored)
+    if family in TRANSFORMERS:
+        assert config["input_size"] == (4, *size)
