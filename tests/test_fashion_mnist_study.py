@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +187,11 @@ def test_data_that_are_not_there_are_asked_for(monkeypatch, tmp_path):
     assert find_data(str(SAMPLE_FOLDER)) == SAMPLE_FOLDER
 
 
+def test_a_wrong_device_is_one_clear_error():
+    with pytest.raises(UserError, match="--devices nonsense"):
+        run.find_devices(["nonsense"])
+
+
 def test_differences_are_paired_by_seed():
     def row(kind: str, accuracies: list[float]) -> summary.Row:
         results = tuple(
@@ -233,10 +238,40 @@ def test_numbers_in_the_texts_come_from_the_tables(committed, text):
     assert quoted <= known, quoted - known
 
 
-def test_figures_are_drawn_from_the_results(committed, tmp_path):
-    from experiments.fashion_mnist.figures import draw_all
-
-    for path in draw_all(committed[1], tmp_path):
-        kept = ROOT / "assets" / path.name
-        assert kept.is_file(), f"{path.name} is not in assets: run draw.py"
-        assert 10_000 < path.stat().st_size < 200_000
+def test_all_tables_and_figures_of_a_whole_grid(tmp_path, monkeypatch):
+    """With made-up numbers: every figure is drawn, and fits into the repository."""
+    monkeypatch.setattr(summary, "flops", lambda network: 1e5 * network.width)
+    results, figures, report = tmp_path / "results", tmp_path / "figures", tmp_path / "report.md"
+    results.mkdir()
+    for number, cell in enumerate(cells(QUICK)):
+        accuracy = 80 + number % 7
+        found = {
+            "cell": cell.as_dict(),
+            "plan": asdict(QUICK),
+            "parameters": 1000,
+            "training_images": round(60000 * cell.fraction),
+            "seconds": 10 + number % 5,
+            "accuracy": accuracy,
+            "accuracy_mirrored": accuracy - 1,
+            "agreement": 90,
+            "environment": {"device": "cpu", "processor": "a processor"},
+        }
+        (results / f"{cell.name}.json").write_text(json.dumps(found))
+    names = ("main", "differences", "flip", "fractions")
+    marks = "".join(f"<!-- {name} -->old<!-- /{name} -->\n" for name in names)
+    report.write_text(f"Before.\n{marks}After.\n")
+    options = {"results": results, "figures": figures, "report": report}
+    assert (
+        draw.main([word for name, path in options.items() for word in (f"--{name}", str(path))])
+        == 0
+    )
+    text = report.read_text()
+    assert "old" not in text
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
+    table = (results / "summary.md").read_text()
+    assert "| ViT, equivariant, wider | 138 |" in table
+    assert "| ViT, equivariant | 96 | 6,000 | 3 |" in table
+    sizes = {path.name: path.stat().st_size for path in figures.iterdir()}
+    assert sizes.keys() == {f"fashion_mnist_{n}.png" for n in ("flops", "time", "mirror", "data")}
+    assert all(10_000 < size < 200_000 for size in sizes.values()), sizes

@@ -25,12 +25,13 @@ MARKERS = {"ordinary": "o", "equivariant": "s", "hybrid": "^", "invariant_early"
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write every figure that the rows have something for; returns their paths."""
-    figures = {
-        "flops": accuracy_over_flops(rows),
-        "time": accuracy_over_time(rows),
-        "mirror": mirrored_images(rows),
-        "data": data_efficiency(rows),
-    }
+    figures: dict[str, Figure] = {}
+    if any(row.flip and row.fraction == 1 for row in rows):
+        figures |= {"flops": accuracy_over_flops(rows), "time": accuracy_over_time(rows)}
+    if any(not row.flip and row.network.family == "vit" for row in rows):
+        figures["mirror"] = mirrored_images(rows)
+    if any(row.fraction < 1 for row in rows):
+        figures["data"] = data_efficiency(rows)
     paths = []
     for name, figure in figures.items():
         path = folder / f"fashion_mnist_{name}.png"
@@ -110,9 +111,9 @@ def accuracy_over_time(rows: Sequence[Row]) -> Figure:
 def mirrored_images(rows: Sequence[Row]) -> Figure:
     """Accuracy on test images and on their mirror images, and how often the answers agree."""
     rows = [row for row in rows if row.fraction == 1 and row.label in KINDS.values()]
+    rows = [row for row in rows if row.network.family == "vit"]
     width = max(row.network.width for row in rows if not row.flip)
     rows = [row for row in rows if row.network.width == width]
-    rows = [row for row in rows if row.network.family == "vit"]
     labels = [f"{row.label}\nflip {'on' if row.flip else 'off'}" for row in rows]
     figure, (accuracy, agreement) = _figure(2, 9.6)
     for place, row in enumerate(rows):

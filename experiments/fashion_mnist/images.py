@@ -31,17 +31,25 @@ def find_data(path: str) -> Path:
         UserError: there is neither, or the download fails.
     """
     if not path:
-        if not DEBIAN_FASHION_MNIST.is_dir():
+        try:
+            return _complete(DEBIAN_FASHION_MNIST)
+        except UserError as error:
             raise UserError(
                 "Fashion-MNIST is not installed (Debian's package dataset-fashion-mnist): name a "
                 "folder by --data-path, it will be downloaded there"
-            )
-        return DEBIAN_FASHION_MNIST
+            ) from error
     folder = Path(path)
     try:
-        find_idx_pair(folder, "train")
+        return _complete(folder)
     except UserError:
         build_dataset("train", name="FASHION", root=folder, download=True)
+    return _complete(folder)
+
+
+def _complete(folder: Path) -> Path:
+    """`folder`, if both splits are in it; UserError otherwise."""
+    for split in ("train", "val"):
+        find_idx_pair(folder, split)
     return folder
 
 

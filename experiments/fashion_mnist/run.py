@@ -1,6 +1,6 @@
 """Train the Fashion-MNIST grid, or what is missing of it: one small result file a cell.
 
-    python experiments/fashion_mnist/run.py --quick              # under half an hour on two cores
+    python experiments/fashion_mnist/run.py --quick              # for CPUs, small and short
     python experiments/fashion_mnist/run.py --devices cuda:0 cuda:1 --jobs 8
     python experiments/fashion_mnist/draw.py                     # then: tables and figures
 
@@ -194,7 +194,11 @@ def work(place: str, tasks: Any, reports: Any, settings: dict[str, Any]) -> None
         torch.set_num_threads(1)
     plan, results = settings["plan"], settings["results"]
     with stop_on_signals(announce=False):
-        data = Data.load(settings["data"], device)
+        try:
+            data = Data.load(settings["data"], device)
+        except UserError as error:
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            sys.exit(FAILED)
         while stop_reason() is None and (cell := tasks.get()) is not None:
             state = settings["states"] / cell.name
             try:

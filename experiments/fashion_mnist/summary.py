@@ -149,11 +149,12 @@ def as_markdown(rows: Sequence[Row]) -> dict[str, str]:
     """The tables of the report by name: `main`, `differences`, `flip`, `fractions`."""
     main = [row for row in rows if row.flip and row.fraction == 1]
     pairs = [(row, twin(row, rows)) for row in main]
+    pairs = [(row, other) for row, other in pairs if other and row.seeds.keys() & other.seeds]
     both = {row.network for row in rows if not row.flip}
     parts = {row.network for row in rows if row.fraction < 1}
     tables = {
         "main": _table(main, NETWORK | COST | ACCURACY | TIME),
-        "differences": _differences([(row, other) for row, other in pairs if other is not None]),
+        "differences": _differences(pairs),
         "flip": _table(
             [row for row in rows if row.network in both and row.fraction == 1],
             NETWORK | {"flip augmentation": lambda row: "on" if row.flip else "off"} | ACCURACY,
@@ -177,6 +178,7 @@ COST: Columns = {
     "MFLOPs": lambda row: f"{row.flops / 1e6:.2f}",
 }
 ACCURACY: Columns = {
+    "seeds": lambda row: str(len(row.results)),
     "test accuracy (%)": lambda row: row.estimate("accuracy").text(),
     "on mirrored images (%)": lambda row: row.estimate("accuracy_mirrored").text(),
     "same answer for both (%)": lambda row: row.estimate("agreement").text(),
@@ -190,7 +192,7 @@ def _table(rows: Sequence[Row], columns: Columns) -> str:
 
 
 def _differences(pairs: Sequence[tuple[Row, Row]]) -> str:
-    header = ["network", "width", "FLOPs", "test accuracy (points)", "training time"]
+    header = ["network", "width", "FLOPs", "seeds", "test accuracy (points)", "training time"]
     lines = []
     for row, other in pairs:
         time = row.estimate("seconds").mean / other.estimate("seconds").mean
@@ -198,6 +200,7 @@ def _differences(pairs: Sequence[tuple[Row, Row]]) -> str:
             [
                 *(function(row) for function in NETWORK.values()),
                 f"{100 * row.flops / other.flops:.0f} %",
+                str(len(row.seeds.keys() & other.seeds.keys())),
                 difference(row, other, "accuracy").text(sign="+"),
                 f"{100 * time:.0f} %",
             ]
