@@ -11,7 +11,6 @@ import contextlib
 import io
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -45,9 +44,7 @@ def render(script: str) -> str:
             exec(compile(content, "tour.py", "exec"), namespace)
         blocks.append(f"```python\n{content}\n```")
         if printed.getvalue().strip():
-            # the folder of a run is nobody's business
-            text = printed.getvalue().rstrip().replace(tempfile.gettempdir(), "/tmp")
-            blocks.append(f"```text\n{text}\n```")
+            blocks.append(f"```text\n{printed.getvalue().rstrip()}\n```")
     return "\n\n".join(blocks) + "\n"
 
 

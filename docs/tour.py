@@ -154,9 +154,9 @@ print("on their mirror images", accuracy(model, test_set.mirrored()))
 folder = Path(tempfile.mkdtemp())
 torch.save({"model": model.state_dict(), "epoch": 0}, folder / "checkpoint.pth")
 
-source = str(folder / "checkpoint.pth")
+source = "checkpoint.pth"
 larger = small_vit(40)
-state = model_state(read_checkpoint(source), source=source)  # no pickled code is run
+state = model_state(read_checkpoint(folder / source), source=source)  # no pickled code is run
 print(load_for_finetune(larger, state, source=source))
 print("before", accuracy(larger, test_set, 40))
 train(larger, training_set, steps=50, lr=5e-4, side=40)
