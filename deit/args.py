@@ -12,6 +12,7 @@ another is settled in the Namespace that `parse_args` returns (see `resolve`).
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,17 @@ def device_name(text: str) -> str:
     if text != "auto" and not re.fullmatch(r"(cpu|mps|cuda|xpu)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
     return text
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`depth=4` as ("depth", 4): the value is a Python literal, or else a string."""
+    key, equals, value = text.partition("=")
+    if not (equals and key.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -116,6 +128,9 @@ def _add_model(parser: ArgumentParser) -> None:
               "initial value of LayerScale (default: the network's own)")
     model.add("--head-init-scale", NON_NEGATIVE, 1.0, "X",
               "factor on the initial weights of the classifier")
+    model.add("--model-kwargs", key_value, (), "KEY=VALUE",
+              "other arguments of the network, for instance embed_dim=96 depth=4 num_heads=3 "
+              "(default: none)", nargs="+")
 
     average = OptionGroup(parser, "average",
                           "An exponential moving average (EMA) of the weights, kept beside them.")
@@ -210,6 +225,10 @@ def _add_schedule(parser: ArgumentParser) -> None:
 
 def _add_augmentation(parser: ArgumentParser) -> None:
     augment = OptionGroup(parser, "augmentation")
+    augment.switch("--aug",
+                   "change training images at random, as the options here say; without it they are "
+                   "resized and cropped as in evaluation (mixup and cutmix are apart from this)",
+                   default=True)
     augment.add("--color-jitter", NON_NEGATIVE, 0.3, "X",
                 "strength of the jitter of brightness, contrast and saturation; --aa replaces "
                 "it, --ThreeAugment does not")
@@ -368,6 +387,9 @@ def resolve(args: Namespace) -> None:
         args.data_set = "CIFAR100"
     if args.aa.lower() == "none":
         args.aa = ""
+    if not args.aug:
+        args.aa, args.ThreeAugment, args.src, args.repeated_aug = "", False, False, False
+        args.color_jitter = args.hflip = args.reprob = 0.0
     if args.bce_loss:
         # Smoothed targets are all above zero: binarised, every class would be a target.
         args.smoothing = 0.0

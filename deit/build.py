@@ -53,7 +53,9 @@ def model_arguments(args: Namespace, num_classes: int) -> dict[str, Any]:
     }
     # Off is what networks without equivariant features are anyway.
     given = {name: value for name, value in given.items() if value != silent[name]}
-    return {"num_classes": num_classes, "img_size": args.input_size} | given
+    # a Namespace that was saved in a checkpoint may lack options that are newer
+    others = dict(getattr(args, "model_kwargs", ()))
+    return {"num_classes": num_classes, "img_size": args.input_size} | given | others
 
 
 def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]]:
@@ -95,6 +97,8 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
 def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
     """Take the argument that the network lacks out of `kwargs`, if that does no harm."""
     value = kwargs.pop(name)
+    if name in dict(args.model_kwargs):
+        raise UserError(f"model {args.model!r} has no argument {name!r} (--model-kwargs)")
     if name == "img_size":  # convolutional networks take any size
         return ""
     option = _OPTION_OF[name]
@@ -119,7 +123,10 @@ def _check_grid(model: nn.Module, args: Namespace) -> None:
 
 
 def build_train_dataset(args: Namespace) -> ImageDataset:
-    """The training split with its random transforms."""
+    """The training split with its random transforms, or with those of evaluation (--no-aug)."""
+    if not args.aug:
+        transform = eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio)
+        return build_dataset("train", transform=transform, **_data_options(args))
     transform = train_transform(
         args.input_size,
         color_jitter=args.color_jitter,
