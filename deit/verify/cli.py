@@ -176,14 +176,23 @@ def _check_layers(settings: list[Settings]) -> Table:
     with Table("Layers", columns, notes) as table:
         for case in LAYER_CASES:
             table.begin(str(case))
-            results = [check_layer(case, each) for each in settings]
+            try:
+                results = [check_layer(case, each) for each in settings]
+            except Exception as error:
+                table.crash(str(case), error)
+                continue
             cells = [
                 str(case),
                 *(shown(result.error) for result in results),
                 shown(min(result.output.contrast for result in results)),
                 shown(min(result.twin for result in results)),
             ]
-            table.row(cells, [failure for result in results for failure in result.failures])
+            failures = [
+                f"{result.settings.arithmetic}: {failure}"
+                for result in results
+                for failure in result.failures
+            ]
+            table.row(cells, failures)
     return table
 
 
@@ -208,8 +217,15 @@ def _check_networks(checks: list[tuple[NetworkCase, nn.Module | None, Settings]]
     with Table("Networks", columns, notes) as table:
         for case, network, settings in checks:
             table.begin(f"{case} in {settings.arithmetic}")
-            result = check_network(case, settings, network)
-            table.row(_network_cells(result), result.failures)
+            try:
+                result = check_network(case, settings, network)
+            except UserError:
+                raise
+            except Exception as error:
+                table.crash(str(case), error)
+                continue
+            failures = [f"{settings.arithmetic}: {failure}" for failure in result.failures]
+            table.row(_network_cells(result), failures)
     return table
 
 

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+from deit.errors import one_line
+
 __all__ = ["Column", "Table", "shown"]
 
 OK, FAILED = "ok", "FAILED"
+MOST_FAILURES = 3  # are listed of a row
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,20 @@ class Table:
         """Add a row; the first cell names it in the list of failures."""
         self.rows += 1
         self.failed += bool(failures)
-        self.failures += [f"{cells[0]}: {failure}" for failure in failures]
+        self.failures += [f"{cells[0]}: {failure}" for failure in failures[:MOST_FAILURES]]
+        if len(failures) > MOST_FAILURES:
+            self.failures.append(f"{cells[0]}: and {len(failures) - MOST_FAILURES} more")
         verdict = FAILED if failures else OK
         if self._status is None:
             print(self._line([*cells, verdict]), flush=True)
         else:
             colour = "red" if failures else "green"
             self._rich.add_row(*cells, f"[{colour}]{verdict}[/]")
+
+    def crash(self, what: str, error: Exception) -> None:
+        """Add the row of a check that could not be done, which is a failure like others."""
+        dashes = ["-"] * (len(self.columns) - 2)
+        self.row([what, *dashes], [f"{type(error).__name__}: {one_line(error)}"])
 
     def __exit__(
         self,

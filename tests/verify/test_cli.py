@@ -58,7 +58,24 @@ def test_what_fails_exits_with_one_and_is_named(few, monkeypatch, capsys):
     assert run("--dtype", "float32") == 1
     output = capsys.readouterr().out
     assert "1 of 2 checks FAILED" in output
-    assert "FAILED: Linear: output: error" in output
+    assert "FAILED: Linear: float32: output: error" in output
+
+
+def test_a_check_that_crashes_fails_and_the_others_go_on(few, monkeypatch, capsys):
+    def crash(x):
+        raise RuntimeError("no such\nkernel")
+
+    def crashing():
+        layer = LAYER_CASES[0].build()
+        layer.forward = crash
+        return layer
+
+    case = replace(LAYER_CASES[0], variant="crashing", build=crashing)
+    monkeypatch.setattr(cli, "LAYER_CASES", [case, LAYER_CASES[0]])
+    assert run("--dtype", "float32") == 1
+    output = capsys.readouterr().out
+    assert "1 of 3 checks FAILED" in output
+    assert "FAILED: Linear, crashing: RuntimeError: no such kernel" in output
 
 
 @pytest.mark.parametrize(
