@@ -22,7 +22,7 @@ demo: $(VENV)/.run
 	$(PY) experiments/demo.py
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

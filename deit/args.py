@@ -12,14 +12,13 @@ another is settled in the Namespace that `parse_args` returns (see `resolve`).
 from __future__ import annotations
 
 import argparse
-import ast
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
-from deit.cli import CommandLine, OptionGroup, number
+from deit.cli import CommandLine, OptionGroup, key_value, number
 from deit.errors import UserError
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "plateau", "constant")
@@ -55,17 +54,6 @@ def device_name(text: str) -> str:
     if text != "auto" and not re.fullmatch(r"(cpu|mps|cuda|xpu)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
     return text
-
-
-def key_value(text: str) -> tuple[str, Any]:
-    """`depth=4` as ("depth", 4): the value is a Python literal, or else a string."""
-    key, equals, value = text.partition("=")
-    if not (equals and key.isidentifier()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 def _add_run(parser: ArgumentParser) -> None:
@@ -128,7 +116,7 @@ def _add_model(parser: ArgumentParser) -> None:
               "initial value of LayerScale (default: the network's own)")
     model.add("--head-init-scale", NON_NEGATIVE, 1.0, "X",
               "factor on the initial weights of the classifier")
-    model.add("--model-kwargs", key_value, (), "KEY=VALUE",
+    model.add("--model-kwargs", key_value, None, "KEY=VALUE",
               "other arguments of the network, for instance embed_dim=96 depth=4 num_heads=3 "
               "(default: none)", nargs="+")
 

@@ -54,7 +54,7 @@ def model_arguments(args: Namespace, num_classes: int) -> dict[str, Any]:
     # Off is what networks without equivariant features are anyway.
     given = {name: value for name, value in given.items() if value != silent[name]}
     # a Namespace that was saved in a checkpoint may lack options that are newer
-    others = dict(getattr(args, "model_kwargs", ()))
+    others = dict(getattr(args, "model_kwargs", None) or ())
     return {"num_classes": num_classes, "img_size": args.input_size} | given | others
 
 
@@ -97,7 +97,7 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
 def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
     """Take the argument that the network lacks out of `kwargs`, if that does no harm."""
     value = kwargs.pop(name)
-    if name in dict(args.model_kwargs):
+    if name in dict(getattr(args, "model_kwargs", None) or ()):
         raise UserError(f"model {args.model!r} has no argument {name!r} (--model-kwargs)")
     if name == "img_size":  # convolutional networks take any size
         return ""

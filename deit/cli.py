@@ -9,6 +9,7 @@ run.switch("--compile", "compile the network")          # --compile and --no-com
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 import sys
 from collections.abc import Callable
@@ -97,6 +98,17 @@ class OptionGroup:
         )
         # Set afterwards: some Python versions append the default in words of their own.
         action.help = f"{help} (default: {shown})".replace("%", "%%")
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`depth=4` as ("depth", 4): the value is a Python literal, or else a string."""
+    key, equals, value = text.partition("=")
+    if not (equals and key.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
 def number(

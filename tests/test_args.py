@@ -163,3 +163,19 @@ def test_config_dict_is_json():
     assert config["pair"] == [1, 2]
     assert config["cutmix_minmax"] == [0.2, 0.8]
     assert list(config) == sorted(config)
+
+
+def test_model_kwargs_are_python_values():
+    args = parse_args(["--model-kwargs", "depth=4", "mlp_ratio=2.5", "global_pool=avg", "x=(1, 2)"])
+    assert dict(args.model_kwargs) == {
+        "depth": 4, "mlp_ratio": 2.5, "global_pool": "avg", "x": (1, 2)
+    }  # fmt: skip
+    with pytest.raises(UserError, match="'depth' is not of the form key=value"):
+        parse_args(["--model-kwargs", "depth"])
+
+
+def test_no_aug_switches_every_augmentation_off():
+    args = parse_args(["--no-aug", "--ThreeAugment", "--reprob", "0.5"])
+    assert not any((args.aa, args.ThreeAugment, args.src, args.repeated_aug))
+    assert args.color_jitter == args.hflip == args.reprob == 0
+    assert parse_args([]).aa, "and only then"

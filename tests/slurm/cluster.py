@@ -1,8 +1,8 @@
 """A Slurm of two nodes on one machine, for the tests in this folder and for trying things out.
 
     apt-get install --no-install-recommends slurm-wlm munge
-    python tests/slurm/cluster.py up /tmp/slurm && . /tmp/slurm/env.sh && sinfo
-    python tests/slurm/cluster.py down /tmp/slurm
+    python tests/slurm/cluster.py up slurm-test && . slurm-test/env.sh && sinfo
+    python tests/slurm/cluster.py down slurm-test
 
 Needs root. Each slurmd gets a host name and an /etc/hosts of its own (`unshare`), so that the nodes
 n1 and n2 resolve and the processes of a node can be told apart. Partition `high` evicts jobs of

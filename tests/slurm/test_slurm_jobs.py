@@ -27,7 +27,13 @@ from PIL import Image
 from deit.checkpoint import read_checkpoint
 from deit.launch.status import read_status
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
+# one group: with several workers the tests still share one cluster
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.xdist_group("slurm"),
+]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EPOCHS, UPDATES, PROCESSES, BATCH = 2, 16, 4, 4
