@@ -48,16 +48,16 @@ TRAINING = [
     *("--epochs", "12", "--warmup-epochs", "1", "--batch-size", "50"),
     *("--lr", "1e-3", "--unscale-lr", "--layer-scale-init-value", "1", "--drop-path", "0"),
     *("--no-aug", "--mixup", "0", "--cutmix", "0", "--no-model-ema", "--num-workers", "1"),
-    # products this small gain nothing from a second thread, and lose much if the machine is busy
-    *("--threads", "1"),
 ]
+# products this small gain nothing from a second thread, and lose much if the machine is busy
+THREADS = 1
 REQUIRED_ACCURACY = 80.0
 SHOWN = 8
 
 
 def run_main(*options: str) -> None:
     """Run deit/main.py with `options`, showing the command. Its failure ends the demo likewise."""
-    command = ["python", "deit/main.py", *options]
+    command = ["python", "deit/main.py", *NETWORK, "--threads", str(THREADS), *options]
     print(f"\n$ {shlex.join(command)}", flush=True)
     result = subprocess.run([sys.executable, *command[1:]], cwd=REPOSITORY, check=False)
     if result.returncode:
@@ -91,9 +91,9 @@ def draw(
     history: list[dict], dataset: ImageDataset, logits: Tensor, mirrored: Tensor, title: str
 ) -> plt.Figure:
     """Curves above, test images and their mirror images with the predictions below."""
-    figure = plt.figure(figsize=(12, 7.6), layout="constrained")
+    figure = plt.figure(figsize=(12, 7.2), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    curves, images = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    curves, images = figure.subfigures(2, 1, height_ratios=(1, 1.2))
     loss_axes, accuracy_axes = curves.subplots(1, 2)
     epochs = [record["epoch"] + 1 for record in history]
     loss_axes.plot(epochs, [record["train_loss"] for record in history], "o-", label="training")
@@ -105,7 +105,7 @@ def draw(
     accuracy_axes.axhline(REQUIRED_ACCURACY, color="grey", linestyle=":", linewidth=1)
     accuracy_axes.annotate(
         f"{accuracy[-1]:.1f} %", (epochs[-1], accuracy[-1]), (0, 8), textcoords="offset points",
-        ha="center",
+        ha="right",
     )  # fmt: skip
     accuracy_axes.set(xlabel="epoch", ylabel="top-1 in %", title="Accuracy on the test images")
     accuracy_axes.margins(y=0.15)
@@ -121,9 +121,10 @@ def draw(
             image: Image.Image = dataset.load(index)
             axes.imshow(image if change is None else change(image))
             probability, label = scores[index].softmax(0).max(0)
-            color = "tab:green" if label == targets[index] else "tab:red"
-            text = f"{dataset.class_names[label]}\n{100 * probability:.4f} %"
-            axes.set_title(text, fontsize=9, color=color)
+            right = label == targets[index]
+            truth = "" if right else f" ({dataset.class_names[targets[index]]})"
+            text = f"{dataset.class_names[label]}{truth}\n{100 * probability:.4f} %"
+            axes.set_title(text, fontsize=9, color="tab:green" if right else "tab:red")
             axes.set(xticks=[], yticks=[])
         grid[row, 0].set_ylabel(("test image", "mirrored")[row], fontsize=11)
     return figure
@@ -134,10 +135,11 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "runs" / "demo")
     folder = parser.parse_args().output_dir.resolve()
     start = time.perf_counter()
-    run_main(*NETWORK, *TRAINING, "--output-dir", str(folder))
+    run_main(*TRAINING, "--output-dir", str(folder))
     checkpoint = folder / "best_checkpoint.pth"
-    run_main(*NETWORK, "--eval", "--resume", str(checkpoint), "--num-workers", "0")
+    run_main("--eval", "--resume", str(checkpoint), "--num-workers", "0")
 
+    torch.set_num_threads(THREADS)
     model, dataset = load_network(checkpoint)
     logits, mirrored = predict(model, dataset), predict(model, dataset, ImageOps.mirror)
     upside_down = predict(model, dataset, ImageOps.flip)
@@ -152,7 +154,7 @@ def main() -> int:
     print(f"upside down, for comparison: {same_upside_down} of {count} predictions are the same")
 
     title = (
-        f"{MODEL} on {count} test images: {accuracy:.1f} % top-1; "
+        f"{MODEL} with {len(model.blocks)} blocks on {count} test images: {accuracy:.1f} % top-1; "
         f"same prediction for {same} mirror images"
     )
     figure = draw(read_log(folder), dataset, logits, mirrored, title)
