@@ -45,7 +45,7 @@ NETWORK = [
 # no augmentation. Flips would teach this network nothing anyway: it gives mirror images the same
 # prediction whatever its weights.
 TRAINING = [
-    *("--epochs", "12", "--warmup-epochs", "1", "--batch-size", "50"),
+    *("--epochs", "10", "--warmup-epochs", "1", "--batch-size", "50"),
     *("--lr", "1e-3", "--unscale-lr", "--layer-scale-init-value", "1", "--drop-path", "0"),
     *("--no-aug", "--mixup", "0", "--cutmix", "0", "--no-model-ema", "--num-workers", "1"),
 ]
@@ -123,7 +123,7 @@ def draw(
             probability, label = scores[index].softmax(0).max(0)
             right = label == targets[index]
             truth = "" if right else f" ({dataset.class_names[targets[index]]})"
-            text = f"{dataset.class_names[label]}{truth}\n{100 * probability:.4f} %"
+            text = f"{dataset.class_names[label]}{truth}\n{100 * probability:.2f} %"
             axes.set_title(text, fontsize=9, color="tab:green" if right else "tab:red")
             axes.set(xticks=[], yticks=[])
         grid[row, 0].set_ylabel(("test image", "mirrored")[row], fontsize=11)
