@@ -27,6 +27,7 @@ if __package__ in (None, ""):
 from deit.args import parse_args
 from deit.build import build_model, build_val_dataset, number_of_classes, set_precision
 from deit.checkpoint import load_model, model_state, read_checkpoint, trained_model_name
+from deit.data.loader import is_worker_death, worker_death
 from deit.distributed import Processes, choose_device, connect, find_place
 from deit.engine import (
     Batches,
@@ -90,6 +91,10 @@ def train(run: Run) -> None:
     except NonFiniteLossError as error:
         reporter.close(title=args.model)
         raise UserError(explain_non_finite(run, error)) from error
+    except RuntimeError as error:
+        if not is_worker_death(error):
+            raise
+        raise worker_death(error) from error
     finally:
         reporter.stop()
     run.agreement.finish()
