@@ -45,7 +45,7 @@ NETWORK = [
 # no augmentation. Flips would teach this network nothing anyway: it gives mirror images the same
 # prediction whatever its weights.
 TRAINING = [
-    *("--epochs", "10", "--warmup-epochs", "1", "--batch-size", "50"),
+    *("--epochs", "12", "--warmup-epochs", "1", "--batch-size", "50"),
     *("--lr", "1e-3", "--unscale-lr", "--layer-scale-init-value", "1", "--drop-path", "0"),
     *("--no-aug", "--mixup", "0", "--cutmix", "0", "--no-model-ema", "--num-workers", "1"),
 ]
