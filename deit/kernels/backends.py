@@ -1,0 +1,51 @@
+"""Where the Triton kernels can run. `deit.kernels` imports without Triton; they load on first use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["gelu_triton", "linear_triton", "triton_runs"]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _load(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"deit.kernels.{name}")
+    except ImportError:
+        return None
+
+
+def gelu_triton() -> ModuleType | None:
+    """The kernels of the nonlinearity, or None without Triton."""
+    return _load("gelu_triton")
+
+
+def linear_triton() -> ModuleType | None:
+    """The kernels of the linear maps, or None without Triton."""
+    return _load("linear_triton")
+
+
+@functools.cache
+def _device_runs(device: torch.device) -> bool:
+    if device.type == "cpu":  # Triton's interpreter, for tests
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    # The kernels were compiled for NVIDIA's compute capabilities 8.0 and 9.0, see
+    # benchmarks/kernel_resources.py; older ones lack bfloat16 and asynchronous copies.
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def triton_runs(x: Tensor) -> bool:
+    """Whether the kernels take `x`: its dtype and device suit them, and Triton is installed."""
+    return x.dtype in DTYPES and _device_runs(x.device) and _load("gelu_triton") is not None
