@@ -1,4 +1,4 @@
-"""Where the Triton kernels can run. `deit.kernels` imports without Triton; they load on first use."""
+"""Where the Triton kernels can run; they load on first use, so Triton may be absent."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _disagreement(expected: Tensor, actual: Tensor, tolerance: float) -> str | N
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return f"gave {tuple(actual.shape)} {actual.dtype}, not {tuple(expected.shape)}"
     expected, actual = (t.reshape(-1, t.shape[-1]) for t in (expected, actual))
-    rows, columns = expected.shape
+    columns = expected.shape[1]
     chunk = max(1, CHECKED_AT_ONCE // columns)
     work = torch.float64 if expected.dtype == torch.float64 else torch.float32
     row_error, row_norm = [], []
