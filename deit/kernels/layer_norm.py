@@ -108,6 +108,7 @@ def _candidates(x: Tensor, direction: str, plain: Candidate) -> list[Candidate]:
     fused = [
         Candidate(f"triton {c.elements}x{c.warps}", functools.partial(run, config=c))
         for c in configs
+        if kernels.tile(x.shape[-1] // 2, c)[0]
     ]
     return [*fused, plain]
 

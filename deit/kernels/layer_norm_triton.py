@@ -17,23 +17,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BACKWARD_CONFIGS", "FORWARD_CONFIGS", "LARGEST_HALF", "Config", "backward", "forward"]
+__all__ = [
+    "BACKWARD_CONFIGS",
+    "FORWARD_CONFIGS",
+    "LARGEST_HALF",
+    "Config",
+    "backward",
+    "forward",
+    "processors",
+    "tile",
+]
 
 # Wider rows would not stay in registers.
-LARGEST_HALF = 4096
+LARGEST_HALF = 1024
 # Programs of the backward pass on one multiprocessor: enough loads in flight, few partial sums.
 PROGRAMS = 4
 
 
 class Config(NamedTuple):
-    """`elements`: of one half that a program holds, at least one row; `warps`: of 32 threads."""
+    """`elements`: of one half that a program holds, whole rows; `warps`: of 32 threads each."""
 
     elements: int
     warps: int
 
 
 FORWARD_CONFIGS = (Config(2048, 4), Config(1024, 4), Config(4096, 8), Config(1024, 2))
-BACKWARD_CONFIGS = (Config(1024, 4), Config(2048, 8), Config(512, 2), Config(2048, 4))
+# the backward pass holds twice as much: with more elements a thread it would spill
+BACKWARD_CONFIGS = (Config(1024, 4), Config(2048, 8), Config(512, 2))
 
 
 @triton.jit
@@ -136,16 +146,16 @@ def backward_kernel(
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tile(half: int, config: Config) -> tuple[int, int]:
-    """Rows of a program, and the power of two that holds half a row."""
+    """Rows of a program, 0 if not one fits, and the power of two that holds half a row."""
     block = triton.next_power_of_2(half)
-    return max(1, config.elements // block), block
+    return config.elements // block, block
 
 
 def forward(
@@ -182,7 +192,7 @@ def backward(
     """
     rows, half = x.shape[0], x.shape[1] // 2
     height, block = tile(half, config)
-    programs = min(PROGRAMS * _processors(x.device), triton.cdiv(rows, height))
+    programs = min(PROGRAMS * processors(x.device), triton.cdiv(rows, height))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(programs, 2, 2 * half, dtype=torch.float32, device=x.device)
     backward_kernel[(programs,)](
