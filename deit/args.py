@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
-from deit.cli import CommandLine, OptionGroup, key_value, number
+from deit.cli import CommandLine, OptionGroup, add_kernels, key_value, number
 from deit.errors import UserError
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "plateau", "constant")
@@ -146,6 +146,7 @@ def _add_speed(parser: ArgumentParser) -> None:
                  "recompute activations in the backward pass: saves memory, takes time")
     speed.add("--threads", COUNT, None, "N",
               "CPU threads per process (default: PyTorch's choice)")
+    add_kernels(speed)
 
 
 def _add_optimizer(parser: ArgumentParser) -> None:

@@ -100,6 +100,20 @@ class OptionGroup:
         action.help = f"{help} (default: {shown})".replace("%", "%%")
 
 
+def add_kernels(group: OptionGroup) -> None:
+    """The option `--kernels`, for `kernels.set_mode`; None leaves it to the environment."""
+    group.add(
+        "--kernels",
+        str,
+        None,
+        "MODE",
+        "auto: fused paths where the device has them; plain: the layers' plain formulas (default: "
+        "the environment variable DEIT_KERNELS, else auto)",
+        # those of deit.kernels, without importing torch
+        choices=("auto", "plain"),
+    )
+
+
 def key_value(text: str) -> tuple[str, Any]:
     """`depth=4` as ("depth", 4): the value is a Python literal, or else a string."""
     key, equals, value = text.partition("=")

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deit.cli import CommandLine, OptionGroup, number
+from deit import kernels
+from deit.cli import CommandLine, OptionGroup, add_kernels, number
 from deit.complexity.hardware import describe, measure_ceilings, versions
 from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
 from deit.complexity.networks import groups, select
@@ -82,6 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     how.add("--min-time", number(float, 0), 1.0, "S", "seconds of measurement for each network")
     how.add("--threads", number(int, 1), None, "N", "threads of a CPU; torch's choice without")
+    add_kernels(how)
     out = OptionGroup(parser, "what to write")
     out.add("--json", Path, None, "FILE", "settings and results")
     out.add("--csv", Path, None, "FILE", "the results, a line for each network")
@@ -103,7 +105,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def make_settings(args: Namespace) -> Settings:
-    """How to run the networks. Sets the number of threads."""
+    """How to run the networks. Sets the number of threads and which kernels may be used."""
+    kernels.set_mode(args.kernels or kernels.get_mode())
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
@@ -179,6 +182,7 @@ def _settings_report(args: Namespace, settings: Settings) -> dict[str, Any]:
         "compile": args.compile,
         "compile_mode": settings.compile_mode,
         "fused_attention": True,
+        "kernels": kernels.get_mode(),
         "throughput": args.throughput,
         "train": settings.train,
         "batch_size": args.batch_size or DEFAULT_BATCH,

@@ -15,6 +15,7 @@ from timm.layers import use_fused_attn as fused_attn_is_available
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group
+from deit.layers import fused
 from deit.layers.linear import Linear
 
 __all__ = ["Attention"]
@@ -105,6 +106,9 @@ class Attention(nn.Module):
         return blocks
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
+        y = fused.attention(x, self)
+        if y is not None:
+            return y
         q, k, v = self.split_heads(self.qkv.map(self.rep.split(x)))
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0

@@ -11,6 +11,7 @@ from timm.layers import Mlp as OrdinaryMlp
 from torch import Tensor, nn
 
 from deit.groups import Rep
+from deit.layers import fused
 from deit.layers.activation import quick_gelu
 from deit.layers.affine import Affine, LayerScale, OrdinaryAffine
 from deit.layers.linear import Linear
@@ -63,8 +64,12 @@ class MixerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
-        x = x + self.drop_path(self.gamma_1(self.attn(self.norm1(x).mT).mT))
+        x = x + self.drop_path(self.gamma_1(self._mix(self.norm1(x))))
         return x + self.drop_path(self.gamma_2(self.mlp(self.norm2(x))))
+
+    def _mix(self, x: Tensor) -> Tensor:
+        y = fused.mix_tokens(x, self.attn)
+        return self.attn(x.mT).mT if y is None else y
 
 
 class OrdinaryMixerBlock(nn.Module):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
+from deit.layers import fused
 from deit.layers.activation import GELU
 from deit.layers.linear import Linear, as_rep
 
@@ -60,6 +61,9 @@ def perceptron(
 
     The constant factors of the activation are left to the matrix products.
     """
+    y = fused.perceptron(x, fc1, act, fc2, drop)
+    if y is not None:
+        return y
     parts = act.map(fc1.map(fc1.in_rep.split(x), out_gain=act.gain))
     if drop is not None:
         parts = [drop(part) for part in parts]

@@ -12,7 +12,8 @@ import timm
 import torch
 from torch import nn
 
-from deit.cli import CommandLine, OptionGroup, number
+from deit import kernels
+from deit.cli import CommandLine, OptionGroup, add_kernels, number
 from deit.errors import UserError, one_line
 from deit.verify import breaks
 from deit.verify.checkpoints import network_of
@@ -72,6 +73,7 @@ def get_parser() -> CommandLine:
         f"height and width of images (default: {SIZE}, or what a checkpoint was trained on)",
     )  # fmt: skip
     how.add("--seed", number(int, 0), 0, "N", "of parameters and random images")
+    add_kernels(how)
     return parser
 
 
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = get_parser().parse_args(argv)
     settings = _settings(args)
+    kernels.set_mode(args.kernels or kernels.get_mode())
     start = time.monotonic()
     # TF32 would round to ten bits what is called float32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

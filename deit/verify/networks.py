@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import deit.models  # noqa: F401 - registers the networks
+from deit import kernels
 from deit import layers as L
 from deit.complexity.published import twin_of
 from deit.equivariance import randomize_
@@ -97,6 +98,7 @@ class NetworkResult:
         depth: number of blocks.
         natural, random: the largest errors of features on either kind of image.
         logits: the error of the logits, promised or not.
+        fused: how far fused or compiled paths are from the plain formulas in the logits, relative.
         gradient: the largest error of a parameter's gradient; None where it is not compared.
         twin: the ordinary network's error in the logits, in float32.
     """
@@ -109,6 +111,7 @@ class NetworkResult:
     natural: float
     random: float
     logits: float
+    fused: float
     gradient: float | None
     twin: float
     failures: list[str] = field(default_factory=list)
@@ -180,13 +183,13 @@ def check_network(
 
     with torch.no_grad():
         trace = Trace(network)
-        if not settings.compile:  # hooks cannot see into a compiled network
-            with trace, settings.autocast():
-                network(batch)
+        with trace if not settings.compile else kernels.plain(), settings.autocast():
+            plain = network(batch)  # no hooks for compile: they cannot see into what it makes
         events = trace.events + _maps(network, batch, settings)
         with settings.autocast():
             logits = settings.compiled(network)(batch)
     result = _compare_logits(logits)
+    fused = float((logits.double() - plain.double()).norm() / plain.double().norm())
     if trace.invariant:
         events.append(Event("", type(network).__name__, "out of", result, ""))
     gradient = None
@@ -210,6 +213,7 @@ def check_network(
         natural=worst(*(error for row in errors for error in row[: settings.count])),
         random=worst(*(error for row in errors for error in row[settings.count :])),
         logits=result.error,
+        fused=fused,
         gradient=gradient,
         twin=twin,
     )
@@ -227,6 +231,8 @@ def _failures(result: NetworkResult) -> list[str]:
     if result.gradient is not None and not result.gradient <= GRADIENT_SLACK * tol:
         limit = GRADIENT_SLACK * tol
         failures.append(f"gradients: error {result.gradient:.1e} > tolerance {limit:.1e}")
+    if not result.fused <= tol:
+        failures.append(f"fused paths change the logits: error {result.fused:.1e} > {tol:.1e}")
     if not is_far_off(result.twin, result.logits if result.invariant else 0.0, tol):
         failures.append(f"the ordinary twin is hardly worse (error {result.twin:.1e})")
     return failures

@@ -19,7 +19,7 @@ from timm.layers import Mlp as OrdinaryMlp
 from timm.models.vision_transformer import Attention as OrdinaryAttention
 from torch import Tensor, nn
 
-from deit import layers
+from deit import kernels, layers
 from deit.groups import FLOP, Rep
 from deit.verify import features
 from deit.verify.measure import Feature, Measurement, measure
@@ -87,7 +87,8 @@ class Trace:
             network(torch.cat([x, x.flip(-1)]))
         trace.events
 
-    Behind a bridge to the regular basis nothing is promised, and nothing measured.
+    Behind a bridge to the regular basis nothing is promised, and nothing measured. The plain
+    formulas run: fused paths give no account of what is in between.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -103,6 +104,8 @@ class Trace:
         self._place: features.MirroredTokens | Rep | None = getattr(network, "tokens", None)
 
     def __enter__(self) -> Trace:
+        self._mode = kernels.get_mode()
+        kernels.set_mode("plain")
         for module in self._names:
             for handle in (
                 module.register_forward_pre_hook(self._before),
@@ -122,6 +125,7 @@ class Trace:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        kernels.set_mode(self._mode)
 
     def _wrap(self, module: nn.Module, method: str, watch: Callable) -> None:
         """Have `watch(module, original, *args)` called in place of a method of this instance."""

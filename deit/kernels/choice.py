@@ -1,0 +1,80 @@
+"""Whether a fused path may be taken: one switch for all of them, and what they need in common.
+
+Fused paths compute what the plain formulas do, and are chosen by device, dtype and shape. They are
+off where something other than numbers flows through the layers: while a graph is exported or traced
+for other programs, under function transforms, and for tensors of other kinds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from deit.errors import UserError
+
+__all__ = ["ENVIRONMENT", "MODES", "get_mode", "is_plain_tensor", "plain", "set_mode"]
+
+MODES = ("auto", "plain")
+ENVIRONMENT = "DEIT_KERNELS"
+
+
+_mode: str | None = None
+
+
+def get_mode() -> str:
+    """`auto`, fused paths where they apply, or `plain`, none.
+
+    Raises:
+        UserError: if nothing was set and the environment variable DEIT_KERNELS is neither.
+    """
+    if _mode is None:
+        set_mode(os.environ.get(ENVIRONMENT) or "auto", f"the environment variable {ENVIRONMENT}")
+    return _mode
+
+
+def set_mode(mode: str, source: str = "the mode of the kernels") -> None:
+    """Choose for the whole process; before it, the environment variable DEIT_KERNELS decides.
+
+    Raises:
+        UserError: for anything but `auto` and `plain`; `source` says where it came from.
+    """
+    global _mode
+    if mode not in MODES:
+        raise UserError(f"{source} is {mode!r}: use one of {', '.join(MODES)}")
+    _mode = mode
+
+
+# torch 2.6 has no function that tells; its flag is set while exporting, not while compiling
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """The plain formulas inside a `with` block, for comparisons."""
+    before = get_mode()
+    set_mode("plain")
+    try:
+        yield
+    finally:
+        set_mode(before)
+
+
+def is_plain_tensor(x: object) -> bool:
+    """Whether `x` holds the numbers themselves, and fused paths are switched on.
+
+    False for the stand-ins of symbolic tracers, for tensor subclasses, inside `torch.export`,
+    TorchScript's tracing and functorch's transforms, and in forward-mode differentiation.
+    """
+    if get_mode() == "plain" or type(x) not in (Tensor, nn.Parameter):
+        return False
+    if torch.compiler.is_compiling():
+        return not _is_exporting()
+    return not (
+        torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
