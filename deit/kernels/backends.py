@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["gelu_triton", "linear_triton", "triton_runs"]
+__all__ = ["gelu_triton", "linear_launch", "triton_runs"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,9 +28,9 @@ def gelu_triton() -> ModuleType | None:
     return _load("gelu_triton")
 
 
-def linear_triton() -> ModuleType | None:
+def linear_launch() -> ModuleType | None:
     """The kernels of the linear maps, or None without Triton."""
-    return _load("linear_triton")
+    return _load("linear_launch")
 
 
 @functools.cache

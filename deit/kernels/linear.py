@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deit.kernels import tuning
-from deit.kernels.backends import gelu_triton, linear_triton, triton_runs
+from deit.kernels.backends import gelu_triton, linear_launch, triton_runs
 from deit.kernels.gelu import _gelu_backward_op, as_rows, check_activation, plain_gelu
 from deit.kernels.tuning import Candidate
 
@@ -181,7 +181,7 @@ def _key(x: Tensor, n: int, *rest: object) -> tuple:
 
 
 def _linear_candidates(x: Tensor, packed: bool) -> list[Candidate]:
-    kernels = linear_triton().linear_candidates(x.dtype) if triton_runs(x) else []
+    kernels = linear_launch().linear_candidates(x.dtype) if triton_runs(x) else []
     # Without timing: cuBLAS if it needs no copies.
     return [_PLAIN, _BATCHED, *kernels] if packed and x.is_cuda else [*kernels, _PLAIN]
 
@@ -193,11 +193,11 @@ def _act_candidates(x: Tensor, packed: bool) -> list[Candidate]:
     library = [Candidate("plain_then_gelu", _then_act(_plain_linear, gelu))]
     if packed:
         library.append(Candidate("batched_then_gelu", _then_act(_batched_linear, gelu)))
-    return [*library, *linear_triton().act_candidates(x.dtype), _PLAIN_ACT]
+    return [*library, *linear_launch().act_candidates(x.dtype), _PLAIN_ACT]
 
 
 def _weight_grad_candidates(x: Tensor, packed: bool) -> list[Candidate]:
-    kernels = linear_triton().weight_grad_candidates(x.dtype) if triton_runs(x) else []
+    kernels = linear_launch().weight_grad_candidates(x.dtype) if triton_runs(x) else []
     if packed and x.is_cuda:
         return [_PLAIN_WEIGHT_GRAD, _BATCHED_WEIGHT_GRAD, *kernels]
     return [*kernels, _PLAIN_WEIGHT_GRAD]

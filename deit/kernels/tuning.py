@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from typing import Any, NamedTuple
@@ -120,8 +120,8 @@ def _tensors(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _judgeable(expected: Sequence[Tensor]) -> bool:
     """Whether every output is finite and not all zero."""
-    sums = [t.abs().sum(dtype=torch.float64) for t in expected]
-    return all(0 < float(s) < inf for s in sums)
+    largest = [float(torch.linalg.vector_norm(t, inf)) for t in expected]
+    return all(0 < value < inf for value in largest)
 
 
 def _disagreement(expected: Tensor, actual: Tensor, tolerance: float) -> str | None:
@@ -195,6 +195,20 @@ class Tuner:
             args: passed on; the first one is a tensor.
         """
         x: Tensor = args[0]
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):  # Triton launches on the current one
+                return self._run(op, key, plain, candidates, x, args)
+        return self._run(op, key, plain, candidates, x, args)
+
+    def _run(
+        self,
+        op: str,
+        key: Hashable,
+        plain: Candidate,
+        candidates: Callable[[], Sequence[Candidate]],
+        x: Tensor,
+        args: tuple,
+    ) -> Any:
         if self._forced is not None:
             return self._named(self._forced, candidates(), plain).run(*args)
         timed = self._timing_allowed(x.device)
@@ -229,24 +243,30 @@ class Tuner:
                 if self._unjudged[full] >= MAX_UNJUDGED:
                     self._settle(full, plain, times)
                 return outputs
-            agreeing = [
+            agreeing = (
                 c for c in candidates if c is plain or self._agrees(full, c, expected, args)
-            ]
+            )
             if full[-1]:
-                best = inf
-                for candidate in agreeing:
-                    try:
-                        time = self._timer(functools.partial(candidate.run, *args), best)
-                    except Exception as error:
-                        self._drop(full, candidate, error)
-                        continue
-                    times[candidate.name] = time
-                    if time < best:
-                        best, choice = time, candidate
+                choice, times = self._fastest(full, plain, agreeing, args)
             else:
-                choice = agreeing[0]
+                choice = next(agreeing, plain)
         self._settle(full, choice, times)
         return outputs
+
+    def _fastest(
+        self, full: tuple, plain: Candidate, candidates: Iterable[Candidate], args: tuple
+    ) -> tuple[Candidate, dict[str, float]]:
+        choice, best, times = plain, inf, {}
+        for candidate in candidates:
+            try:
+                time = self._timer(functools.partial(candidate.run, *args), best)
+            except Exception as error:
+                self._drop(full, candidate, error)
+                continue
+            times[candidate.name] = time
+            if time < best:
+                best, choice = time, candidate
+        return choice, times
 
     def _settle(self, full: tuple, choice: Candidate, times: dict[str, float]) -> None:
         self._chosen[full] = choice
