@@ -25,6 +25,9 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+_KERNELS = {F.gelu: "gelu", quick_gelu: "quick_gelu"}
+
+
 class GELU(nn.Module):
     """`act` in the regular basis of the last axis, and of the one before it if `across` is given.
 
@@ -46,6 +49,11 @@ class GELU(nn.Module):
         self.rep = as_rep(features, group)
         self.act = act
         self.across = across
+
+    @property
+    def kernel(self) -> str | None:
+        """The name by which `deit.kernels` knows the pointwise function; None if it does not."""
+        return _KERNELS.get(self.act)
 
     @property
     def gain(self) -> float:

@@ -16,7 +16,7 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Rep
-from deit.layers import tracing
+from deit.layers import fused, tracing
 from deit.layers.fixed import FixedBuffers
 
 __all__ = ["ChannelsLastMirrorConv2d", "MirrorConv2d", "MirrorDepthwiseConv2d", "MirrorKernel"]
@@ -218,13 +218,26 @@ class MirrorDepthwiseConv2d(nn.Module):
             )
             self.add_module(f"{rho.name}_to_{sigma.name}", kernel)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _parts(self) -> list[MirrorKernel]:
         # input channels are s1, s2, a1, a2 and feed ss, sa, as, aa; s' = (ss, as), a' = (sa, aa)
-        parts = [self.sym_to_sym, self.sym_to_asym, self.asym_to_sym, self.asym_to_asym]
-        kernel = torch.cat([part.kernel() for part in parts])
-        zeros = torch.zeros_like(self.asym_to_asym.weight[:, 0, 0, 0])
-        biases = [zeros if part.bias is None else part.bias for part in parts]
-        y = F.conv2d(x, kernel, torch.cat(biases), padding=self.padding, groups=self.channels)
+        return [self.sym_to_sym, self.sym_to_asym, self.asym_to_sym, self.asym_to_asym]
+
+    def kernel(self) -> Tensor:
+        """The four parts one after another in the order of their inputs, (C, 1, k, k)."""
+        return torch.cat([part.kernel() for part in self._parts()])
+
+    def bias(self) -> Tensor | None:
+        """The shifts in the same order, zero on what makes a'; (C,)."""
+        if self.sym_to_sym.bias is None:
+            return None
+        zeros = torch.zeros_like(self.sym_to_sym.bias)
+        return torch.cat([zeros if p.bias is None else p.bias for p in self._parts()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = fused.depthwise(x, self)
+        if y is not None:
+            return y
+        y = F.conv2d(x, self.kernel(), self.bias(), padding=self.padding, groups=self.channels)
         ss, sa, as_, aa = y.chunk(4, 1)
         return torch.cat([ss, as_, sa, aa], 1)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
+from deit.layers import fused
 
 __all__ = ["Linear", "as_rep", "invariant_bias"]
 
@@ -87,6 +88,18 @@ class Linear(nn.Module):
         """The irreps' blocks, in order."""
         return [getattr(self, f"{self.prefix}_{irrep.name}") for irrep in self.group.irreps]
 
+    def shift(self) -> Tensor | None:
+        """What is added to a feature that is decomposed `across` too, (across.size, out)."""
+        if self.across is None or self.blocks()[0].bias is None:
+            return None
+        return torch.cat(
+            [
+                invariant_bias(block.bias, index, self.out_rep, self.across)
+                for index, block in enumerate(self.blocks())
+            ],
+            -1,
+        )
+
     def map(
         self, parts: Sequence[Tensor], *, in_gain: float = 1.0, out_gain: float = 1.0
     ) -> list[Tensor]:
@@ -125,6 +138,9 @@ class Linear(nn.Module):
         return y
 
     def forward(self, x: Tensor) -> Tensor:  # (..., [across,] in) -> (..., [across,] out)
+        y = fused.linear(x, self)
+        if y is not None:
+            return y
         return torch.cat(self.map(self.in_rep.split(x)), -1)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,39 @@
+"""Fused paths on GPUs: operations that choose between Triton kernels and the libraries.
+
+The layers call them through here, which adds what the layers' plain formulas get from PyTorch:
+autocast, and the answer to whether a fused path applies at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deit.kernels.backends import triton_runs
+from deit.kernels.choice import is_plain_tensor
+from deit.kernels.depthwise import mirror_depthwise
+from deit.kernels.layer_norm import mirror_layer_norm
+from deit.kernels.linear import mirror_linear as linear
+
+__all__ = ["applies", "depthwise", "linear", "mirror_layer_norm"]
+
+
+def applies(x: Tensor, *weights: Tensor) -> bool:
+    """Whether the operations of this module can replace the plain formulas."""
+    if not is_plain_tensor(x) or not _runs(x.device, x.dtype) or not x.numel():
+        return False
+    if not torch.is_autocast_enabled(x.device.type) and any(w.dtype != x.dtype for w in weights):
+        return False  # the plain formula tells what is wrong
+    return all(is_plain_tensor(w) for w in weights)
+
+
+@torch.compiler.assume_constant_result
+def _runs(device: torch.device, dtype: torch.dtype) -> bool:
+    return triton_runs(torch.empty(0, device=device, dtype=dtype))
+
+
+def depthwise(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """`mirror_depthwise` in the dtype that autocast asks of convolutions."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return mirror_depthwise(x, kernel, bias, dtype)
