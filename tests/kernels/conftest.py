@@ -39,6 +39,8 @@ def run_kernel_tests() -> Callable[[str, str], None]:
             text=True,
             cwd=path.parents[2],
         )
+        if interpret == "1" and "only 0-dimensional arrays can be converted" in result.stdout:
+            pytest.skip("this version of Triton's interpreter fails with this version of NumPy")
         assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
     return run
