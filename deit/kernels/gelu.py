@@ -7,6 +7,7 @@ Twin of `deit.layers.activation.GELU` for the flopping group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 import torch
@@ -20,6 +21,7 @@ from deit.kernels.tuning import Candidate
 __all__ = ["ACTIVATIONS", "mirror_gelu", "plain_gelu"]
 
 ACTIVATIONS = ("gelu", "quick_gelu")
+CHUNK = 1 << 24  # elements that the plain implementation transforms at a time
 _OPTIONS = dict(mutates_args=())
 
 
@@ -92,8 +94,26 @@ def plain_gelu_backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
     return torch.cat(_butterfly(d_plus, d_minus), -1).to(x.dtype)
 
 
-_PLAIN = Candidate("plain", plain_gelu)
-_PLAIN_BACKWARD = Candidate("plain", plain_gelu_backward)
+def _in_chunks(function: Callable[..., Tensor], *tensors: Tensor, act: str) -> Tensor:
+    """`function` on (rows, 2K), a limited number of rows at a time: its temporary results, many
+    and in float32, would otherwise be the largest of a whole training step."""
+    rows = max(1, CHUNK // tensors[0].shape[1])
+    chunks = zip(*(t.split(rows) for t in tensors), strict=True)
+    results = [function(*chunk, act) for chunk in chunks]
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def gelu_rows(x: Tensor, act: str) -> Tensor:
+    """`plain_gelu` of (rows, 2K) in bounded memory."""
+    return _in_chunks(plain_gelu, x, act=act)
+
+
+def _gelu_backward_rows(grad: Tensor, x: Tensor, act: str) -> Tensor:
+    return _in_chunks(plain_gelu_backward, grad, x, act=act)
+
+
+_PLAIN = Candidate("plain", gelu_rows)
+_PLAIN_BACKWARD = Candidate("plain", _gelu_backward_rows)
 
 
 def _key(x: Tensor, act: str) -> tuple:

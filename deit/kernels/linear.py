@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from deit.kernels import tuning
 from deit.kernels.backends import gelu_triton, linear_launch, triton_runs
-from deit.kernels.gelu import _gelu_backward_op, as_rows, check_activation, plain_gelu
+from deit.kernels.gelu import _gelu_backward_op, as_rows, check_activation, gelu_rows
 from deit.kernels.tuning import Candidate
 
 __all__ = ["mirror_linear"]
@@ -170,7 +170,7 @@ def _then_act(linear, gelu):
 
 _PLAIN = Candidate("plain", _plain_linear)
 _BATCHED = Candidate("batched", _batched_linear)
-_PLAIN_ACT = Candidate("plain", _then_act(_plain_linear, plain_gelu))
+_PLAIN_ACT = Candidate("plain", _then_act(_plain_linear, gelu_rows))
 _PLAIN_WEIGHT_GRAD = Candidate("plain", _plain_weight_grad)
 _BATCHED_WEIGHT_GRAD = Candidate("batched", _batched_weight_grad)
 

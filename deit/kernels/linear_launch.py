@@ -48,7 +48,8 @@ WEIGHT_GRAD = (
     Config(64, 64, 64, 4, 4),
 )
 # For factors of four bytes: products without tensor cores leave more to the registers.
-LINEAR_FLOAT32 = ACT_FLOAT32 = WEIGHT_GRAD_FLOAT32 = (Config(64, 64, 32, 3, 4),)
+LINEAR_FLOAT32 = WEIGHT_GRAD_FLOAT32 = (Config(64, 64, 32, 3, 4), Config(128, 128, 32, 3, 8))
+ACT_FLOAT32 = (Config(64, 64, 32, 3, 4),)
 GROUP = 8
 SPLITS_UP_TO = 64
 

@@ -4,6 +4,8 @@ An operation has one plain implementation, written with torch's own operations, 
 candidates. The first call with given shapes compares every candidate with the plain one and times
 those that agree; later calls run the fastest. A candidate that raises or disagrees is dropped with
 one warning, so hardware that nobody tried a kernel on costs a warning and never a wrong result.
+Which candidate is fastest can change from run to run where times are close, and results then
+differ by rounding.
 
 Nothing is timed for tensors on a CPU, while `torch.use_deterministic_algorithms` is on, or with
 DEIT_KERNELS_TUNE=0 in the environment: then the first candidate, in the order in which the

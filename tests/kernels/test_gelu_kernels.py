@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from deit.kernels import gelu
 from deit.kernels.gelu import mirror_gelu
 from deit.layers.activation import GELU, quick_gelu
 
@@ -30,6 +31,16 @@ def test_gradients_of_both_orders(act: str) -> None:
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: mirror_gelu(x, act), x)
     assert torch.autograd.gradgradcheck(lambda x: mirror_gelu(x, act), x)
+
+
+def test_many_rows_are_computed_in_parts(monkeypatch) -> None:
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    expected = mirror_gelu(x)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    monkeypatch.setattr(gelu, "CHUNK", 13)
+    y = mirror_gelu(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], gradient)
 
 
 def test_half_precision_is_rounded_once() -> None:
