@@ -11,6 +11,8 @@ with `in_segment` the projection after attention reads them so, and nothing is c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -305,9 +307,9 @@ def _(grad, x, in_segment, out_segment, with_bias):
 # --- gradients --------------------------------------------------------------------------------
 
 
-def _gradients(ctx, grad: Tensor, out_segment: int) -> tuple:
+def _gradients(ctx, grad: Tensor, inputs: Sequence[Tensor], out_segment: int) -> tuple:
     """Of x, the weights and the bias, from the gradient of the linear map's result."""
-    x, ws, wa = ctx.saved_tensors[:3]
+    x, ws, wa = inputs
     need_x, *need_weights, need_bias = ctx.needs_input_grad[:4]
     dx = dws = dwa = db = None
     if need_x:
@@ -323,7 +325,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    return (*_gradients(ctx, grad, ctx.out_segment), None, None)
+    return (*_gradients(ctx, grad, ctx.saved_tensors, ctx.out_segment), None, None)
 
 
 def _act_setup(ctx, inputs, output) -> None:
@@ -334,13 +336,14 @@ def _act_setup(ctx, inputs, output) -> None:
 
 def _act_backward(ctx, grad: Tensor | None, grad_saved: Tensor | None) -> tuple:
     # `grad_saved` is there for gradients of second order only.
-    h, total = ctx.saved_tensors[3], grad_saved
+    *inputs, h = ctx.saved_tensors  # once: under checkpointing they cannot be asked for again
+    total = grad_saved
     if grad is not None:
         first = _gelu_backward_op(grad, h, ctx.act)
         total = first if total is None else total + first
     if total is None:
         return (None,) * 7
-    return (*_gradients(ctx, total, h.shape[-1] // 2), None, None, None)
+    return (*_gradients(ctx, total, inputs, h.shape[-1] // 2), None, None, None)
 
 
 def _weight_grad_setup(ctx, inputs, output) -> None:

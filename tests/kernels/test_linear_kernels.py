@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit.kernels import linear as kernels
@@ -79,6 +80,19 @@ def test_frozen_parameters_get_no_gradient(act: str | None) -> None:
     y = mirror_linear(x, ws.detach(), wa, bias.detach(), act=act)
     assert torch.autograd.grad(y.sum(), [x, wa])[1].shape == (N, K)
     assert not mirror_linear(*(t.detach() for t in (x, ws, wa, bias)), act=act).requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant: bool) -> None:
+    args = inputs()
+
+    def two(x: Tensor, ws: Tensor, wa: Tensor, bias: Tensor) -> Tensor:
+        return mirror_linear(mirror_linear(x, ws, wa, bias, act="gelu"), ws.t(), wa.t())
+
+    expected = torch.autograd.grad(two(*args).square().sum(), args)
+    checkpoint(two, *args, use_reentrant=reentrant).square().sum().backward()
+    for t, gradient in zip(args, expected, strict=True):
+        torch.testing.assert_close(t.grad, gradient)
 
 
 def test_autocast_casts_everything() -> None:
