@@ -93,7 +93,7 @@ def plain_depthwise(x: Tensor, taps: Tensor, bias: Tensor | None, dtype: torch.d
     bias = None if bias is None else bias.to(dtype)
     padding, groups = taps.shape[0] // 2, taps.shape[2]
     y = F.conv2d(_first(x.to(dtype)), kernel, bias, padding=padding, groups=groups)
-    return exchange(y.permute(0, 2, 3, 1))
+    return exchange(y.permute(0, 2, 3, 1)).contiguous()
 
 
 def plain_input_gradient(grad: Tensor, taps: Tensor, dtype: torch.dtype) -> Tensor:

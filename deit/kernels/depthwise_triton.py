@@ -48,7 +48,7 @@ class Config(NamedTuple):
     warps: int
 
 
-# Two channels a thread take 101 to 121 registers, four 206 to 241 (compiled for sm_80 and sm_90).
+# Two channels a thread take 101 to 128 registers, four 206 to 241 (compiled for sm_80 and sm_90).
 # Few of them, because each has to be compiled before it can be compared.
 WIDE = (Config(16, 64, 16), Config(16, 32, 8), Config(8, 64, 8), Config(16, 64, 8))
 NARROW = (Config(8, 64, 8), Config(8, 32, 4))
@@ -129,10 +129,12 @@ def convolve_kernel(
     QUARTER: tl.constexpr = C // 4
     blocks = tl.cdiv(QUARTER, CHANNELS)
     quarter, other, sign = _quarters(tl.program_id(0) % (4 * blocks), blocks)
-    # neighbouring programs share an image: the channels of a line of memory are used together
-    image = (tl.program_id(0) // (4 * blocks)).to(tl.int64)
+    # Neighbouring programs have the channels of the same lines of memory, then the next columns.
+    across = tl.cdiv(width, WIDTH)
+    index = tl.program_id(0) // (4 * blocks)
+    image = (index // across).to(tl.int64)
     channel = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    w = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[:, None]
+    w = ((index % across) * WIDTH + tl.arange(0, WIDTH))[:, None]
     mask = (w < width) & (channel < QUARTER)[None, :]
     # Full tiles, though a row would do: each thread then loads its own taps where it uses them.
     everywhere = (channel < QUARTER)[None, :] & (w >= 0)
@@ -298,7 +300,7 @@ def convolve(
     images, height, width, channels = x.shape
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     blocks = triton.cdiv(channels // 4, config.channels)
-    convolve_kernel[(images * 4 * blocks, triton.cdiv(width, config.width))](
+    convolve_kernel[(images * triton.cdiv(width, config.width) * 4 * blocks,)](
         x,
         taps,
         taps if bias is None else bias,  # a pointer that is not used
