@@ -6,6 +6,8 @@ autocast, and the answer to whether a fused path applies at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,9 @@ from deit.kernels.choice import is_plain_tensor
 from deit.kernels.depthwise import mirror_depthwise
 from deit.kernels.layer_norm import mirror_layer_norm
 from deit.kernels.linear import mirror_linear as linear
+from deit.kernels.perceptron import mirror_perceptron
 
-__all__ = ["applies", "depthwise", "linear", "mirror_layer_norm"]
+__all__ = ["applies", "depthwise", "linear", "mirror_layer_norm", "perceptron"]
 
 
 def applies(x: Tensor, *weights: Tensor) -> bool:
@@ -37,3 +40,16 @@ def depthwise(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return mirror_depthwise(x, kernel, bias, dtype)
+
+
+def perceptron(
+    x: Tensor,
+    first: Sequence[Tensor],
+    first_bias: Sequence[Tensor],
+    second: Sequence[Tensor],
+    second_bias: Sequence[Tensor],
+    act: str,
+) -> Tensor:
+    """`mirror_perceptron`, with a shift or none in each list."""
+    bias1, bias2 = (biases[0] if biases else None for biases in (first_bias, second_bias))
+    return mirror_perceptron(x, tuple(first), bias1, tuple(second), bias2, act)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Rep
-from deit.kernels import cpu, gpu
+from deit.kernels import cpu, cpu_perceptron, gpu
 
 if TYPE_CHECKING:
     from deit.layers.activation import GELU
@@ -71,12 +71,13 @@ def perceptron(
     if gpu.applies(x, *first, *bias1, *second, *bias2):
         if across is not None:
             return fc2(act(fc1(x)))
-        return gpu.linear(gpu.linear(x, *first, *bias1, act=name), *second, *bias2)
-    if not cpu.applies(x, *first, *bias1, *second, *bias2):
+        return gpu.perceptron(x, first, bias1, second, bias2, name)
+    if not cpu.applies(x, *first, *bias1, *second, *bias2, training=True):
         return None
     tokens = 0 if across is None else across.invariant
     rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
-    return cpu.perceptron(rows, first, bias1, second, bias2, name, tokens).reshape(x.shape)
+    y = cpu_perceptron.perceptron(rows, first, bias1, second, bias2, name, tokens)
+    return y.view(x.shape)
 
 
 def attention(x: Tensor, layer: Attention) -> Tensor | None:
