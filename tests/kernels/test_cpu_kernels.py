@@ -8,8 +8,9 @@ import deit.models  # noqa: F401 - registers the networks
 from deit import kernels
 from deit.equivariance import assert_equivariant, randomize_
 from deit.groups import FLOP, OCTIC, Rep
-from deit.kernels import cpu
+from deit.kernels import cpu, cpu_perceptron
 from deit.layers import Attention, Linear, MixerBlock, Mlp, fused
+from deit.layers.activation import quick_gelu
 
 pytestmark = pytest.mark.skipif(not cpu.AVAILABLE, reason="PyTorch was built without oneDNN")
 
@@ -35,10 +36,20 @@ def compare(layer, x):
 
 
 def spy(monkeypatch, name):
-    """Count the calls of a function of `deit.kernels.cpu`."""
-    calls, original = [], getattr(cpu, name)
-    monkeypatch.setattr(cpu, name, lambda *args: calls.append(name) or original(*args))
+    """Count the calls of a fused path."""
+    module = cpu_perceptron if name == "perceptron" else cpu
+    calls, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(name) or original(*args))
     return calls
+
+
+def gradients(layer, x, run=None):
+    """Of some loss, in x and in all parameters."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = (layer if run is None else run)(x)
+    (y.square().sum() + y.sum()).backward()
+    return torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in layer.parameters())])
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 24), (7, 24), (2, 3, 4, 24), (3, 400, 24)])
@@ -57,16 +68,63 @@ def test_perceptron_of_a_feature_that_is_not_contiguous(monkeypatch):
 
 def test_perceptron_in_several_pieces(monkeypatch):
     monkeypatch.setattr(cpu, "PIECE", 2**12)
-    monkeypatch.setattr(cpu, "LEAST_ROWS", 3)
-    assert len(cpu._pieces(50, 80, 3)) == 4
+    monkeypatch.setattr(cpu_perceptron, "LEAST_ROWS", 3)
+    assert len(cpu.pieces(50, 80, 3)) == 4
     compare(Mlp(24, 80), torch.randn(5, 10, 24))
+
+
+MIXER = dict(channels=FLOP.regular(16), tokens=Rep(FLOP, free=6), init_values=0.5)
+
+
+@pytest.mark.parametrize("piece", [2**10, 2**20])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: Mlp(24, 80), (5, 30, 24)),
+        (lambda: Mlp(24, 80, bias=False), (7, 24)),
+        (lambda: MixerBlock(**MIXER).mlp, (3, 12, 16)),
+        (lambda: Mlp(16, 64, act=quick_gelu), (2, 3, 4, 16)),
+    ],
+    ids=["bias", "no bias", "decomposed tokens", "quick_gelu"],
+)
+def test_gradients_of_a_perceptron(layer, shape, piece, monkeypatch):
+    monkeypatch.setattr(cpu, "PIECE", piece)
+    monkeypatch.setattr(cpu_perceptron, "LEAST_ROWS", 3)
+    calls = spy(monkeypatch, "perceptron")
+    layer, x = randomize_(layer()), torch.randn(shape)
+    actual = gradients(layer, x)
+    torch.compiler.reset()
+    compiled = gradients(layer, x, torch.compile(layer, backend="aot_eager", fullgraph=True))
+    assert len(calls) >= 2
+    with kernels.plain():
+        expected = gradients(layer.double(), x.double())
+    assert relative(actual, expected) < 2e-6
+    assert relative(compiled, expected) < 2e-6
+
+
+def test_frozen_weights_get_no_gradient():
+    mlp = Mlp(24, 80)
+    mlp.fc1.requires_grad_(False)
+    mlp(torch.randn(3, 24)).sum().backward()
+    assert all(p.grad is None for p in mlp.fc1.parameters())
+    assert all(p.grad is not None for p in mlp.fc2.parameters())
+
+
+def test_a_perceptron_keeps_its_input_alone():
+    mlp, x = Mlp(24, 80), torch.randn(50, 24)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mlp(x)
+    weights = {p.data_ptr() for p in mlp.parameters()}
+    activations = sum(t.numel() for t in kept if t.data_ptr() not in weights)
+    assert activations == x.numel()
 
 
 @pytest.mark.parametrize("piece", [2**10, 2**20])
 def test_mixer_block_with_decomposed_tokens(piece, monkeypatch):
     monkeypatch.setattr(cpu, "PIECE", piece)
     first, second = spy(monkeypatch, "mix_tokens"), spy(monkeypatch, "perceptron")
-    block = MixerBlock(FLOP.regular(16), Rep(FLOP, free=6), init_values=0.5)
+    block = MixerBlock(**MIXER)
     compare(block, torch.randn(3, 12, 16))
     assert (len(first), len(second)) == (1, 1)
 
@@ -118,6 +176,7 @@ def test_applies():
         assert not cpu.applies(x, w.double())
         assert not cpu.applies(x.to("meta"), w)
         assert not cpu.applies(x[:0], w)
+        assert cpu.applies(x, w, training=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not cpu.applies(x, w)
         with torch.backends.mkldnn.flags(enabled=False):
@@ -138,7 +197,7 @@ def test_another_group_or_function_is_left_alone():
 def test_no_piece_is_empty_and_none_is_missing():
     for rows in (1, 2, 7, 1000):
         for width in (1, 10**4, 10**7):
-            pieces = cpu._pieces(rows, width, 3)
+            pieces = cpu.pieces(rows, width, 3)
             assert [i for piece in pieces for i in range(rows)[piece]] == list(range(rows))
             assert all(piece.stop > piece.start for piece in pieces)
 
@@ -187,7 +246,7 @@ def test_operators():
     x = torch.randn(2, 6, 24)
     torch.library.opcheck(
         torch.ops.deit.cpu_perceptron.default,
-        (x, weights[0], [torch.randn(20)], weights[1], [], "gelu"),
+        (x, weights[0], [torch.randn(20)], weights[1], [], "gelu", 0),
     )
     qkv, proj = ([torch.randn(n, 12) for _ in range(2)] for n in (36, 12))
     torch.library.opcheck(torch.ops.deit.cpu_attention.default, (x, qkv, [], proj, [], 3))
