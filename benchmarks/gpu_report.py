@@ -116,7 +116,8 @@ def header(scale: Scale, args: Any) -> dict[str, Any]:
         "versions": versions(),
         "machine": platform.platform(),
         "settings": f"compile {args.compile} by {scale.backend}, batches {scale.batch} and "
-        f"{scale.large_batch}, at least {args.seconds:g} s each, kernels {kernels.get_mode()}",
+        f"{scale.large_batch}, at least {args.seconds:g} s each, kernels {kernels.get_mode()}, "
+        f"inference {'under autocast' if args.autocast else 'with bfloat16 weights'}",
     }
     if scale.device.type == "cuda":
         ceilings = measure_ceilings(scale.device, torch.bfloat16)
@@ -185,7 +186,7 @@ def run_timings(
 
 def close(report: Report, caught: list[warnings.WarningMessage]) -> None:
     """What was chosen, then everything that a reader must see."""
-    decisions = tuning.report()
+    decisions = [d for d in tuning.report() if d.dtype != torch.float64]  # that is the reference
     report.data["decisions"] = [
         {**d._asdict(), "dtype": str(d.dtype), "key": repr(d.key)} for d in decisions
     ]
@@ -193,6 +194,10 @@ def close(report: Report, caught: list[warnings.WarningMessage]) -> None:
         str(w.message) for w in caught if "runs without its implementation" in str(w.message)
     }
     report.data["dropped"] = sorted(dropped)
+    for d in decisions:
+        others = ", ".join(f"{name} {ms:.3f}" for name, ms in d.milliseconds.items())
+        dtype = str(d.dtype).removeprefix("torch.")
+        report.line(f"{d.op} {d.key} {dtype}: {d.chosen}" + (f" ({others} ms)" if others else ""))
     report.line("chosen implementations (how often):")
     for op in dict.fromkeys(d.op for d in decisions):
         counts = Counter(d.chosen for d in decisions if d.op == op)

@@ -108,7 +108,7 @@ def plain_taps_gradient(grad: Tensor, x: Tensor, size: int) -> Tensor:
     """The gradients of the taps, one after another, and of the bias, in torch operations.
 
     Returns:
-        (k * (k // 2 + 1) + 1, C), in float32 at least.
+        (k * (k // 2 + 1) + 1, C) in the dtype of `grad`, as torch's convolutions have it.
     """
     work = torch.promote_types(grad.dtype, torch.float32)
     channels, padding = x.shape[-1], size // 2
@@ -122,7 +122,7 @@ def plain_taps_gradient(grad: Tensor, x: Tensor, size: int) -> Tensor:
     left, centre = whole[:, :padding], whole[:, padding : padding + 1]
     left = left + whole[:, padding + 1 :].flip(1) * _signs(whole)
     shift = g.sum((0, 2, 3), dtype=work)
-    return torch.cat([torch.cat([left, centre], 1).flatten(0, 1), shift[None]])
+    return torch.cat([torch.cat([left, centre], 1).flatten(0, 1), shift[None]]).to(grad.dtype)
 
 
 _PLAIN = Candidate("plain", plain_depthwise)
@@ -207,7 +207,7 @@ def _taps_op(grad: Tensor, x: Tensor, size: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         return tuning.run(
             "mirror_depthwise_taps",
-            _key(x, size, x.dtype),
+            _key(x, size, x.dtype),  # which may differ from that of grad, the first argument
             _PLAIN_TAPS,
             lambda: _candidates(x, size, _PLAIN_TAPS),
             grad.contiguous(),
@@ -218,8 +218,7 @@ def _taps_op(grad: Tensor, x: Tensor, size: int) -> Tensor:
 
 @_taps_op.register_fake
 def _(grad: Tensor, x: Tensor, size: int) -> Tensor:
-    work = torch.promote_types(grad.dtype, torch.float32)
-    return x.new_empty((size * (size // 2 + 1) + 1, x.shape[-1]), dtype=work)
+    return grad.new_empty((size * (size // 2 + 1) + 1, x.shape[-1]))
 
 
 # The three operations are linear in each of their tensors, and each is what the derivatives of the

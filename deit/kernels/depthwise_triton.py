@@ -321,7 +321,7 @@ def convolve(
 
 
 def taps_gradient(grad: Tensor, x: Tensor, size: int, config: Config) -> Tensor:
-    """The gradients of the taps and, in the last row, of the bias: (29, C) in float32.
+    """The gradients of the taps and, in the last row, of the bias: (29, C), summed in float32.
 
     Args:
         grad: (B, H, W, C), contiguous.
@@ -351,4 +351,4 @@ def taps_gradient(grad: Tensor, x: Tensor, size: int, config: Config) -> Tensor:
         CHANNELS=config.channels,
         num_warps=config.warps,
     )
-    return partial.sum(0)
+    return partial.sum(0).to(grad.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -73,6 +74,20 @@ def test_gradients_of_the_operation(backend: str) -> None:
     expected = torch.autograd.grad(mirror_layer_norm(*exact), exact, grad.double())
     for actual, value in zip(got, expected, strict=True):
         torch.testing.assert_close(actual.double(), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_kernels_agree_with_the_plain_formulas_of_the_dtype(dtype: torch.dtype) -> None:
+    """Through the tuner, as users get there: none is dropped."""
+    x = torch.randn(5, 3, 22, device=DEVICE).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(22, device=DEVICE, requires_grad=True) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mirror_layer_norm(x, weight, bias).square().sum().backward()
+    decided = {d.op: d.chosen for d in tuning.report() if d.dtype == dtype and d.key[0] == 22}
+    assert set(decided) == {"mirror_layer_norm", "mirror_layer_norm_backward"}
+    if DEVICE == "cpu":  # where nothing is timed, the preferred candidate that agrees
+        assert all(name.startswith("triton") for name in decided.values())
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
