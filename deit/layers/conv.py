@@ -83,6 +83,12 @@ class MirrorKernel(FixedBuffers):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def left_half(self) -> Tensor:
+        """The columns up to the centre, (out, in, height, width // 2 + 1) if the width is odd."""
+        if self.sign < 0 and self.odd:
+            return torch.cat([self.weight, self.zero_center], -1)
+        return self.weight
+
     def kernel(self) -> Tensor:
         """The whole kernel, (out, in, height, width)."""
         left = self.weight
@@ -225,6 +231,10 @@ class MirrorDepthwiseConv2d(nn.Module):
     def kernel(self) -> Tensor:
         """The four parts one after another in the order of their inputs, (C, 1, k, k)."""
         return torch.cat([part.kernel() for part in self._parts()])
+
+    def left_half(self) -> Tensor:
+        """The columns of `kernel` up to the centre, (C, 1, k, k // 2 + 1)."""
+        return torch.cat([part.left_half() for part in self._parts()])
 
     def bias(self) -> Tensor | None:
         """The shifts in the same order, zero on what makes a'; (C,)."""

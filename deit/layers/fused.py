@@ -127,5 +127,5 @@ def depthwise(x: Tensor, layer: MirrorDepthwiseConv2d) -> Tensor | None:
     """A MirrorDepthwiseConv2d on x (B, C, H, W)."""
     if not gpu.applies(x):
         return None
-    kernel, bias = layer.kernel(), layer.bias()
-    return gpu.depthwise(x.permute(0, 2, 3, 1), kernel, bias).permute(0, 3, 1, 2)
+    y = gpu.depthwise(x.permute(0, 2, 3, 1), layer.left_half(), layer.bias())
+    return y.permute(0, 3, 1, 2)

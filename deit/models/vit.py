@@ -121,12 +121,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         self.global_pool = self._check_pool(global_pool)
 
         self.patch_embed = PatchEmbed(
-            img_size,
-            patch_size,
-            in_chans,
-            embed_dim,
-            strict_img_size=not dynamic_img_size,
-            **dd,
+            img_size, patch_size, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
         )
         self.patch_embed.flatten_and_permute = MirrorOrder(self.patch_embed.grid, device)
         self.cls_token = PrefixToken(embed_dim, 1, **dd) if class_token else None
@@ -161,21 +156,20 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         self.num_features = self.head_hidden_size = width
         self.invariants = InvariantBridge(embed_dim) if use_symmetrized_asym_feats else None
         self.head = self._classifier(num_classes, **dd)
-        self.feature_info = [
-            {
-                "module": f"blocks.{i}",
-                "num_chs": embed_dim,
-                "reduction": self.patch_embed.feat_ratio(),
-                "symmetric_channels": self._symmetric_channels(i, bridge),
-            }
-            for i in range(depth)
-        ]
+        self.feature_info = [self._describe(i, bridge) for i in range(depth)]
         self.init_weights(needs_reset=False)
 
-    def _symmetric_channels(self, block: int, bridge: str | None) -> int | None:
-        if block < self.equivariant_depth:
-            return self.embed_dim // 2
-        return self.embed_dim if bridge == "invariant" else None
+    def _describe(self, block: int, bridge: str | None) -> dict[str, Any]:
+        """What `feature_info` says of a block."""
+        symmetric = self.embed_dim if bridge == "invariant" else None
+        return {
+            "module": f"blocks.{block}",
+            "num_chs": self.embed_dim,
+            "reduction": self.patch_embed.feat_ratio(),
+            "symmetric_channels": self.embed_dim // 2
+            if block < self.equivariant_depth
+            else symmetric,
+        }
 
     def _check_pool(self, pool: str) -> str:
         if pool not in ("", "token", "avg"):
