@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["gelu_triton", "linear_launch", "triton_runs"]
+__all__ = ["compiles_directly", "direct", "gelu_triton", "linear_launch", "triton_runs"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,6 +33,25 @@ def linear_launch() -> ModuleType | None:
     return _load("linear_launch")
 
 
+def direct() -> ModuleType | None:
+    """The operations that compilers take apart, or None without Triton."""
+    return _load("direct")
+
+
+# Devices whose compiler was tried; see `deit.kernels.gpu.trust_compiler`.
+trusted: set[torch.device] = set()
+
+
+def compiles_directly(x: Tensor) -> bool:
+    """Whether code is being compiled that launches the kernels for `x` by itself."""
+    return torch.compiler.is_compiling() and x.dtype in DTYPES and _is_trusted(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _is_trusted(device: torch.device) -> bool:
+    return device in trusted
+
+
 @functools.cache
 def _device_runs(device: torch.device) -> bool:
     if device.type == "cpu":  # Triton's interpreter, for tests
@@ -44,6 +63,12 @@ def _device_runs(device: torch.device) -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+def device_compiles(device: torch.device) -> bool:
+    """Whether `torch.compile` could launch the kernels on this device."""
+    available = device.type == "cuda" and torch.cuda.is_available()
+    return available and _device_runs(device) and _load("gelu_triton") is not None
 
 
 def triton_runs(x: Tensor) -> bool:

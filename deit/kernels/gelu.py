@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels import tuning
-from deit.kernels.backends import gelu_triton, triton_runs
+from deit.kernels.backends import compiles_directly, gelu_triton, triton_runs
 from deit.kernels.tuning import Candidate
 
 __all__ = ["ACTIVATIONS", "mirror_gelu", "plain_gelu"]
@@ -49,7 +49,8 @@ def mirror_gelu(x: Tensor, act: str = "gelu") -> Tensor:
         raise ValueError(
             f"x must be floating, with an even last axis, not {tuple(x.shape)} of {x.dtype}"
         )
-    return torch.ops.deit.mirror_gelu(x, act)
+    ops = torch.ops.deit
+    return (ops.direct_gelu if compiles_directly(x) else ops.mirror_gelu)(x, act)
 
 
 def as_rows(x: Tensor) -> Tensor:

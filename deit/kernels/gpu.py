@@ -17,8 +17,16 @@ from deit.kernels.depthwise import mirror_depthwise
 from deit.kernels.layer_norm import mirror_layer_norm
 from deit.kernels.linear import mirror_linear as linear
 from deit.kernels.perceptron import mirror_perceptron
+from deit.kernels.trial import trust_compiler
 
-__all__ = ["applies", "depthwise", "linear", "mirror_layer_norm", "perceptron"]
+__all__ = [
+    "applies",
+    "depthwise",
+    "linear",
+    "mirror_layer_norm",
+    "perceptron",
+    "trust_compiler",
+]
 
 
 def applies(x: Tensor, *weights: Tensor) -> bool:

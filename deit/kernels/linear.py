@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deit.kernels import tuning
-from deit.kernels.backends import gelu_triton, linear_launch, triton_runs
+from deit.kernels.backends import compiles_directly, gelu_triton, linear_launch, triton_runs
 from deit.kernels.gelu import _gelu_backward_op, as_rows, check_activation, gelu_rows
 from deit.kernels.tuning import Candidate
 
@@ -61,18 +61,18 @@ def mirror_linear(
     in_segment = in_features if in_segment is None else in_segment
     out_segment = out_features if out_segment is None else out_segment
     _check(x, weight_sym, weight_asym, bias, in_segment, out_segment)
+    ops = torch.ops.deit
+    direct = compiles_directly(x)
     if act is None:
-        return torch.ops.deit.mirror_linear(
-            x, weight_sym, weight_asym, bias, in_segment, out_segment
-        )
+        linear = ops.direct_linear if direct else ops.mirror_linear
+        return linear(x, weight_sym, weight_asym, bias, in_segment, out_segment)
     check_activation(act)
     if out_segment != out_features:
         raise ValueError("act needs a packed result: out_segment must be None")
     inputs = (x, weight_sym, weight_asym) + (() if bias is None else (bias,))
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return torch.ops.deit.mirror_linear_act(
-        x, weight_sym, weight_asym, bias, in_segment, act, save
-    )[0]
+    linear = ops.direct_linear_act if direct else ops.mirror_linear_act
+    return linear(x, weight_sym, weight_asym, bias, in_segment, act, save)[0]
 
 
 def _check(
@@ -188,14 +188,12 @@ def _linear_candidates(x: Tensor, packed: bool) -> list[Candidate]:
     return [_PLAIN, _BATCHED, *kernels] if packed and x.is_cuda else [*kernels, _PLAIN]
 
 
-def _act_candidates(x: Tensor, packed: bool) -> list[Candidate]:
-    if not triton_runs(x):
-        return [_PLAIN_ACT]
+def _act_candidates(dtype: torch.dtype, packed: bool) -> list[Candidate]:
     gelu = gelu_triton().gelu
     library = [Candidate("plain_then_gelu", _then_act(_plain_linear, gelu))]
     if packed:
         library.append(Candidate("batched_then_gelu", _then_act(_batched_linear, gelu)))
-    return [*library, *linear_launch().act_candidates(x.dtype), _PLAIN_ACT]
+    return [*library, *linear_launch().act_candidates(dtype), _PLAIN_ACT]
 
 
 def _weight_grad_candidates(x: Tensor, packed: bool) -> list[Candidate]:
@@ -258,7 +256,7 @@ def _linear_act_op(
         "mirror_linear_act",
         _key(rows, n, in_segment, act, save, bias is not None, layout),
         _PLAIN_ACT,
-        lambda: _act_candidates(x, packed),
+        lambda: _act_candidates(x.dtype, packed) if triton_runs(x) else [_PLAIN_ACT],
         rows,
         weight_sym,
         weight_asym,

@@ -52,6 +52,12 @@ LINEAR_FLOAT32 = WEIGHT_GRAD_FLOAT32 = (Config(64, 64, 32, 3, 4), Config(128, 12
 ACT_FLOAT32 = (Config(64, 64, 32, 3, 4),)
 GROUP = 8
 SPLITS_UP_TO = 64
+UNKNOWN_ROWS = 1 << 13
+
+
+def config_of(name: str) -> Config:
+    """The configuration of this name."""
+    return Config(*map(int, name.removeprefix("triton_").split("x")))
 
 
 def precision(x: Tensor) -> str:
@@ -75,17 +81,21 @@ def linear(
     in_segment: int,
     out_segment: int,
     config: Config = LINEAR[0],
+    kernel: Any = None,
 ) -> Tensor:
-    """(rows, 2K) -> (rows, 2N); the last axis of `x` is contiguous."""
+    """(rows, 2K) -> (rows, 2N); the last axis of `x` is contiguous.
+
+    Here and below, `kernel` is the kernel itself unless given: wrapped, for a compiler.
+    """
     (m, _), (n, k) = x.shape, ws.shape
     ws, wa = _same_strides(ws, wa)
     y = torch.empty(m, 2 * n, dtype=x.dtype, device=x.device)
     grid = (2 * triton.cdiv(m, config.rows) * triton.cdiv(n, config.columns),)
-    linear_kernel[grid](
+    (kernel or linear_kernel)[grid](
         x,
         ws,
         wa,
-        x if bias is None else bias.contiguous(),  # a pointer that nothing reads
+        ws if bias is None else bias.contiguous(),  # a pointer that nothing reads
         y,
         m,
         n,
@@ -116,6 +126,7 @@ def linear_act(
     act: str,
     save: bool,
     config: Config = ACT[0],
+    kernel: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """(rows, 2K) -> packed (rows, 2N) after the nonlinearity and, if `save`, before it."""
     (m, _), (n, k) = x.shape, ws.shape
@@ -123,13 +134,13 @@ def linear_act(
     y = torch.empty(m, 2 * n, dtype=x.dtype, device=x.device)
     h = torch.empty_like(y) if save else y.new_empty(0)
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(n, config.columns),)
-    linear_act_kernel[grid](
+    (kernel or linear_act_kernel)[grid](
         x,
         ws,
         wa,
-        x if bias is None else bias.contiguous(),
+        ws if bias is None else bias.contiguous(),
         y,
-        h if save else y,  # not written
+        h if save else ws,  # not written
         m,
         n,
         k,
@@ -151,6 +162,13 @@ def linear_act(
     return y, h
 
 
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size, or what a compiler that keeps it open has seen of it."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else UNKNOWN_ROWS
+
+
 def _splits(rows: int, tiles: int, depth: int, device: torch.device) -> int:
     """Parts of the sum over rows: enough programs for two on each multiprocessor."""
     if device.type == "cuda":
@@ -160,23 +178,23 @@ def _splits(rows: int, tiles: int, depth: int, device: torch.device) -> int:
     return max(1, min(SPLITS_UP_TO, programs // tiles, triton.cdiv(rows, 4 * depth)))
 
 
-def weight_grad(
+def weight_grad_parts(
     grad: Tensor,
     x: Tensor,
     in_segment: int,
     out_segment: int,
-    with_bias: bool,
     config: Config = WEIGHT_GRAD[0],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the weights (N, K), summed over rows in parts that are then added in a fixed
-    order, and of the bias (N,), empty without `with_bias`."""
+    kernel: Any = None,
+) -> Tensor:
+    """Gradients of the weights, of parts of the rows: (parts, 2, N, K), float32."""
     m, n, k = x.shape[0], grad.shape[1] // 2, x.shape[1] // 2
     tiles = 2 * triton.cdiv(n, config.rows) * triton.cdiv(k, config.columns)
-    splits = _splits(m, tiles, config.depth, x.device)
+    splits = _splits(size_hint(m), tiles, config.depth, x.device)
     rows_each = triton.cdiv(triton.cdiv(m, splits), config.depth) * config.depth
-    splits = triton.cdiv(m, rows_each)
+    if isinstance(m, int):  # else parts without rows are zero
+        splits = triton.cdiv(m, rows_each)
     partial = torch.empty(splits, 2, n, k, dtype=torch.float32, device=x.device)
-    weight_grad_kernel[(tiles, splits)](
+    (kernel or weight_grad_kernel)[(tiles, splits)](
         grad,
         x,
         partial,
@@ -196,6 +214,20 @@ def weight_grad(
         num_stages=config.stages,
         num_warps=config.warps,
     )
+    return partial
+
+
+def weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    in_segment: int,
+    out_segment: int,
+    with_bias: bool,
+    config: Config = WEIGHT_GRAD[0],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the weights (N, K), summed over rows in parts that are then added in a fixed
+    order, and of the bias (N,), empty without `with_bias`."""
+    partial = weight_grad_parts(grad, x, in_segment, out_segment, config)
     # Copies: outputs of an operation must not share memory.
     dws, dwa = (total.to(x.dtype, copy=True) for total in partial.sum(0))
     if not with_bias:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from deit.kernels.backends import compiles_directly
 from deit.kernels.gelu import _gelu_backward_op, _gelu_op
 from deit.kernels.linear import _linear_act_op, _linear_op, _weight_grad_op
 
@@ -42,7 +43,9 @@ def mirror_perceptron(
         tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
     present = [t for t in tensors if t is not None]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in present)
-    return _perceptron_op(*tensors, act, save)[0]
+    ops = torch.ops.deit
+    perceptron = ops.direct_perceptron if compiles_directly(tensors[0]) else ops.mirror_perceptron
+    return perceptron(*tensors, act, save)[0]
 
 
 @torch.library.custom_op("deit::mirror_perceptron", mutates_args=())

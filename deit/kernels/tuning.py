@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Candidate", "Decision", "Tuner", "bucket", "only", "report", "run"]
+__all__ = ["Candidate", "Decision", "Tuner", "bucket", "choose", "only", "report", "run"]
 
 # Largest accepted ||candidate - plain|| / ||plain||. Both round their results (half an ulp is
 # 2e-3 of bfloat16 and 2.4e-4 of float16), the plain one its intermediate results too; "tf32" is
@@ -41,6 +41,7 @@ TOLERANCES = {
 # Calls in which the plain result was zero or not finite, so that nothing could be judged, after
 # which the plain implementation is kept.
 MAX_UNJUDGED = 200
+CYCLES_OF_A_LAUNCH = 200_000  # of a GPU: about 0.1 ms, the longest that a call keeps Python busy
 CHECKED_AT_ONCE = 1 << 24  # elements: bounds the memory that a comparison takes
 
 
@@ -63,6 +64,9 @@ class Decision(NamedTuple):
     key: Hashable
     chosen: str
     milliseconds: dict[str, float]
+
+
+Timer = Callable[[Callable[[], Any], float], float]
 
 
 def bucket(rows: int) -> int:
@@ -91,14 +95,19 @@ def _timing_allowed(device: torch.device) -> bool:
     )
 
 
-def cuda_milliseconds(run: Callable[[], Any], best: float = inf) -> float:
+def cuda_milliseconds(
+    run: Callable[[], Any], best: float = inf, *, without_launches: bool = False
+) -> float:
     """Milliseconds of one of many calls in a row: the best of three groups of calls.
 
-    What takes three times longer than `best` is not measured more than once.
+    What takes three times longer than `best` is not measured more than once. `without_launches`
+    measures the GPU alone: it waits until the calls are in its queue.
     """
 
     def group(repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if without_launches:
+            torch.cuda._sleep(repeats * CYCLES_OF_A_LAUNCH)
         start.record()
         for _ in range(repeats):
             run()
@@ -168,7 +177,7 @@ class Tuner:
 
     def __init__(
         self,
-        timer: Callable[[Callable[[], Any], float], float] = cuda_milliseconds,
+        timer: Timer = cuda_milliseconds,
         timing_allowed: Callable[[torch.device], bool] = _timing_allowed,
     ) -> None:
         self._timer, self._timing_allowed = timer, timing_allowed
@@ -230,8 +239,41 @@ class Tuner:
             self._chosen[full] = plain
         return plain.run(*args)
 
+    def choose(
+        self,
+        op: str,
+        key: Hashable,
+        plain: Candidate,
+        candidates: Callable[[], Sequence[Candidate]],
+        device: torch.device,
+        dtype: torch.dtype,
+        inputs: Callable[[], tuple],
+    ) -> str:
+        """The name of the candidate that `run` would take, for code that is being compiled.
+
+        Args:
+            op, key, plain, candidates: as of `run`.
+            device, dtype: of the first tensor.
+            inputs: makes arguments to try the candidates on. They are timed on the GPU alone:
+                compiled code, unlike Python, launches faster than most kernels run.
+        """
+        if self._forced is not None:
+            return self._named(self._forced, candidates(), plain).name
+        full = (op, _device_name(device), dtype, key, self._timing_allowed(device))
+        if full not in self._chosen:
+            timer = self._timer
+            if timer is cuda_milliseconds:
+                timer = functools.partial(timer, without_launches=True)
+            self._decide(full, plain, candidates(), inputs(), timer)
+        return self._chosen.get(full, plain).name
+
     def _decide(
-        self, full: tuple, plain: Candidate, candidates: Sequence[Candidate], args: tuple
+        self,
+        full: tuple,
+        plain: Candidate,
+        candidates: Sequence[Candidate],
+        args: tuple,
+        timer: Timer | None = None,
     ) -> Any:
         """Choose for the key `full`; returns the plain result for `args`."""
         outputs = plain.run(*args)
@@ -249,19 +291,25 @@ class Tuner:
                 c for c in candidates if c is plain or self._agrees(full, c, expected, args)
             )
             if full[-1]:
-                choice, times = self._fastest(full, plain, agreeing, args)
+                timer = self._timer if timer is None else timer
+                choice, times = self._fastest(full, plain, agreeing, args, timer)
             else:
                 choice = next(agreeing, plain)
         self._settle(full, choice, times)
         return outputs
 
     def _fastest(
-        self, full: tuple, plain: Candidate, candidates: Iterable[Candidate], args: tuple
+        self,
+        full: tuple,
+        plain: Candidate,
+        candidates: Iterable[Candidate],
+        args: tuple,
+        timer: Timer,
     ) -> tuple[Candidate, dict[str, float]]:
         choice, best, times = plain, inf, {}
         for candidate in candidates:
             try:
-                time = self._timer(functools.partial(candidate.run, *args), best)
+                time = timer(functools.partial(candidate.run, *args), best)
             except Exception as error:
                 self._drop(full, candidate, error)
                 continue
@@ -331,5 +379,6 @@ class Tuner:
 
 _TUNER = Tuner()
 run = _TUNER.run
+choose = _TUNER.choose
 report = _TUNER.report
 only = _TUNER.only
