@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = _settings_report(args, settings)
     ceilings = None
     if args.throughput:
-        prepare_compiler()
+        prepare_compiler(settings.device if args.compile else None)
         ceilings = measure_ceilings(settings.device, settings.dtype)
         report["ceilings"] = {
             "tflop_per_s": ceilings.flops_per_s / 1e12,
