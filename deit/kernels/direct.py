@@ -4,7 +4,7 @@ The operations of linear.py, gelu.py and perceptron.py are opaque to a compiler:
 through the dispatcher, the tuner and Triton's launcher, all Python, tens of microseconds that a
 small network's GPU does not have. The twins here are taken apart while they are compiled, into
 Triton kernels and torch's own products; direct_plans.py decides which. They take the same arguments
-and give the same results.
+and give the same results, except that biases may be of any dtype.
 
 Imported on first use, by `deit.kernels.gpu.trust_compiler`, since it needs Triton.
 """
@@ -280,7 +280,7 @@ def _gradients(
         d_sym, d_asym = _weight_grad_op(grad, x, in_segment, out_segment).unbind(0)
     if needed[3]:
         parts = grad.reshape(-1, grad.shape[-1]).unflatten(1, (-1, 2, out_segment))
-        d_bias = parts[:, :, 0].sum(0).flatten()
+        d_bias = parts[:, :, 0].sum(0, dtype=torch.float32).flatten()  # autograd casts it
     return dx, d_sym, d_asym, d_bias
 
 

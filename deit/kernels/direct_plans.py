@@ -57,6 +57,7 @@ def library_linear(
 ) -> Tensor:
     """`mirror_linear` on rows, by one product of batches or by two products."""
     pair = halves(x, in_segment)
+    bias = None if bias is None else bias.to(x.dtype)
     if batched:
         y = torch.bmm(pair, torch.stack([ws, wa]).transpose(1, 2))
         if bias is not None:

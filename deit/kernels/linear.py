@@ -53,16 +53,18 @@ def mirror_linear(
         ValueError: if shapes, dtypes or segments do not fit or `act` is unknown.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    if autocast:
         dtype = torch.get_autocast_dtype(device)
         x, weight_sym, weight_asym = (t.to(dtype) for t in (x, weight_sym, weight_asym))
-        bias = None if bias is None else bias.to(dtype)
+    direct = compiles_directly(x)
+    if bias is not None and not direct:  # kernels add a bias of any dtype, and casts are launches
+        bias = bias.to(x.dtype) if autocast else bias
     out_features, in_features = weight_sym.shape
     in_segment = in_features if in_segment is None else in_segment
     out_segment = out_features if out_segment is None else out_segment
-    _check(x, weight_sym, weight_asym, bias, in_segment, out_segment)
+    _check(x, weight_sym, weight_asym, bias, in_segment, out_segment, any_bias=direct and autocast)
     ops = torch.ops.deit
-    direct = compiles_directly(x)
     if act is None:
         linear = ops.direct_linear if direct else ops.mirror_linear
         return linear(x, weight_sym, weight_asym, bias, in_segment, out_segment)
@@ -76,7 +78,13 @@ def mirror_linear(
 
 
 def _check(
-    x: Tensor, ws: Tensor, wa: Tensor, bias: Tensor | None, in_segment: int, out_segment: int
+    x: Tensor,
+    ws: Tensor,
+    wa: Tensor,
+    bias: Tensor | None,
+    in_segment: int,
+    out_segment: int,
+    any_bias: bool,
 ) -> None:
     n, k = ws.shape
     if wa.shape != ws.shape or x.shape[-1] != 2 * k or (bias is not None and bias.shape != (n,)):
@@ -89,7 +97,7 @@ def _check(
         raise ValueError(
             f"in_segment {in_segment} must divide {k} and out_segment {out_segment} divide {n}"
         )
-    dtypes = {t.dtype for t in (x, ws, wa, bias) if t is not None}
+    dtypes = {t.dtype for t in (x, ws, wa, None if any_bias else bias) if t is not None}
     if len(dtypes) > 1 or not x.is_floating_point():
         raise ValueError(f"one floating dtype is needed, not {sorted(map(str, dtypes))}")
 

@@ -37,14 +37,16 @@ def mirror_perceptron(
         (..., 2N), contiguous, in the autocast dtype under autocast.
     """
     tensors = (x, *first, first_bias, *second, second_bias)
-    device = x.device.type
+    device, direct = x.device.type, compiles_directly(x)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
+        # kernels that are launched directly add a bias of any dtype, and casts are launches
+        kept = (None, first_bias, second_bias) if direct else (None,)
+        tensors = tuple(t if any(t is k for k in kept) else t.to(dtype) for t in tensors)
     present = [t for t in tensors if t is not None]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in present)
     ops = torch.ops.deit
-    perceptron = ops.direct_perceptron if compiles_directly(tensors[0]) else ops.mirror_perceptron
+    perceptron = ops.direct_perceptron if direct else ops.mirror_perceptron
     return perceptron(*tensors, act, save)[0]
 
 

@@ -73,7 +73,8 @@ def _inputs(device: torch.device) -> list[Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device) * scale
+        x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        return x * scale
 
     shapes = [(3 * WIDTH, WIDTH), (WIDTH, WIDTH), (HIDDEN, WIDTH), (WIDTH, HIDDEN)]
     inputs = [normal(2, ROWS // 2, 2 * WIDTH)]
@@ -121,8 +122,9 @@ def _results(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tens
 def _try(device: torch.device, backend: str) -> None:
     """Raise unless compiled code agrees with the plain formulas."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    exact = [t.to(dtype).float() for t in _inputs(device)]
-    with torch.autocast(device.type, enabled=False), tuning.only("triton"):
+    as_usual = torch.inference_mode(False), torch.autocast(device.type, enabled=False)
+    with as_usual[0], as_usual[1], tuning.only("triton"):
+        exact = [t.to(dtype).float() for t in _inputs(device)]
         expected = _results(_plain, exact)
         compiled = torch.compile(_fused, fullgraph=True, backend=backend, dynamic=False)
         actual = _results(compiled, [t.to(dtype) for t in exact])
