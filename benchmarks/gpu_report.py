@@ -241,7 +241,7 @@ def main() -> int:
     output = args.output or (Path(out) if out else None)
     report = Report(output, args.minutes, args.parts)
     how = Options(args.compile, args.seconds, args.autocast)
-    prepare_compiler()
+    prepare_compiler(scale.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 is the measure of the checks
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
