@@ -140,7 +140,7 @@ def linear_act(
         wa,
         ws if bias is None else bias.contiguous(),
         y,
-        h if save else ws,  # not written
+        h if save else ws if bias is None else bias,  # not written
         m,
         n,
         k,
