@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from deit.errors import UserError
 
-__all__ = ["ENVIRONMENT", "MODES", "get_mode", "is_plain_tensor", "plain", "set_mode"]
+__all__ = [
+    "ENVIRONMENT",
+    "MODES",
+    "get_mode",
+    "is_being_compiled",
+    "is_plain_tensor",
+    "plain",
+    "set_mode",
+]
 
 MODES = ("auto", "plain")
 ENVIRONMENT = "DEIT_KERNELS"
@@ -78,3 +86,8 @@ def is_plain_tensor(x: object) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_being_compiled() -> bool:
+    """Whether `torch.compile` is looking, to run the result, and fused paths are switched on."""
+    return get_mode() == "auto" and torch.compiler.is_compiling() and not _is_exporting()

@@ -28,8 +28,10 @@ from deit.kernels.choice import is_plain_tensor
 __all__ = ["AVAILABLE", "applies", "apply_pair", "attention", "mix_tokens", "pieces", "product"]
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# bytes of one irrep's widest feature in a piece: several of them lie in the cache together
-PIECE = 2**20
+# Bytes of one irrep's widest feature in a piece. A few of these are alive at a time: small enough
+# for the last cache and for the allocator to keep, large enough that the threads seldom have to
+# wait for each other, which costs much where other programs use the same cores.
+PIECE = 2**23
 # rows below which a product no longer runs at full speed
 LEAST_ROWS = 128
 

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import sqrt
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.cpu import LEAST_ROWS, pieces, product
 
 __all__ = ["perceptron"]
 
-# by name: the function, its gradient (of the result's gradient and the argument), and the factor on
-# the argument that it leaves to others: x sigmoid(c x) = silu(c x) / c
-_ACTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], float]] = {
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward, 1.0),
-    "quick_gelu": (F.silu, torch.ops.aten.silu_backward, 1.702),
+
+class Function(NamedTuple):
+    """A pointwise function, and the factor on its argument that it leaves to others."""
+
+    overwrite: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]  # of the result's gradient and the argument
+    scale: float
+
+
+_ACTS = {
+    "gelu": Function(torch.ops.aten.gelu_, torch.ops.aten.gelu_backward, 1.0),
+    # x sigmoid(c x) = silu(c x) / c
+    "quick_gelu": Function(torch.ops.aten.silu_, torch.ops.aten.silu_backward, 1.702),
 }
 
 
@@ -165,7 +173,7 @@ def _backward(
         _add_shifts(d_second_bias, g.chunk(2, -1), 1.0, tokens)
         g = (g * after).chunk(2, -1)
         arguments = _to_regular(*_map(inputs, first, first_bias, before, tokens), tokens)
-        hidden = _to_packed([function(u) for u in arguments], tokens)
+        hidden = _to_packed([function(u.clone()) for u in arguments], tokens)
         _add_products(d_second, g, hidden)
         copies = _to_regular(*_map(g, transposed[1], (), 1.0, tokens), tokens)
         copies = [derivative(d, u) for d, u in zip(copies, arguments, strict=True)]

@@ -69,3 +69,17 @@ def test_broken_twins_are_found(group):
 def test_only_whole_copies_of_the_regular_representation():
     with pytest.raises(ValueError, match="whole copies"):
         LayerNorm(Rep(FLOP, 3, 1))
+
+
+@BOTH_GROUPS
+def test_what_is_compiled_is_the_same(group):
+    layer = random_layer(LayerNorm(16, group=group))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = []
+    for run in (layer, compiled):
+        x = features(3, 5, 16).requires_grad_()
+        y = run(x)
+        loss = (y * torch.linspace(0, 1, y.numel()).view_as(y).to(y)).square().sum()
+        results.append((y, *torch.autograd.grad(loss, [x, *layer.parameters()])))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
