@@ -93,7 +93,8 @@ def _cut(x: Tensor, weight: Tensor, tokens: int, *others: Tensor) -> list[tuple[
     """Matching pieces of tensors (B, N, C), of whole images if the tokens are decomposed."""
     width = weight.shape[0]
     if tokens:
-        where = pieces(x.shape[0], x.shape[1] * width)
+        # half as much: the butterflies over tokens have twice as many results alive
+        where = pieces(x.shape[0], 2 * x.shape[1] * width)
         return [tuple(t[piece] for t in (x, *others)) for piece in where]
     rows = [t.reshape(1, -1, t.shape[-1]) for t in (x, *others)]
     return [
