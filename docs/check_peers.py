@@ -1,4 +1,4 @@
-"""What features.md says of timm and escnn, by running them.
+"""What the README says of timm and escnn, by running them.
 
     pip install timm "escnn==1.0.11"      # escnn needs a virtual environment with numpy < 2
     python docs/check_peers.py
