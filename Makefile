@@ -22,7 +22,8 @@ demo: $(VENV)/.run
 	$(PY) experiments/demo.py
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadgroup
+	# two processes with one thread each: threads that wait for each other on shared cores are slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup --durations 25
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

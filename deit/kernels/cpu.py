@@ -13,6 +13,7 @@ of the processor, whoever made it.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import pairwise
@@ -27,7 +28,12 @@ from deit.kernels.choice import is_plain_tensor
 
 __all__ = ["AVAILABLE", "applies", "apply_pair", "attention", "mix_tokens", "pieces", "product"]
 
-AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# on other architectures oneDNN's products are other libraries', and untried here
+AVAILABLE = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 # Bytes of one irrep's widest feature in a piece. A few of these are alive at a time: small enough
 # for the last cache and for the allocator to keep, large enough that the threads seldom have to
 # wait for each other, which costs much where other programs use the same cores.
