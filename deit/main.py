@@ -92,7 +92,7 @@ def train(run: Run) -> None:
     except NonFiniteLossError as error:
         reporter.close(title=args.model)
         raise UserError(explain_non_finite(run, error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if not is_worker_death(error):
             raise
         raise worker_death(error) from error

@@ -13,11 +13,13 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -167,16 +169,24 @@ class SeededErasing:
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether `error` is torch's report that a worker was killed.
+    """Whether `error` says that a worker was killed.
 
-    Torch raises it from a SIGCHLD handler, so that it can come up in the middle of any statement of
-    the main process, not only in the loader.
+    Torch reports it from a SIGCHLD handler, so that it can come up in the middle of any statement
+    of the main process, not only in the loader. A main process that was just receiving a batch
+    finds the connection closed before that.
     """
+    if isinstance(error, (ConnectionError, EOFError)):
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        return any("multiprocessing" in Path(file).parts for file in files)
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def worker_death(error: BaseException) -> UserError:
-    """The one line to print for it."""
+    """The one line to print for it. No report of torch's can come after this call."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if not isinstance(error, RuntimeError):
+        error = f"DataLoader worker (pid unknown) is gone: {error}."
     return UserError(
         f"{error} Often the machine ran out of memory (fewer --num-workers help) or shared memory "
         "(in a container: a larger /dev/shm)."

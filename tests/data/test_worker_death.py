@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from deit.data.loader import is_worker_death, worker_death
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -50,3 +53,18 @@ def test_killed_worker_ends_a_training_with_one_line(tmp_path):
     assert process.returncode == 2, stderr
     assert stderr.strip().splitlines()[-1].startswith("error: DataLoader worker (pid")
     assert "Traceback" not in stderr
+
+
+def test_a_connection_that_a_worker_closed_counts_as_its_death():
+    here, there = multiprocessing.Pipe()
+    there.close()
+    with pytest.raises(EOFError) as closed:
+        here.recv()
+    assert is_worker_death(closed.value)
+    assert not is_worker_death(ConnectionResetError("of some other connection"))
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        assert str(worker_death(closed.value)).startswith("DataLoader worker (pid unknown)")
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)
