@@ -260,6 +260,9 @@ class TestFailures:
             except Exception as error:
                 # torch's SIGCHLD handler may strike outside the loader: then it is the original
                 print(isinstance(error, UserError) or is_worker_death(error), error, flush=True)
+                # one that shared a lock with the killed worker would never end, and keep stdout open
+                for child in multiprocessing.active_children():
+                    child.kill()
                 os._exit(7)
             """)
         assert result.returncode == 7, result.stderr
