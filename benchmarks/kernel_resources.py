@@ -1,9 +1,9 @@
-"""What the Triton kernels of the linear maps and the nonlinearity take, read from machine code.
+"""What the Triton kernels take, read from machine code: registers, memory, widths of loads.
 
     python benchmarks/kernel_resources.py [--target 90 80] [--dtype bf16 fp32] [--kernel linear]
 
-Compiles every tile size as it would be launched for a layer of the base network and prints
-registers a thread, bytes of stack a thread (registers that were spilled to memory), bytes of shared
+Compiles every tile size as it would be launched for a layer of a base network and prints registers
+a thread, bytes of stack a thread (registers that were spilled to memory), bytes of shared
 memory a program, the instruction that multiplies (HGMMA and HMMA are those of tensor cores), and
 how many of the loads from global memory are 16 bytes wide. No GPU is needed; Triton 3.3 is.
 """
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from re import findall, search
 from typing import Any, NamedTuple
@@ -28,11 +29,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deit.kernels import gelu_triton, linear_launch
+from deit.kernels import depthwise_triton, gelu_triton, layer_norm_triton, linear_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROWS, WIDTH, HIDDEN, HALF_HEAD = 64 * 197, 384, 1536, 32  # per irrep, of the base network
+MAPS = (64, 14, 14, 2 * WIDTH)  # of the convolutional base network
 
 
 class Row(NamedTuple):
@@ -81,10 +83,27 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Any, str, Callable, tupl
     yield "gelu", gelu_triton, "gelu_kernel", gelu_triton.gelu, (hidden, "gelu")
     args = (hidden, hidden, "gelu")
     yield "gelu backward", gelu_triton, "gelu_backward_kernel", gelu_triton.gelu_backward, args
+    norm, vector = layer_norm_triton, torch.empty(2 * WIDTH, device="meta")
+    args = (x, vector, vector, 1e-6, dtype)
+    yield "layer norm", norm, "forward_kernel", norm.forward, args
+    args = (x, x, vector, torch.empty(3, ROWS, device="meta"), 1e-6)
+    yield "layer norm backward", norm, "backward_kernel", norm.backward, args
+    maps, taps = tensor(*MAPS), torch.empty(7, 4, 2 * WIDTH, device="meta")
+    conv, name = depthwise_triton, "convolve_kernel"
+    yield "depthwise", conv, name, conv.convolve, (maps, taps, vector, dtype)
+    backward = partial(conv.convolve, backward=True)
+    yield "depthwise backward", conv, name, backward, (maps, taps, None, dtype)
+    args = (maps, maps, conv.KERNEL_SIZE)
+    yield "depthwise taps", conv, "taps_gradient_kernel", conv.taps_gradient, args
 
 
 def configs(kernel: str, dtype: torch.dtype) -> tuple:
     """The tile sizes that are tried for a kernel."""
+    if kernel.startswith("depthwise"):
+        return tuple(dict.fromkeys((*depthwise_triton.WIDE, *depthwise_triton.NARROW)))
+    if kernel.startswith("layer norm"):
+        backward = kernel.endswith("backward")
+        return getattr(layer_norm_triton, ("BACKWARD" if backward else "FORWARD") + "_CONFIGS")
     if kernel.startswith("gelu"):
         return gelu_triton.TILES
     kind = "WEIGHT_GRAD" if "weight" in kernel else "ACT" if "gelu" in kernel else "LINEAR"
@@ -103,8 +122,12 @@ def compiled(kernel: Any, record: Recorder, capability: int) -> Any:
         if parameter.is_constexpr or one:
             signature[name], constants[name] = "constexpr", value
             continue
-        signature[name] = "*" + types[value.dtype] if tensor else "i32"
-        if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
+        if tensor:
+            signature[name] = "*" + types[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        whole = isinstance(value, int) and value % 16 == 0
+        if tensor or (whole and not parameter.do_not_specialize):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=record.options)
