@@ -225,18 +225,18 @@ class Tuner:
         timed = self._timing_allowed(x.device)
         full = (op, _device_name(x.device), x.dtype, key, timed)
         choice = self._chosen.get(full)
-        if choice is plain:
+        if choice is plain or not x.numel():
             return plain.run(*args)
         if choice is None:
-            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            if capturing or not x.numel():
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
                 return plain.run(*args)
             return self._decide(full, plain, candidates(), args)
         try:
             return choice.run(*args)
+        except torch.OutOfMemoryError:  # no fault of the candidate
+            raise
         except Exception as error:
             self._drop(full, choice, error)
-            self._chosen[full] = plain
         return plain.run(*args)
 
     def choose(
@@ -343,9 +343,16 @@ class Tuner:
         return True
 
     def _drop(self, full: tuple, candidate: Candidate, error: Exception) -> None:
-        """Never use this candidate of the operation again on this device with this dtype."""
+        """Never use this candidate of the operation again on this device with this dtype.
+
+        One that there was not enough memory to try is only left out of this decision.
+        """
         op, device, dtype = full[:3]
-        self._dropped.add((op, device, dtype, candidate.name))
+        if not isinstance(error, torch.OutOfMemoryError):
+            self._dropped.add((op, device, dtype, candidate.name))
+            for other, choice in list(self._chosen.items()):  # decided again at the next call
+                if other[:3] == full[:3] and choice.name == candidate.name:
+                    self._chosen.pop(other, None)
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
         if reason not in self._warned:
             self._warned.add(reason)

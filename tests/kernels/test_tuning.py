@@ -112,6 +112,51 @@ def test_falls_back_when_the_chosen_one_fails_later() -> None:
         assert torch.equal(call(), 2 * X)
 
 
+def test_one_that_is_dropped_is_given_up_where_it_was_chosen() -> None:
+    plain = Counted("plain")
+    bad = Counted("bad", lambda x: 2 * x if len(x) == 3 else wrong_corner(x))
+    tune = tuner()
+
+    def call(key: int, x: Tensor) -> None:
+        listed = [bad.candidate, plain.candidate]
+        assert torch.equal(tune.run("f", key, plain.candidate, lambda: listed, x), 2 * x)
+
+    call(3, X)
+    call(3, X)
+    assert (plain.calls, bad.calls) == (1, 2)
+    with pytest.warns(RuntimeWarning, match="differs"):
+        call(2, X[:2])
+    call(3, X)
+    call(3, X)
+    assert (plain.calls, bad.calls) == (4, 3)
+    assert {d.chosen for d in tune.report()} == {"plain"}
+
+
+def test_want_of_memory_is_no_fault_of_a_candidate() -> None:
+    def hungry(x: Tensor) -> Tensor:
+        if len(x) == 3:
+            raise torch.OutOfMemoryError("of a GPU")
+        return 2 * x
+
+    plain, other = Counted("plain"), Counted("other", hungry)
+    tune = tuner()
+
+    def call(key: int, x: Tensor) -> Tensor:
+        listed = [other.candidate, plain.candidate]
+        return tune.run("f", key, plain.candidate, lambda: listed, x)
+
+    with pytest.warns(RuntimeWarning, match="of a GPU"):
+        call(3, X)
+    for _ in range(2):
+        call(2, X[:2])
+        call(3, X)
+    assert [d.chosen for d in tune.report()] == ["plain", "other"]
+    with pytest.raises(torch.OutOfMemoryError):
+        call(2, X)
+    assert torch.equal(call(2, X[:2]), 2 * X[:2])
+    assert (plain.calls, other.calls) == (4, 5)
+
+
 def test_a_failure_while_timing_drops_too() -> None:
     plain, bad = Counted("plain"), Counted("bad")
     tune = tuner({"plain": 1.0})  # KeyError for the other
@@ -151,6 +196,10 @@ def test_empty_outputs_and_inputs() -> None:
     assert not tune.report()
     tune.run("f", 0, plain.candidate, lambda: listed, X)
     assert tune.report()[0].chosen == "other"
+    # Nothing is launched for no elements, which share a decision with few.
+    calls = other.calls
+    assert tune.run("f", 0, plain.candidate, lambda: listed, X[:0])[0].shape == (0, 4)
+    assert other.calls == calls
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.2), (torch.float16, 0.02)])
