@@ -38,7 +38,9 @@ def test_prints_what_a_kernel_takes(tmp_path: Path) -> None:
         assert row["loads"] == row["wide_loads"] != "0"
 
 
-@pytest.mark.parametrize(("kernel", "sizes"), [("layer norm backward", 3), ("depthwise backward", 5)])
+@pytest.mark.parametrize(
+    ("kernel", "sizes"), [("layer norm backward", 3), ("depthwise backward", 5)]
+)
 def test_nothing_is_spilled(kernel: str, sizes: int, tmp_path: Path) -> None:
     rows = resources(kernel, tmp_path)
     assert len(rows) == sizes
