@@ -92,7 +92,7 @@ def count_flops(model: nn.Module, images: Tensor) -> FlopCount:
 
     training = model.training
     # Tracing warns of every size that becomes a constant, which is what a count needs.
-    with warnings.catch_warnings(), torch.no_grad(), _ConvolutionByParts():
+    with warnings.catch_warnings(), torch.no_grad(), _OpaqueConvolution():
         warnings.simplefilter("ignore")
         analysis = FlopCountAnalysis(model.eval(), images)
         analysis.set_op_handle(**_handles())
@@ -112,6 +112,7 @@ def _handles() -> dict[str, Handle | None]:
         handles[f"aten::{name}"] = _per_input(name, cost)
     handles["aten::scaled_dot_product_attention"] = _attention
     handles["aten::baddbmm"] = _baddbmm
+    handles["deit::opaque_conv2d"] = _convolution
     return handles
 
 
@@ -149,16 +150,30 @@ def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
     )
 
 
+def _convolution(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    """(B, C, H, W) with kernels (N, C / groups, h, w), as fvcore counts it: without the bias."""
+    batch, _, *size = _shape(outputs[0])
+    return Counter({"conv": batch * prod(size) * prod(_shape(inputs[1]))})
+
+
 def _baddbmm(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
     """bias + (B, N, K) (B, K, M); as for linear layers the bias comes with the multiply-adds."""
     return Counter({"matmul": prod(_shape(inputs[1])) * _shape(inputs[2])[-1]})
 
 
-class _ConvolutionByParts(TorchFunctionMode):
-    """Calls `conv2d` by the name under which a trace records it.
+_LIBRARY = torch.library.Library("deit", "FRAGMENT")
+_LIBRARY.define(
+    "opaque_conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
+    "int[2] padding=0, int[2] dilation=1, int groups=1) -> Tensor"
+)
+_LIBRARY.impl("opaque_conv2d", torch.ops.aten.conv2d.default, "CompositeExplicitAutograd")
 
-    On the meta device `conv2d` runs a decomposition in Python before it gets to be recorded, and
-    that cannot be traced.
+
+class _OpaqueConvolution(TorchFunctionMode):
+    """Runs `conv2d` as one operator of our own.
+
+    On the meta device torch's runs a decomposition in Python before it gets to be recorded, and
+    that cannot be traced. Inside an operator nothing is.
     """
 
     def __torch_function__(
@@ -169,23 +184,6 @@ class _ConvolutionByParts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        return _conv2d(*args, **kwargs) if func is torch.conv2d else func(*args, **kwargs)
-
-
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    stride, padding, dilation = (
-        [size, size] if isinstance(size, int) else list(size)
-        for size in (stride, padding, dilation)
-    )
-    # not transposed, no output padding; the last four choose algorithms
-    return torch.ops.aten._convolution.default(
-        input, weight, bias, stride, padding, dilation, False, [0, 0], groups, *[False] * 4
-    )
+        if func is torch.conv2d:
+            func = torch.ops.deit.opaque_conv2d
+        return func(*args, **kwargs)
