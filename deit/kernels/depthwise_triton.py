@@ -332,7 +332,7 @@ def taps_gradient(grad: Tensor, x: Tensor, size: int, config: Config) -> Tensor:
     images, height, width, channels = x.shape
     tiles = 4 * triton.cdiv(channels // 4, config.channels)
     wanted = triton.cdiv(PROGRAMS * processors(x.device), tiles)
-    images_per_program = triton.cdiv(images, wanted)
+    images_per_program = max(1, triton.cdiv(images, wanted))
     programs = triton.cdiv(images, images_per_program)
     partial = torch.empty(programs, 29, channels, dtype=torch.float32, device=x.device)
     taps_gradient_kernel[(tiles, programs)](

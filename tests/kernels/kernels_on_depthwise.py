@@ -17,6 +17,7 @@ from deit.kernels.depthwise import (
 )
 
 DEVICE = os.environ["DEIT_KERNEL_TESTS"]
+torch.backends.cudnn.allow_tf32 = False  # the plain formula would round to ten bits
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CONFIGS = sorted({*depthwise_triton.WIDE, *depthwise_triton.NARROW})
 # (B, H, W, C): more than one tile along the width, and along the channels of a quarter; more rows
@@ -100,7 +101,7 @@ def test_kernels_agree_with_the_plain_formulas_of_the_dtype(dtype: torch.dtype) 
     kernel = torch.randn(8, 1, 7, 4, device=DEVICE, requires_grad=True)
     bias = torch.randn(8, device=DEVICE, requires_grad=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         mirror_depthwise(x, kernel, bias).square().sum().backward()
     decided = {d.op: d.chosen for d in tuning.report() if d.dtype == dtype and d.key[0] == 3}
     assert set(decided) == {"mirror_depthwise" + end for end in ("", "_input", "_taps")}
@@ -120,6 +121,19 @@ def test_the_choice_is_a_kernel(context) -> None:
     if DEVICE == "cpu":  # where nothing is timed, the preferred candidate that agrees
         assert decided.chosen.startswith("triton")
         assert torch.equal(second, forced)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_no_images(images: int) -> None:
+    """A batch of none gives nothing and gradients of zero, also where kernels were chosen."""
+    x = torch.randn(images, 2, 3, 4, device=DEVICE, requires_grad=True)
+    kernel = torch.randn(4, 1, 7, 4, device=DEVICE, requires_grad=True)
+    with tuning.only("triton"):
+        y = mirror_depthwise(x, kernel)
+        dx, d_kernel = torch.autograd.grad(y.sum(), (x, kernel))
+    assert y.shape == dx.shape == x.shape
+    assert bool((d_kernel != 0).any()) == bool(images)
+    assert not d_kernel.isnan().any()
 
 
 def test_other_kernel_sizes_run_plain() -> None:

@@ -6,13 +6,16 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit.models  # noqa: F401 - registers the networks
 from deit import kernels
 from deit.equivariance import randomize_
 from deit.kernels import tuning
+from deit.layers.attention import Attention
 
 DEVICE = os.environ["DEIT_KERNEL_TESTS"]
+torch.backends.cudnn.allow_tf32 = False  # the patch embedding would round to ten bits
 VIT = {"embed_dim": 24, "num_heads": 3, "depth": 2}
 FORWARD = {"mirror_layer_norm", "mirror_linear", "mirror_linear_act"}
 CASES = [
@@ -24,9 +27,11 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def forget_decisions(monkeypatch):
+def _setting(monkeypatch):
+    """No decisions yet, and float32 convolutions in float32, which is not what GPUs do unasked."""
     monkeypatch.setattr(tuning._TUNER, "_chosen", {})
     monkeypatch.setattr(tuning._TUNER, "_decisions", {})
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def make(name, options):
@@ -78,6 +83,32 @@ def test_autocast(name, options, ops):
     with kernels.plain():
         expected = outcome(network.double(), x.double())
     assert relative(actual, expected) < 2e-2
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_queries_keys_and_values_are_copied_once():
+    layer = Attention(32, 2).to(DEVICE)
+    x = torch.randn(2, 5, 32, device=DEVICE, requires_grad=True)
+    for _ in range(2):  # the second time with what was chosen
+        y = layer(x).sum()
+        with Calls() as calls:
+            y.backward()
+    assert "mirror_linear" in calls.names
+    assert calls.names.count("stack") + calls.names.count("cat") == 1
+    assert not {"select_backward", "zeros", "add"} & set(calls.names)
+    # of the expanded gradient of the sum, and of leaves that autograd keeps
+    assert calls.names.count("clone") <= 1
 
 
 def test_what_is_left_to_the_plain_formulas():
