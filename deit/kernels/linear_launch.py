@@ -69,8 +69,23 @@ def _segment(segment: int, width: int) -> int:
     return 0 if segment == width else segment
 
 
-def _same_strides(ws: Tensor, wa: Tensor) -> tuple[Tensor, Tensor]:
-    return (ws, wa) if ws.stride() == wa.stride() else (ws.contiguous(), wa.contiguous())
+def _parameters(ws: Tensor, wa: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights with the same strides, and the bias or a tensor that nothing reads."""
+    if ws.stride() != wa.stride():
+        ws, wa = ws.contiguous(), wa.contiguous()
+    return ws, wa, ws if bias is None else bias.contiguous()
+
+
+def _options(config: Config, x: Tensor, axes: str) -> dict[str, Any]:
+    """Of every launch; `axes` names those of rows, columns and depth of the tiles."""
+    sizes = zip(axes, config[:3], strict=True)
+    return dict(
+        {f"BLOCK_{axis}": size for axis, size in sizes},
+        GROUP=GROUP,
+        PRECISION=precision(x),
+        num_stages=config.stages,
+        num_warps=config.warps,
+    )
 
 
 def linear(
@@ -88,31 +103,17 @@ def linear(
     Here and below, `kernel` is the kernel itself unless given: wrapped, for a compiler.
     """
     (m, _), (n, k) = x.shape, ws.shape
-    ws, wa = _same_strides(ws, wa)
+    ws, wa, shift = _parameters(ws, wa, bias)
     y = torch.empty(m, 2 * n, dtype=x.dtype, device=x.device)
+    args = (x, ws, wa, shift, y, m, n, k, x.stride(0), *ws.stride())
     grid = (2 * triton.cdiv(m, config.rows) * triton.cdiv(n, config.columns),)
     (kernel or linear_kernel)[grid](
-        x,
-        ws,
-        wa,
-        ws if bias is None else bias.contiguous(),  # a pointer that nothing reads
-        y,
-        m,
-        n,
-        k,
-        x.stride(0),
-        *ws.stride(),
+        *args,
         HAS_BIAS=bias is not None,
         IN_SEGMENT=_segment(in_segment, k),
         OUT_SEGMENT=_segment(out_segment, n),
         EVEN_K=k % config.depth == 0,
-        PRECISION=precision(x),
-        BLOCK_M=config.rows,
-        BLOCK_N=config.columns,
-        BLOCK_K=config.depth,
-        GROUP=GROUP,
-        num_stages=config.stages,
-        num_warps=config.warps,
+        **_options(config, x, "MNK"),
     )
     return y
 
@@ -130,34 +131,20 @@ def linear_act(
 ) -> tuple[Tensor, Tensor]:
     """(rows, 2K) -> packed (rows, 2N) after the nonlinearity and, if `save`, before it."""
     (m, _), (n, k) = x.shape, ws.shape
-    ws, wa = _same_strides(ws, wa)
+    ws, wa, shift = _parameters(ws, wa, bias)
     y = torch.empty(m, 2 * n, dtype=x.dtype, device=x.device)
     h = torch.empty_like(y) if save else y.new_empty(0)
+    saved = h if save else shift  # not written then; one without elements has no address
+    args = (x, ws, wa, shift, y, saved, m, n, k, x.stride(0), *ws.stride())
     grid = (triton.cdiv(m, config.rows) * triton.cdiv(n, config.columns),)
     (kernel or linear_act_kernel)[grid](
-        x,
-        ws,
-        wa,
-        ws if bias is None else bias.contiguous(),
-        y,
-        h if save else ws if bias is None else bias,  # not written
-        m,
-        n,
-        k,
-        x.stride(0),
-        *ws.stride(),
+        *args,
         HAS_BIAS=bias is not None,
         SAVE=save,
         QUICK=act == "quick_gelu",
         IN_SEGMENT=_segment(in_segment, k),
         EVEN_K=k % config.depth == 0,
-        PRECISION=precision(x),
-        BLOCK_M=config.rows,
-        BLOCK_N=config.columns,
-        BLOCK_K=config.depth,
-        GROUP=GROUP,
-        num_stages=config.stages,
-        num_warps=config.warps,
+        **_options(config, x, "MNK"),
     )
     return y, h
 
@@ -194,25 +181,12 @@ def weight_grad_parts(
     if isinstance(m, int):  # else parts without rows are zero
         splits = triton.cdiv(m, rows_each)
     partial = torch.empty(splits, 2, n, k, dtype=torch.float32, device=x.device)
+    args = (grad, x, partial, m, n, k, rows_each, grad.stride(0), x.stride(0))
     (kernel or weight_grad_kernel)[(tiles, splits)](
-        grad,
-        x,
-        partial,
-        m,
-        n,
-        k,
-        rows_each,
-        grad.stride(0),
-        x.stride(0),
+        *args,
         IN_SEGMENT=_segment(in_segment, k),
         OUT_SEGMENT=_segment(out_segment, n),
-        PRECISION=precision(x),
-        BLOCK_N=config.rows,
-        BLOCK_K=config.columns,
-        BLOCK_M=config.depth,
-        GROUP=GROUP,
-        num_stages=config.stages,
-        num_warps=config.warps,
+        **_options(config, x, "NKM"),
     )
     return partial
 
@@ -232,7 +206,8 @@ def weight_grad(
     dws, dwa = (total.to(x.dtype, copy=True) for total in partial.sum(0))
     if not with_bias:
         return dws, dwa, grad.new_empty(0)
-    return dws, dwa, grad.unflatten(1, (-1, 2, out_segment))[:, :, 0].sum(0).flatten()
+    parts = grad.unflatten(1, (-1, 2, out_segment))[:, :, 0]
+    return dws, dwa, parts.sum(0, dtype=x.dtype).flatten()  # a sum under autocast is float32
 
 
 def _candidates(launch: Callable[..., Any], configs: tuple[Config, ...]) -> list[Candidate]:
