@@ -52,18 +52,17 @@ def mirror_linear(
     Raises:
         ValueError: if shapes, dtypes or segments do not fit or `act` is unknown.
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    if autocast:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight_sym, weight_asym = (t.to(dtype) for t in (x, weight_sym, weight_asym))
     direct = compiles_directly(x)
-    if bias is not None and not direct:  # kernels add a bias of any dtype, and casts are launches
-        bias = bias.to(x.dtype) if autocast else bias
+    x, (weight_sym, weight_asym), (bias,) = cast(x, (weight_sym, weight_asym), (bias,), direct)
+    check_parameters(x.shape[-1], x.dtype, weight_sym, weight_asym, bias, direct)
     out_features, in_features = weight_sym.shape
     in_segment = in_features if in_segment is None else in_segment
     out_segment = out_features if out_segment is None else out_segment
-    _check(x, weight_sym, weight_asym, bias, in_segment, out_segment, any_bias=direct and autocast)
+    if min(in_segment, out_segment) < 1 or in_features % in_segment or out_features % out_segment:
+        raise ValueError(
+            f"in_segment {in_segment} must divide {in_features} and out_segment {out_segment} "
+            f"divide {out_features}"
+        )
     ops = torch.ops.deit
     if act is None:
         linear = ops.direct_linear if direct else ops.mirror_linear
@@ -77,32 +76,44 @@ def mirror_linear(
     return linear(x, weight_sym, weight_asym, bias, in_segment, act, save)[0]
 
 
-def _check(
+def cast(
     x: Tensor,
-    ws: Tensor,
-    wa: Tensor,
-    bias: Tensor | None,
-    in_segment: int,
-    out_segment: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
     any_bias: bool,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor | None]]:
+    """What autocast makes of the factors of products, and of biases except with `any_bias`:
+    kernels that are launched directly add a bias of any dtype, and casts are launches."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weights, biases
+    dtype = torch.get_autocast_dtype(device)
+    if not any_bias:
+        biases = [None if b is None else b.to(dtype) for b in biases]
+    return x.to(dtype), [w.to(dtype) for w in weights], biases
+
+
+def check_parameters(
+    width: int, dtype: torch.dtype, ws: Tensor, wa: Tensor, bias: Tensor | None, any_bias: bool
 ) -> None:
+    """Raise ValueError unless these map features of this width and dtype; with `any_bias` under
+    autocast that may have another dtype."""
     n, k = ws.shape
-    if wa.shape != ws.shape or x.shape[-1] != 2 * k or (bias is not None and bias.shape != (n,)):
+    if wa.shape != ws.shape or width != 2 * k or (bias is not None and bias.shape != (n,)):
         raise ValueError(
-            f"the shapes of x {tuple(x.shape)}, the weights {tuple(ws.shape)} and "
-            f"{tuple(wa.shape)} and the bias {None if bias is None else tuple(bias.shape)} "
-            "do not fit: (..., 2K), (N, K), (N, K) and (N,) do"
+            f"features of width {width}, weights of shapes {tuple(ws.shape)} and "
+            f"{tuple(wa.shape)} and a bias of {None if bias is None else tuple(bias.shape)} "
+            "do not fit: 2K, (N, K), (N, K) and (N,) do"
         )
-    if in_segment < 1 or k % in_segment or out_segment < 1 or n % out_segment:
-        raise ValueError(
-            f"in_segment {in_segment} must divide {k} and out_segment {out_segment} divide {n}"
-        )
-    dtypes = {t.dtype for t in (x, ws, wa, None if any_bias else bias) if t is not None}
-    if len(dtypes) > 1 or not x.is_floating_point():
+    any_bias = any_bias and torch.is_autocast_enabled(ws.device.type)
+    dtypes = {dtype} | {t.dtype for t in (ws, wa, None if any_bias else bias) if t is not None}
+    if len(dtypes) > 1 or not dtype.is_floating_point:
         raise ValueError(f"one floating dtype is needed, not {sorted(map(str, dtypes))}")
 
 
 # --- layouts and plain implementations, on x of shape (rows, 2K) -------------------------------
+# Products and sums are told their dtype, by `out` or as an argument: backward may run under
+# autocast, which would change it.
 
 
 def _part(x: Tensor, irrep: int, segment: int) -> Tensor:
@@ -154,8 +165,14 @@ def _plain_weight_grad(
     grad: Tensor, x: Tensor, in_segment: int, out_segment: int, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     parts = [_part(grad, irrep, out_segment) for irrep in range(2)]
-    weights = [torch.mm(part.t(), _part(x, irrep, in_segment)) for irrep, part in enumerate(parts)]
-    return (*weights, parts[0].sum(0) if with_bias else grad.new_empty(0))
+    weights = [grad.new_empty(grad.shape[1] // 2, x.shape[1] // 2) for _ in range(2)]
+    for irrep, (weight, part) in enumerate(zip(weights, parts, strict=True)):
+        torch.mm(part.t(), _part(x, irrep, in_segment), out=weight)
+    return (*weights, _bias_grad(parts[0], with_bias))
+
+
+def _bias_grad(part: Tensor, with_bias: bool) -> Tensor:
+    return part.sum(0, dtype=part.dtype) if with_bias else part.new_empty(0)
 
 
 def _batched_weight_grad(
@@ -163,9 +180,10 @@ def _batched_weight_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One strided batched product, for the packed layout only."""
     grads, parts = (t.unflatten(1, (2, -1)).transpose(0, 1) for t in (grad, x))
-    weights = torch.bmm(grads.transpose(1, 2), parts)
+    weights = grad.new_empty(2, grads.shape[2], parts.shape[2])
+    torch.bmm(grads.transpose(1, 2), parts, out=weights)
     # Outputs of an operation must not share memory.
-    return (*(w.clone() for w in weights), grads[0].sum(0) if with_bias else grad.new_empty(0))
+    return (*(w.clone() for w in weights), _bias_grad(grads[0], with_bias))
 
 
 def _then_act(linear, gelu):
@@ -313,25 +331,31 @@ def _(grad, x, in_segment, out_segment, with_bias):
 # --- gradients --------------------------------------------------------------------------------
 
 
-def _gradients(ctx, grad: Tensor, inputs: Sequence[Tensor], out_segment: int) -> tuple:
-    """Of x, the weights and the bias, from the gradient of the linear map's result."""
-    x, ws, wa = inputs
-    need_x, *need_weights, need_bias = ctx.needs_input_grad[:4]
-    dx = dws = dwa = db = None
-    if need_x:
-        dx = _linear_op(grad, ws.t(), wa.t(), None, out_segment, ctx.in_segment)
-    if any(need_weights) or need_bias:
-        dws, dwa, db = _weight_grad_op(grad, x, ctx.in_segment, out_segment, need_bias)
-    return dx, dws, dwa, db if need_bias else None
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    segments: tuple[int, int],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of x, both weights and the bias, as `needed` says, from that of the linear map's result."""
+    (sym, asym), (in_segment, out_segment) = weights, segments
+    dx = d_sym = d_asym = d_bias = None
+    if needed[0]:
+        dx = _linear_op(grad, sym.t(), asym.t(), None, out_segment, in_segment)
+    if any(needed[1:]):
+        d_sym, d_asym, d_bias = _weight_grad_op(grad, x, in_segment, out_segment, needed[3])
+    return dx, d_sym, d_asym, d_bias if needed[3] else None
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.in_segment, ctx.out_segment = inputs[4:]
+    ctx.segments = inputs[4:]
     ctx.save_for_backward(*inputs[:3])
 
 
 def _backward(ctx, grad: Tensor) -> tuple:
-    return (*_gradients(ctx, grad, ctx.saved_tensors, ctx.out_segment), None, None)
+    x, *weights = ctx.saved_tensors
+    return (*gradients(grad, x, weights, ctx.segments, ctx.needs_input_grad[:4]), None, None)
 
 
 def _act_setup(ctx, inputs, output) -> None:
@@ -342,14 +366,15 @@ def _act_setup(ctx, inputs, output) -> None:
 
 def _act_backward(ctx, grad: Tensor | None, grad_saved: Tensor | None) -> tuple:
     # `grad_saved` is there for gradients of second order only.
-    *inputs, h = ctx.saved_tensors  # once: under checkpointing they cannot be asked for again
+    x, *weights, h = ctx.saved_tensors  # once: under checkpointing they cannot be asked for again
     total = grad_saved
     if grad is not None:
         first = _gelu_backward_op(grad, h, ctx.act)
         total = first if total is None else total + first
     if total is None:
         return (None,) * 7
-    return (*_gradients(ctx, total, inputs, h.shape[-1] // 2), None, None, None)
+    segments, needed = (ctx.in_segment, h.shape[-1] // 2), ctx.needs_input_grad[:4]
+    return (*gradients(total, x, weights, segments, needed), None, None, None)
 
 
 def _weight_grad_setup(ctx, inputs, output) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from deit.kernels.backends import compiles_directly
-from deit.kernels.gelu import _gelu_backward_op, _gelu_op
-from deit.kernels.linear import _linear_act_op, _linear_op, _weight_grad_op
+from deit.kernels.gelu import _gelu_backward_op, _gelu_op, check_activation
+from deit.kernels.linear import _linear_act_op, _linear_op, cast, check_parameters, gradients
 
 __all__ = ["mirror_perceptron"]
 
@@ -35,16 +35,18 @@ def mirror_perceptron(
 
     Returns:
         (..., 2N), contiguous, in the autocast dtype under autocast.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit or `act` is unknown.
     """
-    tensors = (x, *first, first_bias, *second, second_bias)
-    device, direct = x.device.type, compiles_directly(x)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        # kernels that are launched directly add a bias of any dtype, and casts are launches
-        kept = (None, first_bias, second_bias) if direct else (None,)
-        tensors = tuple(t if any(t is k for k in kept) else t.to(dtype) for t in tensors)
-    present = [t for t in tensors if t is not None]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in present)
+    check_activation(act)
+    direct, biases = compiles_directly(x), (first_bias, second_bias)
+    x, weights, biases = cast(x, (*first, *second), biases, direct)
+    first, second, hidden = (*weights[:2], biases[0]), (*weights[2:], biases[1]), 2 * len(first[0])
+    check_parameters(x.shape[-1], x.dtype, *first, direct)
+    check_parameters(hidden, x.dtype, *second, direct)
+    tensors = (x, *first, *second)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     ops = torch.ops.deit
     perceptron = ops.direct_perceptron if direct else ops.mirror_perceptron
     return perceptron(*tensors, act, save)[0]
@@ -83,29 +85,25 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, *weights, *(output[1:] if save else ()))
 
 
-def _linear_gradients(
-    grad: Tensor, x: Tensor, sym: Tensor, asym: Tensor, with_bias: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of a packed linear map: the gradients of x, both weights and the bias."""
-    n, k = sym.shape
-    dx = _linear_op(grad, sym.t(), asym.t(), None, n, k)
-    d_sym, d_asym, d_bias = _weight_grad_op(grad, x, k, n, with_bias)
-    return dx, d_sym, d_asym, d_bias if with_bias else None
-
-
 def _backward(ctx, grad: Tensor | None, grad_saved: Tensor | None) -> tuple:
-    x, first_sym, first_asym, second_sym, second_asym, h = ctx.saved_tensors
-    second = (None,) * 3
-    total = grad_saved  # there for gradients of second order only
+    x, *weights, h = ctx.saved_tensors
+    first, second = weights[:2], weights[2:]
+    (hidden, width), out = first[0].shape, second[0].shape[0]
+    of_first, of_second = ctx.needs_input_grad[:4], ctx.needs_input_grad[4:7]
+    d_first, d_second = (None,) * 4, (None,) * 3
+    dh = grad_saved  # there for gradients of second order only
     if grad is not None:
-        y = _gelu_op(h, ctx.act)
-        dy, *second = _linear_gradients(grad, y, second_sym, second_asym, ctx.needs_input_grad[6])
-        dh = _gelu_backward_op(dy, h, ctx.act)
-        total = dh if total is None else total + dh
-    if total is None:
-        return (None,) * 9
-    first = _linear_gradients(total, x, first_sym, first_asym, ctx.needs_input_grad[3])
-    return (*first, *second, None, None)
+        y = _gelu_op(h, ctx.act) if any(of_second) else h  # or nothing that is read
+        needed = (any(of_first), *of_second)
+        dy, *d_second = gradients(grad, y, second, (hidden, out), needed)
+        del y  # the largest tensors of a network go after their last use
+        if dy is not None:
+            total = _gelu_backward_op(dy, h, ctx.act)
+            dh = total if dh is None else dh + total
+        del dy
+    if dh is not None:
+        d_first = gradients(dh, x, first, (width, hidden), of_first)
+    return (*d_first, *d_second, None, None)
 
 
 _perceptron_op.register_autograd(_backward, setup_context=_setup)

@@ -23,13 +23,19 @@ DEVICE = os.environ["DEIT_KERNEL_TESTS"]
 HALF = torch.float16 if DEVICE == "cpu" else torch.bfloat16
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # rows, K, N, in_segment, out_segment, bias. No size is a multiple of a tile's, rows fill more than
-# one tile of 64; 32 and 40 are half a head in the networks.
+# one tile of 64; 32 and 40 are half a head in the networks. Rows of 50 elements of two bytes are
+# nowhere aligned to more than four.
 SHAPES = [
     (70, 96, 200, None, None, True),
     (133, 80, 160, 40, None, False),
     (67, 48, 120, None, 40, True),
     (1, 64, 96, 32, 32, True),
+    (19, 25, 37, 5, None, True),
 ]
+FAR = 1 << 25  # elements from one row to the next, so that those of 70 are beyond 31 bits
+needs_memory = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.mem_get_info()[0] < 32e9, reason="needs a GPU with 32 GB free"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +148,50 @@ def test_gradients(act: str | None) -> None:
     close(y, expected)
     for leaf, reference in zip(leaves, exact, strict=True):
         close(leaf.grad, reference.grad)
+
+
+@needs_memory
+def test_inputs_beyond_31_bits() -> None:
+    _, ws, wa, bias = inputs(SHAPES[0], HALF)
+    far = torch.empty(70, FAR, dtype=HALF, device=DEVICE)
+    x, grad = far[:, :192].normal_(), far[:, 200:600].normal_()
+    h = _plain_linear(*double(x, ws, wa, bias), 96, 200)
+    weight_grads = _plain_weight_grad(*double(grad, x), 96, 200, True)
+    for candidate in launch.linear_candidates(HALF):
+        close(candidate.run(x, ws, wa, bias, 96, 200), h)
+    for candidate in launch.act_candidates(HALF):
+        close(candidate.run(x, ws, wa, bias, 96, "gelu", False)[0], plain_gelu(h, "gelu"))
+    for candidate in launch.weight_grad_candidates(HALF):
+        for got, expected in zip(candidate.run(grad, x, 96, 200, True), weight_grads, strict=True):
+            close(got, expected)
+
+
+@needs_memory
+def test_results_beyond_31_bits() -> None:
+    rows, k, n = (1 << 20) + 9, 16, 1024
+    args = inputs((rows, k, n, None, None, True), HALF)
+    last = slice(rows - 100, None)
+    h = _plain_linear(*double(args[0][last], *args[1:]), k, n)
+    for candidate in launch.linear_candidates(HALF):
+        close(candidate.run(*args, k, n)[last], h)
+    for candidate in launch.act_candidates(HALF):
+        y, saved = candidate.run(*args, k, "gelu", True)
+        close(y[last], plain_gelu(h, "gelu"))
+        close(saved[last], h)
+
+
+def test_backward_under_autocast_keeps_the_dtype() -> None:
+    x, grad = random(70, 96, dtype=torch.float32), random(70, 64, dtype=torch.float32)
+    expected = _plain_weight_grad(*double(grad, x), 48, 32, True)
+    with torch.autocast(DEVICE, HALF):
+        results = [c.run(grad, x, 48, 32, True) for c in launch.weight_grad_candidates(x.dtype)]
+        results.append(_plain_weight_grad(grad, x, 48, 32, True))
+    for result in results:
+        for got, exact in zip(result, expected, strict=True):
+            close(got, exact)
+    with torch.autocast(DEVICE, HALF):  # sums of a GPU are float32 there unless told
+        half = _plain_weight_grad(grad.to(HALF), x.to(HALF), 48, 32, True)
+    assert {t.dtype for t in half} == {HALF}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deit.kernels import linear as kernels
 from deit.kernels.linear import mirror_linear
+from deit.kernels.perceptron import mirror_perceptron
 from deit.layers.activation import GELU
 from deit.layers.linear import Linear
 
@@ -104,6 +105,91 @@ def test_autocast_casts_everything() -> None:
     assert all(t.grad.dtype == torch.float32 for t in args)
     expected = mirror_linear(*(t.detach() for t in args), act="gelu")
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("act", "bias"), [(None, True), ("gelu", False)])
+def test_backward_under_autocast_has_the_dtype_of_forward(act: str | None, bias: bool) -> None:
+    args = inputs(torch.float32, bias)
+    y = mirror_linear(*args, act=act)
+    grad = torch.randn_like(y)
+    expected = torch.autograd.grad(y, args, grad, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(y, args, grad)
+        rows = grad.flatten(0, 1), args[0].detach().flatten(0, 1)
+        batched = kernels._batched_weight_grad(*rows, K, N, bias)
+    torch.testing.assert_close(gradients, expected)
+    assert all(t.dtype == torch.float32 for t in batched)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    x, *args = parameters_of_a_perceptron()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mirror_linear(x, *args[0], args[1]).dtype == torch.float64
+        assert mirror_perceptron(x, *args).dtype == torch.float64
+
+
+def parameters_of_a_perceptron(dtype: torch.dtype = torch.float64) -> tuple:
+    """The arguments of `mirror_perceptron`."""
+    x, ws, wa, bias = inputs(dtype)
+    vs, va, shift = (torch.randn(shape, dtype=dtype) for shape in [(6, N), (6, N), (6,)])
+    return x, (ws, wa), bias, (vs, va), shift, "quick_gelu"
+
+
+def test_perceptron_is_two_linear_maps_in_both_orders() -> None:
+    x, first, b, second, c, act = parameters_of_a_perceptron()
+    leaves = [t.requires_grad_() for t in (x, *first, b, *second, c)]
+
+    def fused(x, ws, wa, b, vs, va, c):
+        return mirror_perceptron(x, (ws, wa), b, (vs, va), c, act)
+
+    def both(x, ws, wa, b, vs, va, c):
+        return mirror_linear(mirror_linear(x, ws, wa, b, act=act), vs, va, c)
+
+    torch.testing.assert_close(fused(*leaves), both(*leaves))
+    assert torch.autograd.gradcheck(fused, leaves)
+    assert torch.autograd.gradgradcheck(fused, leaves)
+    # Several pairs of rows and of frozen parameters: which products are left out differs.
+    for trained in [(0,), (1, 3), (4,), (6,), (2, 5), (0, 6)]:
+        args = [t.detach().requires_grad_(i in trained) for i, t in enumerate(leaves)]
+        wanted = [args[i] for i in trained]
+        gradients = [
+            torch.autograd.grad(f(*args).square().sum(), wanted, create_graph=True)
+            for f in (fused, both)
+        ]
+        torch.testing.assert_close(*gradients)
+        again = [torch.autograd.grad(sum(t.square().sum() for t in g), wanted) for g in gradients]
+        torch.testing.assert_close(*again)
+
+
+def test_perceptron_leaves_products_out_that_nobody_asked_for() -> None:
+    x, first, b, second, c, act = parameters_of_a_perceptron()
+    one, two = 15 * 4 * N * K, 15 * 4 * N * 6
+    for trained, expected in [
+        ((x,), one + two),
+        ((*first,), one + two),
+        ((b, second[0]), one + 2 * two),
+        ((c,), two),
+    ]:
+        for t in (x, *first, b, *second, c):
+            t.requires_grad_(any(t is other for other in trained))
+        y = mirror_perceptron(x, first, b, second, c, act)
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == expected
+
+
+def test_perceptron_rejects_what_does_not_fit() -> None:
+    x, first, b, second, c, _ = parameters_of_a_perceptron()
+    with pytest.raises(ValueError, match="do not fit"):
+        mirror_perceptron(x[..., 2:], first, b, second, c, "gelu")
+    with pytest.raises(ValueError, match="width 16, weights of shapes \\(6, 7\\)"):
+        mirror_perceptron(x, first, b, [v[:, 1:] for v in second], c, "gelu")
+    with pytest.raises(ValueError, match="do not fit"):
+        mirror_perceptron(x, first, b, second, c[1:], "gelu")
+    with pytest.raises(ValueError, match="one floating dtype"):
+        mirror_perceptron(x, first, b.float(), second, c, "gelu")
+    with pytest.raises(ValueError, match="'relu'"):
+        mirror_perceptron(x, first, b, second, c, "relu")
 
 
 def test_operations_are_well_formed() -> None:
