@@ -10,7 +10,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["compiles_directly", "direct", "gelu_triton", "linear_launch", "triton_runs"]
+__all__ = [
+    "compiles_directly",
+    "direct",
+    "gelu_triton",
+    "kernels_take",
+    "linear_launch",
+    "triton_runs",
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,6 +78,11 @@ def device_compiles(device: torch.device) -> bool:
     return available and _device_runs(device) and _load("gelu_triton") is not None
 
 
+def kernels_take(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether device and dtype of a tensor suit the kernels, and Triton is installed."""
+    return dtype in DTYPES and _device_runs(device) and _load("gelu_triton") is not None
+
+
 def triton_runs(x: Tensor) -> bool:
-    """Whether the kernels take `x`: its dtype and device suit them, and Triton is installed."""
-    return x.dtype in DTYPES and _device_runs(x.device) and _load("gelu_triton") is not None
+    """Whether the kernels take `x`."""
+    return kernels_take(x.device, x.dtype)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deit.kernels.backends import triton_runs
+from deit.kernels.backends import kernels_take
 from deit.kernels.choice import is_plain_tensor
 from deit.kernels.depthwise import mirror_depthwise
 from deit.kernels.layer_norm import mirror_layer_norm
@@ -33,14 +33,15 @@ def applies(x: Tensor, *weights: Tensor) -> bool:
     """Whether the operations of this module can replace the plain formulas."""
     if not is_plain_tensor(x) or not _runs(x.device, x.dtype) or not x.numel():
         return False
-    if not torch.is_autocast_enabled(x.device.type) and any(w.dtype != x.dtype for w in weights):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if any(w.device != x.device or (w.dtype != x.dtype and not autocast) for w in weights):
         return False  # the plain formula tells what is wrong
     return all(is_plain_tensor(w) for w in weights)
 
 
 @torch.compiler.assume_constant_result
 def _runs(device: torch.device, dtype: torch.dtype) -> bool:
-    return triton_runs(torch.empty(0, device=device, dtype=dtype))
+    return kernels_take(device, dtype)
 
 
 def depthwise(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from deit import kernels
 from deit.args import get_parser
 from deit.errors import UserError
+from deit.kernels import gpu
 from deit.kernels.choice import is_plain_tensor
 
 
@@ -74,6 +75,20 @@ def test_the_option_offers_the_modes():
 
 def test_parameters_are_taken():
     assert is_plain_tensor(nn.Parameter(torch.ones(1)))
+
+
+def test_operations_on_gpus_take_parameters_of_one_dtype_on_one_device(monkeypatch):
+    monkeypatch.setattr(gpu, "kernels_take", lambda device, dtype: dtype == torch.float32)
+    x, w = torch.ones(2, 4), torch.ones(2, 2)
+    assert gpu.applies(x, w, nn.Parameter(w))
+    assert not gpu.applies(x.double(), w.double())
+    assert not gpu.applies(x[:0], w)
+    assert not gpu.applies(x, w.half())
+    assert not gpu.applies(x, w.as_subclass(Tagged))
+    assert not gpu.applies(x, w, w.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gpu.applies(x, w.half())
+        assert not gpu.applies(x, w, w.to("meta"))
 
 
 class Tagged(torch.Tensor):
