@@ -90,8 +90,10 @@ def attention(x: Tensor, layer: Attention) -> Tensor | None:
         # products that write, and read, the halves of each head side by side
         half = layer.head_rep.invariant
         packed = gpu.linear(x, *qkv, *bias1, out_segment=half)
-        heads = packed.unflatten(-1, (3, layer.num_heads, 2 * half)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], dropout_p=dropout)
+        # unbound where they lie: their gradients are then put side by side by one copy
+        heads = packed.unflatten(-1, (3, layer.num_heads, 2 * half)).unbind(2)
+        q, k, v = (head.transpose(1, 2) for head in heads)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return gpu.linear(y.transpose(1, 2).flatten(2), *proj, *bias2, in_segment=half)
     if dropout or not cpu.applies(x, *qkv, *bias1, *proj, *bias2):
         return None
