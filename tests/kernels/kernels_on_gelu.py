@@ -19,7 +19,12 @@ def _setting(monkeypatch):
     """A seed, and uninitialised memory full of NaN."""
     torch.manual_seed(0)
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -39,6 +44,18 @@ def test_gelu(rows: int, width: int, act: str, dtype: torch.dtype) -> None:
             assert actual.dtype == dtype
             error = (actual.double() - exact).norm() / exact.norm()
             assert error <= TOLERANCE[dtype], f"{float(error):.1e}"
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.mem_get_info()[0] < 32e9, reason="needs a GPU with 32 GB free"
+)
+def test_offsets_beyond_31_bits() -> None:
+    x = torch.zeros((1 << 20) + 9, 2048, dtype=torch.bfloat16, device=DEVICE)
+    x[-9:].normal_()
+    for forward, backward in zip(gelu_triton.FORWARD, gelu_triton.BACKWARD, strict=True):
+        torch.testing.assert_close(forward.run(x, "gelu")[-9:], plain_gelu(x[-9:], "gelu"))
+        actual = backward.run(x, x, "gelu")[-9:]
+        torch.testing.assert_close(actual, plain_gelu_backward(x[-9:], x[-9:], "gelu"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
