@@ -27,11 +27,9 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def _setting(monkeypatch):
-    """No decisions yet, and float32 convolutions in float32, which is not what GPUs do unasked."""
+def forget_decisions(monkeypatch):
     monkeypatch.setattr(tuning._TUNER, "_chosen", {})
     monkeypatch.setattr(tuning._TUNER, "_decisions", {})
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def make(name, options):
