@@ -84,12 +84,17 @@ class Job:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
+                state = self.state()
+                send(processes(self), signal.SIGABRT)  # faulthandler writes where each thread is
+                time.sleep(5)
                 logs = "".join(
-                    f"--- {path.name}\n{path.read_text()[-3000:]}\n"
+                    f"--- {path.name}\n{path.read_text()[-6000:]}\n"
                     for path in sorted(self.folder.glob("*_log.*"))
                 )
+                files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
                 pytest.fail(
-                    f"no {what} in {timeout} s, job is {self.state()}\n{logs}{self.cluster.logs()}"
+                    f"no {what} in {timeout} s, job is {state}, files are {files}\n"
+                    f"{logs}{self.cluster.logs()}"
                 )
             time.sleep(0.1)
 
@@ -134,7 +139,8 @@ def submit(cluster: Cluster, data: Path, tmp_path_factory) -> Callable[..., Job]
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
             cwd=tmp_path_factory.mktemp("runs"),
-            env=cluster.env | {"HOME": str(data), "OMP_NUM_THREADS": "1"},
+            env=cluster.env
+            | {"HOME": str(data), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             capture_output=True,
             text=True,
             timeout=60,
@@ -296,15 +302,21 @@ def error_log(job: Job) -> str:
     return "".join(path.read_text() for path in job.folder.glob("*_log.err"))
 
 
-@contextlib.contextmanager
-def held(job: Job) -> Iterator[None]:
-    """Let `job` make no step until Slurm has a signal for it, for which it wakes it."""
+def processes(job: Job) -> list[int]:
+    """Those that train, and their loaders' workers."""
     pids = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):  # ended in the meantime
             words = (entry / "cmdline").read_bytes().decode().split("\0")
             if words[0] == sys.executable and str(job.folder.parent / "%j") in words:
                 pids.append(int(entry.name))
+    return pids
+
+
+@contextlib.contextmanager
+def held(job: Job) -> Iterator[None]:
+    """Let `job` make no step until Slurm has a signal for it, for which it wakes it."""
+    pids = processes(job)
     assert len(pids) >= PROCESSES
     send(pids, signal.SIGSTOP)
     try:
