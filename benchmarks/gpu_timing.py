@@ -16,15 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import deit.models  # noqa: F401 - registers the networks
+from deit import kernels
+from deit.complexity import profiling
 from deit.complexity.hardware import synchronize
 from deit.complexity.published import twin_of
 from deit.complexity.subject import release
 from deit.complexity.timing import Timing, alternate
+from deit.equivariance import randomize_
 from deit.errors import one_line
 
-__all__ = ["HEADING", "NETWORKS", "Network", "Options", "Row", "Scale", "measure", "paired_ratio"]
+__all__ = [
+    "HEADING",
+    "NETWORKS",
+    "Network",
+    "Options",
+    "Profile",
+    "Row",
+    "Scale",
+    "measure",
+    "paired_ratio",
+    "profile",
+]
 
 MEMORY_GOAL = 0.8
+PROFILED = 8  # kernels that are printed
 WARM_UP = 3
 
 
@@ -111,7 +126,10 @@ def _ours(twin: str) -> str:
 
 @dataclass
 class Row:
-    """Throughputs of twins in images a second, and ratios above one where ours is better."""
+    """Throughputs of twins in images a second, and ratios above one where ours is better.
+
+    Errors are of `Runner.errors`.
+    """
 
     part: str
     model: str
@@ -123,7 +141,14 @@ class Row:
     goal: float
     graph_ratio: float | None = None
     memory_ratio: float | None = None
+    error: float | None = None
+    plain_error: float | None = None
     note: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether logits, if they were looked at, round about as those of plain formulas do."""
+        return self.error is None or self.error <= 1.5 * self.plain_error + 1e-3
 
     def __str__(self) -> str:
         verdict = "met" if self.ratio >= self.goal else "missed"
@@ -137,7 +162,27 @@ class Row:
         if self.memory_ratio is not None:
             verdict = "met" if self.memory_ratio <= MEMORY_GOAL else "missed"
             text += f"  memory {self.memory_ratio:5.3f} goal {MEMORY_GOAL} {verdict}"
-        return text + self.note
+        if self.error is not None:
+            text += f"  error {self.error:.0e} (plain {self.plain_error:.0e})"
+        return text + ("" if self.right else " WRONG") + self.note
+
+
+@dataclass
+class Profile:
+    """Milliseconds of a step: by the clock, and by kernel (of operators, on a CPU)."""
+
+    model: str
+    training: bool
+    step: float
+    kernels: dict[str, float]
+
+    def __str__(self) -> str:
+        busy = sum(self.kernels.values())
+        what = "training" if self.training else "inference"
+        lines = [f"{self.model} {what}: {self.step:.2f} ms a step, {busy:.2f} ms of it in kernels"]
+        for name, ms in list(self.kernels.items())[:PROFILED]:
+            lines.append(f"  {ms:8.3f} ms {100 * ms / busy:5.1f}%  {name[:78]}")
+        return "\n".join(lines)
 
 
 HEADING = f"{'part':9} {'network':28} batch ordinary     ours  ratio"
@@ -150,7 +195,7 @@ class Runner:
         self, name: str, batch: int, scale: Scale, options: Options, training: bool
     ) -> None:
         device = scale.device
-        self._before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._before = _allocated(device)
         self.device = device
         kwargs = scale.kwargs(name)
         with torch.device(device):
@@ -191,17 +236,38 @@ class Runner:
     def _cast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
+    def errors(self) -> tuple[float, float]:
+        """How far the logits are from plain formulas in float32: as they are timed, and by plain
+        formulas without compilation. The weights are random from now on."""
+        randomize_(self.model)
+        timed = self.infer()
+        with torch.no_grad(), kernels.plain(), torch.compiler.set_stance("force_eager"):
+            with self._cast():
+                plain = self.model(self.images)
+            exact = self.model.float()(self.images.float())
+        return tuple(float((y.float() - exact).norm() / exact.norm()) for y in (timed, plain))
+
     def warm_up(self, step: Callable[[], object]) -> int | None:
         """Compile and choose implementations; the peak of memory in bytes, on a GPU."""
         for _ in range(WARM_UP):
             step()
         if self.device.type != "cuda":
             return None
-        synchronize(self.device)
+        _allocated(self.device)  # the workspaces are needed again, and so counted
         torch.cuda.reset_peak_memory_stats(self.device)
         step()
         synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - self._before
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes that are in use, without the workspaces of cuBLAS: the network that is measured first
+    would pay for those that the next one uses too."""
+    if device.type != "cuda":
+        return 0
+    synchronize(device)
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+    return torch.cuda.memory_allocated(device)
 
 
 def as_graph(step: Callable[[], object]) -> Callable[[], None]:
@@ -251,12 +317,36 @@ def measure(part: str, network: Network, scale: Scale, options: Options) -> Row:
         if not training and scale.device.type == "cuda":
             try:
                 row.graph_ratio = _graph_ratio(steps, scale, options)
-            except RuntimeError as error:  # the row is worth having without
+            except Exception as error:  # the row is worth having without
                 row.note = f"  no graphs: {one_line(error)[:100]}"
+        if part == "inference":
+            try:
+                row.error, row.plain_error = runner.errors()
+            except Exception as error:
+                row.note += f"  not compared: {one_line(error)[:100]}"
         return row
     finally:
         steps = runner = None  # what holds memory
         release(scale.device)
+
+
+def profile(network: Network, scale: Scale, options: Options, training: bool) -> list[Profile]:
+    """Where the time of a network and of its twin goes, the twin first."""
+    found = []
+    for name in (twin_of(network.name), network.name):
+        runner = None
+        try:
+            runner = Runner(name, scale.batch, scale, options, training)
+            step = runner.train if training else runner.infer
+            runner.warm_up(step)
+            times = alternate({name: step}, scale.device, options.seconds / 4)
+            seconds = profiling._kernels(profiling._events(step, scale.device))
+            milliseconds = {kernel: 1000 * value for kernel, value in seconds.items()}
+            found.append(Profile(name, training, 1000 * times[name].median, milliseconds))
+        finally:
+            step = runner = None  # what holds memory
+            release(scale.device)
+    return found
 
 
 def _graph_ratio(steps: dict[str, Callable[[], object]], scale: Scale, options: Options) -> float:
