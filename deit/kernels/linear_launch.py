@@ -12,7 +12,17 @@ from torch import Tensor
 from deit.kernels.linear_triton import linear_act_kernel, linear_kernel, weight_grad_kernel
 from deit.kernels.tuning import Candidate, tf32_allowed
 
-__all__ = ["act_candidates", "linear_candidates", "weight_grad_candidates"]
+__all__ = [
+    "act_candidates",
+    "config_of",
+    "linear",
+    "linear_act",
+    "linear_candidates",
+    "size_hint",
+    "weight_grad",
+    "weight_grad_candidates",
+    "weight_grad_parts",
+]
 
 
 class Config(NamedTuple):

@@ -99,8 +99,11 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # Neighbouring programs take the two irreps of a tile: they read and write the same lines of
-    # memory where irreps are interleaved.
+    """y = x W^T + b for M rows and, of each irrep, K channels to N; strides in elements.
+
+    Neighbouring programs take the two irreps of a tile: they read and write the same lines of
+    memory where irreps are interleaved.
+    """
     irrep = tl.program_id(0) % 2
     tile_m, tile_n = _tile_of(tl.program_id(0) // 2, M, N, BLOCK_M, BLOCK_N, GROUP)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -180,6 +183,7 @@ def linear_act_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """The nonlinearity of x W^T + b, written to packed rows y, and with SAVE its argument to h."""
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -42,9 +42,9 @@ def mirror_perceptron(
     check_activation(act)
     direct, biases = compiles_directly(x), (first_bias, second_bias)
     x, weights, biases = cast(x, (*first, *second), biases, direct)
-    first, second, hidden = (*weights[:2], biases[0]), (*weights[2:], biases[1]), 2 * len(first[0])
+    first, second = (*weights[:2], biases[0]), (*weights[2:], biases[1])
     check_parameters(x.shape[-1], x.dtype, *first, direct)
-    check_parameters(hidden, x.dtype, *second, direct)
+    check_parameters(2 * first[0].shape[0], x.dtype, *second, direct)
     tensors = (x, *first, *second)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     ops = torch.ops.deit

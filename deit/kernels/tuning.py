@@ -10,7 +10,9 @@ differ by rounding.
 Nothing is timed for tensors on a CPU, while `torch.use_deterministic_algorithms` is on, or with
 DEIT_KERNELS_TUNE=0 in the environment: then the first candidate, in the order in which the
 operation lists them, that agrees with the plain one runs. While a CUDA graph is being captured
-nothing can be compared, so shapes that were not seen before run the plain implementation.
+nothing can be compared, so shapes that were not seen before run the plain implementation. Want of
+memory is the caller's affair: a candidate that meets with it raises, or if it was only being tried,
+is left out for those shapes.
 """
 
 from __future__ import annotations
