@@ -166,7 +166,7 @@ def _backward(
     gain = _gain(tokens)
     before, after = gain * scale, gain / scale
     dx = x.new_empty(x.shape)
-    sums = [[torch.zeros_like(t) for t in ts] for ts in (first, first_bias, second, second_bias)]
+    sums = [[t.new_zeros(t.shape) for t in ts] for ts in (first, first_bias, second, second_bias)]
     d_first, d_first_bias, d_second, d_second_bias = sums
     transposed = [w.t() for w in first], [w.t() for w in second]
     for piece, g, d_piece in _cut(x, first[0], tokens, grad, dx):

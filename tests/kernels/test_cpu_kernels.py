@@ -248,6 +248,12 @@ def test_operators():
         torch.ops.deit.cpu_perceptron.default,
         (x, weights[0], [torch.randn(20)], weights[1], [], "gelu", 0),
     )
+    # strides, too, must be those that a compiler is told
+    weights = [torch.randn(12, 20).t() for _ in range(2)], [torch.randn(20, 12).t()] * 2
+    torch.library.opcheck(
+        torch.ops.deit.cpu_perceptron_backward.default,
+        (x, x, weights[0], [torch.randn(20)], weights[1], [], "gelu", 0),
+    )
     qkv, proj = ([torch.randn(n, 12) for _ in range(2)] for n in (36, 12))
     torch.library.opcheck(torch.ops.deit.cpu_attention.default, (x, qkv, [], proj, [], 3))
     mix = [torch.randn(3, 3) for _ in range(2)]
