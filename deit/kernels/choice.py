@@ -56,8 +56,22 @@ def set_mode(mode: str, source: str = "the mode of the kernels") -> None:
     _mode = mode
 
 
-# torch 2.6 has no function that tells; its flag is set while exporting, not while compiling
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: torch.compiler._is_compiling_flag)
+# Set while exporting and not while compiling. `torch.compiler.is_exporting` would be the same, but
+# torch's compiler up to 2.11 at least takes it for `is_compiling`.
+if hasattr(torch.compiler, "_is_exporting_flag"):
+
+    def _is_exporting() -> bool:
+        return torch.compiler._is_exporting_flag
+
+else:  # torch 2.6
+
+    @torch.compiler.assume_constant_result
+    def _is_strict_export() -> bool:
+        # of what such an export sets, this is what hardly anybody else does
+        return torch._dynamo.config.allow_rnn
+
+    def _is_exporting() -> bool:
+        return torch.compiler._is_compiling_flag or _is_strict_export()
 
 
 @contextmanager
