@@ -365,7 +365,7 @@ def test_failed_trial(fault: str, monkeypatch) -> None:
     with pytest.warns(RuntimeWarning, match="norm" if fault == "wrong" else "no such") as caught:
         answers = [trial.trust_compiler(DEVICE) for _ in range(2)]
     assert answers == [False, False]
-    assert len(caught) == 1
+    assert [w.category for w in caught].count(RuntimeWarning) == 1
     assert not backends.trusted
     names.clear()
     args = random(70, 160), *weights(120, 80)
