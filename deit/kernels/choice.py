@@ -30,7 +30,8 @@ MODES = ("auto", "plain")
 ENVIRONMENT = "DEIT_KERNELS"
 
 
-_mode: str | None = None
+# Read once, here: compiled code depends on it, and would be compiled anew after a later change.
+_mode = os.environ.get(ENVIRONMENT) or "auto"
 
 
 def get_mode() -> str:
@@ -39,20 +40,24 @@ def get_mode() -> str:
     Raises:
         UserError: if nothing was set and the environment variable DEIT_KERNELS is neither.
     """
-    if _mode is None:
-        set_mode(os.environ.get(ENVIRONMENT) or "auto", f"the environment variable {ENVIRONMENT}")
+    if _mode not in MODES:
+        raise UserError(_wrong(f"the environment variable {ENVIRONMENT}", _mode))
     return _mode
 
 
-def set_mode(mode: str, source: str = "the mode of the kernels") -> None:
+def _wrong(source: str, mode: str) -> str:
+    return f"{source} is {mode!r}: use one of {', '.join(MODES)}"
+
+
+def set_mode(mode: str) -> None:
     """Choose for the whole process; before it, the environment variable DEIT_KERNELS decides.
 
     Raises:
-        UserError: for anything but `auto` and `plain`; `source` says where it came from.
+        UserError: for anything but `auto` and `plain`.
     """
     global _mode
     if mode not in MODES:
-        raise UserError(f"{source} is {mode!r}: use one of {', '.join(MODES)}")
+        raise UserError(_wrong("the mode of the kernels", mode))
     _mode = mode
 
 

@@ -136,12 +136,13 @@ class MirrorConv2d(nn.Module):
         self.in_rep, self.out_rep = in_rep, FLOP.regular(out_channels)
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.scale = scale
-        self.names = {
-            (rho, sigma): (f"{rho.name}_to_" if in_rep.free else "proj_") + sigma.name
-            for rho, sigma in PARTS
-            if in_rep.multiplicity(rho)
-        }
-        for (rho, sigma), name in self.names.items():
+        # not keyed by irreps: torch 2.6 cannot compile look-ups by tuples
+        self.names = {sigma.name: [] for sigma in FLOP.irreps}
+        for rho, sigma in PARTS:
+            if not in_rep.multiplicity(rho):
+                continue
+            name = (f"{rho.name}_to_" if in_rep.free else "proj_") + sigma.name
+            self.names[sigma.name].append(name)
             kernel = MirrorKernel(
                 self.out_rep.multiplicity(sigma),
                 in_rep.multiplicity(rho),
@@ -157,15 +158,13 @@ class MirrorConv2d(nn.Module):
         """All four parts as one kernel of packed channels, (C_out, C_in, height, width)."""
         rows = []
         for sigma in FLOP.irreps:
-            row = [
-                getattr(self, name).kernel() for (_, to), name in self.names.items() if to == sigma
-            ]
+            row = [getattr(self, name).kernel() for name in self.names[sigma.name]]
             rows.append(torch.cat(row, 1))
         return torch.cat(rows, 0)
 
     def bias(self) -> Tensor | None:
         """The shift of all output channels, zero on a; (C_out,)."""
-        bias = getattr(self, self.names[SYM, SYM]).bias
+        bias = getattr(self, self.names[SYM.name][0]).bias
         return None if bias is None else F.pad(bias, (0, self.out_rep.size - bias.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class FixedBuffers(nn.Module):
         `value` is on the CPU; it is kept there too, as what a loaded tensor is compared with.
         """
         self._fixed[name] = (value, rule)
-        device = torch.get_default_device() if device is None else device
+        if device is None:  # `get_default_device` does not know of `with` blocks in torch 2.6
+            device = torch.empty(0).device
         self.register_buffer(name, value.to(device, copy=True))
 
     def unregister_fixed(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from math import sqrt
 
 import torch
@@ -71,7 +72,7 @@ class PatchEmbed(MirrorConv2d):
             raise
         if self.patch_size != old[0]:
             self.kernel_size = self.stride = self.patch_size
-            for name in self.names.values():
+            for name in chain.from_iterable(self.names.values()):
                 getattr(self, name).resize(self.patch_size)
 
     def grid_for(self, height: int, width: int) -> MirrorGrid:

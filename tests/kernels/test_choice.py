@@ -68,6 +68,22 @@ def test_a_wrong_environment_variable_is_one_line():
     ]
 
 
+def test_the_first_call_of_a_compiled_network_is_its_only_compilation():
+    # in a process of its own, where nothing has looked at the mode yet
+    code = """
+import torch
+from torch._dynamo.testing import CompileCounter
+from deit.layers import Linear
+count = CompileCounter()
+layer = torch.compile(Linear(8, 8), backend=count)
+for _ in range(3):
+    layer(torch.ones(2, 8))
+print(count.frame_count)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
 def test_the_option_offers_the_modes():
     action = next(a for a in get_parser()._actions if a.dest == "kernels")
     assert tuple(action.choices) == kernels.MODES

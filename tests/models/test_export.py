@@ -160,7 +160,7 @@ def test_onnx(family, tmp_path):
         dynamo=True,
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes={"x": {0: Dim("batch", min=1, max=64)}},
+        dynamic_shapes=({0: Dim("batch", min=1, max=64)},),
         verbose=False,
     )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
