@@ -23,7 +23,7 @@ tensor *packed*; for flopping it is (..., [s | a]).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from math import isclose, sqrt
 
@@ -80,6 +80,11 @@ class Group:
     def __deepcopy__(self, memo: dict) -> Group:
         # groups are constants and compared by identity: copies of a module share them
         return self
+
+    def __reduce__(self) -> str | tuple:
+        # and so do pickled ones: the groups of this file are pickled by name
+        names = [name for name, value in globals().items() if value is self]
+        return names[0] if names else (Group, tuple(getattr(self, f.name) for f in fields(self)))
 
     @property
     def order(self) -> int:

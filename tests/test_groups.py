@@ -1,5 +1,8 @@
 """The mathematics: multiplication tables, irreps, change of basis, actions on images."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -99,3 +102,18 @@ def test_errors_name_the_rule():
         Group("broken", ("e", "m"), ((0, 1), (1, 0)), FLOP.irreps[:1])
     with pytest.raises(ValueError, match="trivial"):
         Group("broken", ("e",), ((0,),), (Irrep("sign", (((-1.0,),),)),))
+
+
+@pytest.mark.parametrize("group", [FLOP, OCTIC, FLOP_X_FLOP], ids=lambda group: group.name)
+def test_copied_and_pickled_groups_are_the_same(group: Group):
+    # they are compared by identity
+    rep = group.regular(16)
+    assert pickle.loads(pickle.dumps(rep)) == copy.deepcopy(rep) == rep
+    assert pickle.loads(pickle.dumps(group)) is copy.deepcopy(group) is group
+
+
+def test_a_group_of_ones_own_can_be_pickled():
+    own = Group(FLOP.name, FLOP.elements, FLOP.table, FLOP.irreps, FLOP.image_action)
+    loaded = pickle.loads(pickle.dumps(own))
+    assert (loaded.table, loaded.image_action) == (own.table, own.image_action)
+    assert loaded is not FLOP
