@@ -26,6 +26,7 @@ from deit.data import (
     train_transform,
 )
 from deit.data.images import ArrayImages
+from deit.data.loader import is_worker_death  # noqa: F401 (for the scripts below)
 from deit.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -260,7 +261,7 @@ class TestFailures:
             except Exception as error:
                 # torch's SIGCHLD handler may strike outside the loader: then it is the original
                 print(isinstance(error, UserError) or is_worker_death(error), error, flush=True)
-                # one that shared a lock with the killed worker would never end, and keep stdout open
+                # one that shared a lock with the killed worker may never end, nor close stdout
                 for child in multiprocessing.active_children():
                     child.kill()
                 os._exit(7)
