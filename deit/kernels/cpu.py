@@ -50,7 +50,7 @@ def applies(x: Tensor, *weights: Tensor | None, training: bool = False) -> bool:
     """
     if not is_plain_tensor(x) or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    if not AVAILABLE or torch.is_autocast_enabled("cpu") or not x.numel():
+    if not AVAILABLE or torch.is_autocast_enabled("cpu") or x.numel() == 0:
         return False
     if not torch.compiler.is_compiling() and not torch.backends.mkldnn.enabled:
         return False

@@ -163,6 +163,7 @@ def convolve_kernel(
     # of the row above the map by three, which the first input row would finish
     y_ptr += (image * height - 3) * row_of_y + target * QUARTER + channel[None, :] + w * C
     y0, y1, y2, y3, y4, y5 = bias, bias, bias, bias, bias, bias
+    none = 0 * w  # added to a number, it spreads it over a tile, which Triton's interpreter needs
     l3, l2, l1, c, r1, r2, r3 = _row(x_ptr, w, width, mask, STEP, FLIP)
     for h in range(height):
         f3, f2, f1 = _fold(l3, r3, sign), _fold(l2, r2, sign), _fold(l1, r1, sign)
@@ -171,7 +172,7 @@ def convolve_kernel(
         x_ptr += tl.where(h + 1 < height, row_stride, 0)
         l3, l2, l1, c, r1, r2, r3 = _row(x_ptr, w, width, mask, STEP, FLIP)
         y = _add_row(y0, f3, f2, f1, f0, h3, h2, h1, h0)
-        tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask & (h >= 3))
+        tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask & (h + none >= 3))
         y0 = _add_row(y1, f3, f2, f1, f0, g3, g2, g1, g0)
         y1 = _add_row(y2, f3, f2, f1, f0, e3, e2, e1, e0)
         y2 = _add_row(y3, f3, f2, f1, f0, d3, d2, d1, d0)
@@ -180,7 +181,7 @@ def convolve_kernel(
         y5 = _add_row(bias, f3, f2, f1, f0, a3, a2, a1, a0)
         y_ptr += row_of_y
     # below the map there is nothing to add to the last three rows
-    rows = height + 0 * w  # Triton's interpreter cannot spread a condition over a tile
+    rows = height + none
     tl.store(y_ptr, y0.to(y_ptr.dtype.element_ty), mask=mask & (rows >= 3))
     tl.store(y_ptr + row_of_y, y1.to(y_ptr.dtype.element_ty), mask=mask & (rows >= 2))
     tl.store(y_ptr + 2 * row_of_y, y2.to(y_ptr.dtype.element_ty), mask=mask)
@@ -237,7 +238,7 @@ def taps_gradient_kernel(
         for left in range(0, width, WIDTH):
             w = left + tl.arange(0, WIDTH)[:, None]
             mask = (w < width) & (channel < QUARTER)[None, :]
-            rows = height + 0 * w  # Triton's interpreter cannot spread a condition over a tile
+            rows = height + 0 * w  # as `none` above
             source = x_ptr + image * image_stride + quarter * QUARTER + channel[None, :] + w * STEP
             target = grad_ptr + image * height * row_of_grad + other * QUARTER
             target += channel[None, :] + w * C

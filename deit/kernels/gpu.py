@@ -31,7 +31,7 @@ __all__ = [
 
 def applies(x: Tensor, *weights: Tensor) -> bool:
     """Whether the operations of this module can replace the plain formulas."""
-    if not is_plain_tensor(x) or not _runs(x.device, x.dtype) or not x.numel():
+    if not is_plain_tensor(x) or not _runs(x.device, x.dtype) or x.numel() == 0:
         return False
     autocast = torch.is_autocast_enabled(x.device.type)
     if any(w.device != x.device or (w.dtype != x.dtype and not autocast) for w in weights):

@@ -84,6 +84,15 @@ def tf32_allowed() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
+def _may_round_factors(op: str) -> bool:
+    """Whether either side of a comparison in float32 on a CUDA device may use tf32 factors."""
+    if "depthwise" not in op:
+        return tf32_allowed()
+    convolution = getattr(torch.backends.cudnn, "conv", None)  # as above
+    precision = getattr(convolution, "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32"
+
+
 @functools.cache
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -227,7 +236,7 @@ class Tuner:
         timed = self._timing_allowed(x.device)
         full = (op, _device_name(x.device), x.dtype, key, timed)
         choice = self._chosen.get(full)
-        if choice is plain or not x.numel():
+        if choice is plain or x.numel() == 0:
             return plain.run(*args)
         if choice is None:
             if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -335,7 +344,7 @@ class Tuner:
             if len(actual) != len(expected):
                 raise RuntimeError(f"gave {len(actual)} outputs, not {len(expected)}")
             for e, a in zip(expected, actual, strict=True):
-                tf32 = e.dtype == torch.float32 and e.is_cuda and tf32_allowed()
+                tf32 = e.dtype == torch.float32 and e.is_cuda and _may_round_factors(full[0])
                 wrong = _disagreement(e, a, TOLERANCES["tf32" if tf32 else e.dtype])
                 if wrong is not None:
                     raise RuntimeError(wrong)

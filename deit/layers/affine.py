@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from deit.groups import FLOP, Group, Rep
 from deit.layers.linear import as_rep, invariant_bias
 
-__all__ = ["Affine", "LayerScale", "OrdinaryAffine"]
+__all__ = ["Affine", "LayerScale", "OrdinaryAffine", "add_product"]
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a * b in one pass over memory."""
+    if torch.compiler.is_compiling():
+        return x + a * b  # compilers fuse it; torch 2.6 cannot export addcmul with free sizes
+    return torch.addcmul(x, a, b)
 
 
 class Affine(nn.Module):
@@ -87,7 +94,7 @@ class Affine(nn.Module):
         offset = self.offset()
         if offset is None:
             return x * self.scale()
-        return torch.addcmul(offset, x, self.scale())
+        return add_product(offset, x, self.scale())
 
     def extra_repr(self) -> str:
         return f"{self.rep.size}, shift={self.shift}, group={self.rep.group.name}"
@@ -122,4 +129,4 @@ class OrdinaryAffine(nn.Module):
         nn.init.zeros_(self.beta)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., features), same shape
-        return torch.addcmul(self.beta, x, self.alpha)
+        return add_product(self.beta, x, self.alpha)

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group
-from deit.layers.affine import LayerScale
+from deit.layers.affine import LayerScale, add_product
 from deit.layers.attention import Attention
 from deit.layers.mlp import Mlp
 from deit.layers.norm import LayerNorm
@@ -72,7 +72,7 @@ class Block(nn.Module):
     def _add(self, x: Tensor, branch: Tensor, gamma: LayerScale) -> Tensor:
         if self.training and self.drop_path_rate > 0:
             return x + self.drop_path(gamma(branch))
-        return torch.addcmul(x, branch, gamma.scale())  # one pass in place of two
+        return add_product(x, branch, gamma.scale())
 
 
 class OrdinaryBlock(TimmBlock):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import types
 import warnings
 
 import pytest
@@ -266,3 +267,17 @@ def test_times_on_a_gpu() -> None:
     assert tuning.cuda_milliseconds(lambda: small @ small) < tuning.cuda_milliseconds(
         lambda: large @ large
     )
+
+
+def test_factors_of_convolutions_may_be_rounded_where_torch_may_round_them(monkeypatch):
+    def flag(value):
+        return types.SimpleNamespace(fp32_precision=value)
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", flag("ieee"))
+    monkeypatch.setattr(torch.backends.cudnn, "conv", flag("tf32"), raising=False)
+    assert tuning._may_round_factors("mirror_depthwise")
+    assert not tuning._may_round_factors("mirror_linear")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", flag("tf32"))
+    monkeypatch.setattr(torch.backends.cudnn, "conv", flag("ieee"), raising=False)
+    assert not tuning._may_round_factors("mirror_depthwise_taps")
+    assert tuning._may_round_factors("mirror_linear")
