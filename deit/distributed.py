@@ -33,6 +33,8 @@ from deit.watchdog import ARRIVAL, Watchdog
 
 # A collective that takes longer hangs; ranks that die are noticed sooner (`deit.watchdog`).
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# FSDP2 records events in streams, which those of CPUs in torch 2.6 cannot.
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, processes: Processes) -> nn.Module:
-    """Shard `model` in place with FSDP2, block by block. All ranks hold equal weights before."""
+    """Shard `model` in place with FSDP2, block by block. All ranks hold equal weights before.
+
+    Raises:
+        UserError: this version of torch cannot do it on this device.
+    """
+    if processes.device.type == "cpu" and not SHARDS_ON_CPU:
+        raise UserError(f"--fsdp: torch {torch.__version__} shards on GPUs only; use a later one")
     mesh = dist.device_mesh.init_device_mesh(processes.device.type, (processes.world_size,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)

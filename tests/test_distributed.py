@@ -14,7 +14,7 @@ from training_runs import PLAIN, TINY, differences, load, make_images, run_proce
 
 import deit.engine
 import deit.watchdog
-from deit.distributed import Place, choose_device, find_place, first_host
+from deit.distributed import SHARDS_ON_CPU, Place, choose_device, find_place, first_host
 from deit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,12 @@ def one_process(data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+shards_on_cpu = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
+
+
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--fsdp",), marks=shards_on_cpu)], ids=["ddp", "fsdp"]
+)
 def test_two_processes_train_as_one(options, data, one_process, tmp_path):
     train_ranks(2, "--batch-size", "4", *MODEL, *PLAIN, *options, data=data, out=tmp_path / "two")
     assert weights_differ(one_process, tmp_path / "two") < 1e-5
@@ -181,6 +186,7 @@ def stop_after(update: int, *argv: str, data: Path, out: Path) -> int:
     return train(*argv, data=data, out=out)
 
 
+@shards_on_cpu
 def test_moving_between_numbers_of_processes(data, one_process, tmp_path):
     """Stop two sharded processes in mid-epoch, go on with one, stop, end with two in DDP."""
     options = (*MODEL, *PLAIN)

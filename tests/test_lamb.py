@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deit.distributed import SHARDS_ON_CPU
 from deit.lamb import Lamb
 
 SHAPES = [(5, 7), (7,), (1, 3, 6), (4, 3, 2, 2), (1,), ()]
@@ -248,6 +249,7 @@ def _sharded(rank, address, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
 def test_sharded_over_two_processes(tmp_path):
     """The last layer's single row lies on one process alone, the other's shard is empty."""
     mp.spawn(_sharded, args=(f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)

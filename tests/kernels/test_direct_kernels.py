@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ from deit.kernels import backends, gpu
 
 
 def test_interpreted(run_kernel_tests) -> None:
+    if find_spec("triton") is not None:
+        from triton.runtime import interpreter
+
+        if not hasattr(interpreter, "_LangPatchScope"):
+            pytest.skip("this version of Triton cannot compile any more once it has interpreted")
     run_kernel_tests("kernels_on_direct.py", "cpu")
 
 
