@@ -33,6 +33,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(400),
     pytest.mark.xdist_group("slurm"),
+    # Two nodes and twenty processes on one machine: what only takes too long gets a second chance.
+    pytest.mark.flaky(reruns=1, only_rerun=[r"no .+ in \d+ s, job is"]),
 ]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,6 +93,7 @@ class Job:
                     f"--- {path.name}\n{path.read_text()[-6000:]}\n"
                     for path in sorted(self.folder.glob("*_log.*"))
                 )
+                self.cluster.query("scancel", self.id)
                 files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
                 pytest.fail(
                     f"no {what} in {timeout} s, job is {state}, files are {files}\n"
