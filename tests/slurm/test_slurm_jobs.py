@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,10 @@ class Job:
                 )
                 self.cluster.query("scancel", self.id)
                 files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
-                pytest.fail(
-                    f"no {what} in {timeout} s, job is {state}, files are {files}\n"
-                    f"{logs}{self.cluster.logs()}"
-                )
+                message = f"no {what} in {timeout} s, job is {state}, files are {files}\n"
+                message += logs + self.cluster.logs()
+                warnings.warn(message, stacklevel=2)  # to be read even if the second try succeeds
+                pytest.fail(message)
             time.sleep(0.1)
 
     def wait_for_mid_epoch(self) -> None:
