@@ -23,7 +23,7 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	# two processes with one thread each: threads that wait for each other on shared cores are slow
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup --durations 25
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

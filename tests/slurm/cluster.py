@@ -27,6 +27,8 @@ _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+# Jobs meet at ports that follow from their numbers, which those of another cluster must not have.
+FirstJobId={controller_port}
 SlurmUser=root
 SlurmdUser=root
 # cred_expire is also what a requeued job waits; 5 s is the least that is accepted.

@@ -13,6 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `cluster`, which is a scri
 from cluster import Cluster, why_unavailable
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests here first: they take the longest, and mostly wait, while others run beside."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     reason = why_unavailable()

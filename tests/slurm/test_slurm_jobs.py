@@ -28,12 +28,10 @@ from PIL import Image
 from deit.checkpoint import read_checkpoint
 from deit.launch.status import read_status
 
-# one group: with several workers the tests still share one cluster
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
     pytest.mark.timeout(400),
-    pytest.mark.xdist_group("slurm"),
     # Two nodes and twenty processes on one machine: what only takes too long gets a second chance.
     pytest.mark.flaky(reruns=1, only_rerun=[r"no .+ in \d+ s, job is"]),
 ]
