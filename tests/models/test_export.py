@@ -82,9 +82,9 @@ def test_compiled_on_images_of_several_sizes():
     for size in [(32, 32), (40, 40), (24, 56), (48, 64), (56, 40), (32, 48)]:
         x = images(2, size, dtype=torch.float32)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    # the constructed size, then one graph for odd grids and one for even ones; torch 2.6 makes
-    # one more on the way to them
-    assert counter.frame_count <= 4
+    # the constructed size, then one graph for odd grids and one for even ones; torch 2.6, which
+    # has no `is_exporting` yet, makes one more on the way to them
+    assert counter.frame_count == (3 if hasattr(torch.compiler, "is_exporting") else 4)
 
 
 @pytest.mark.parametrize("family", ["d2_deit", "d2_convnext_isotropic"])
