@@ -13,6 +13,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
+import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -41,6 +44,8 @@ from deit.data.stream import (
 from deit.errors import UserError
 
 NOT_ERASED = -1
+# Seconds in which the threads of torch.distributed come to rest after a collective.
+REST = 0.1
 
 
 @dataclass
@@ -193,6 +198,17 @@ def worker_death(error: BaseException) -> UserError:
     )
 
 
+def let_threads_rest() -> None:
+    """Call before forking workers: among several processes, wait for threads that end a collective.
+
+    Such a thread enters Python to drop tensors. Up to Python 3.11 a process that is forked while it
+    does hangs in `os.fork` for ever: the child takes the lock on the list of threads before it is
+    made anew.
+    """
+    if sys.version_info < (3, 12) and dist.is_available() and dist.is_initialized():
+        time.sleep(REST)
+
+
 class DeviceLoader:
     """Yields (images float32 (B, 3, H, W) normalised, targets int64 (B,)), both on `device`.
 
@@ -213,6 +229,7 @@ class DeviceLoader:
     ) -> None:
         self._batches: DataLoader | None = batches
         self._running: Iterator | None = None
+        self._forked = batches.num_workers == 0
         self._stopping = stopping
         self.device = device
         self._compute = device if device.type == "cuda" else torch.device("cpu")
@@ -243,6 +260,9 @@ class DeviceLoader:
         self._running = self._batches = None
 
     def _raw(self) -> Iterator[RawBatch]:
+        if not self._forked:
+            let_threads_rest()
+            self._forked = True
         try:
             for batch in self._batches:
                 if isinstance(batch, Failure):

@@ -26,7 +26,11 @@ from deit.data import (
     train_transform,
 )
 from deit.data.images import ArrayImages
-from deit.data.loader import is_worker_death  # noqa: F401 (for the scripts below)
+from deit.data.loader import (
+    REST,
+    is_worker_death,  # noqa: F401 (for the scripts below)
+    let_threads_rest,
+)
 from deit.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -268,6 +272,33 @@ class TestFailures:
             """)
         assert result.returncode == 7, result.stderr
         assert result.stdout.startswith("True DataLoader worker (pid")
+
+    @pytest.mark.parametrize(("num_workers", "rests"), [(0, 0), (1, 1)])
+    def test_threads_rest_once_before_workers_are_forked(self, num_workers, rests, monkeypatch):
+        calls = []
+        monkeypatch.setattr("deit.data.loader.let_threads_rest", lambda: calls.append(children()))
+        loader = build_eval_loader(
+            images(transform=eval_transform(16)),
+            batch_size=7,
+            num_workers=num_workers,
+            device="cpu",
+        )
+        children = multiprocessing.active_children
+        before = children()
+        for _ in range(2):
+            list(loader)
+        loader.close()
+        assert len(calls) == rests
+        assert all(found == before for found in calls)
+
+    def test_only_among_several_processes_threads_are_waited_for(self, monkeypatch):
+        naps = []
+        monkeypatch.setattr("deit.data.loader.time.sleep", naps.append)
+        let_threads_rest()
+        assert naps == []
+        monkeypatch.setattr("deit.data.loader.dist.is_initialized", lambda: True)
+        let_threads_rest()
+        assert naps == ([REST] if sys.version_info < (3, 12) else [])
 
     def test_signals_are_left_to_the_main_process(self):
         expected = train_loader()
