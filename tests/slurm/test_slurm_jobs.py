@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,6 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
     pytest.mark.timeout(400),
-    # Two nodes and twenty processes on one machine: what only takes too long gets a second chance.
-    pytest.mark.flaky(reruns=1, only_rerun=[r"no .+ in \d+ s, job is"]),
 ]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -94,10 +91,10 @@ class Job:
                 )
                 self.cluster.query("scancel", self.id)
                 files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
-                message = f"no {what} in {timeout} s, job is {state}, files are {files}\n"
-                message += logs + self.cluster.logs()
-                warnings.warn(message, stacklevel=2)  # to be read even if the second try succeeds
-                pytest.fail(message)
+                pytest.fail(
+                    f"no {what} in {timeout} s, job is {state}, files are {files}\n"
+                    f"{logs}{self.cluster.logs()}"
+                )
             time.sleep(0.1)
 
     def wait_for_mid_epoch(self) -> None:
