@@ -18,7 +18,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,8 @@ from deit.errors import UserError
 NOT_ERASED = -1
 # Seconds in which the threads of torch.distributed come to rest after a collective.
 REST = 0.1
+# Signals that mean the whole job: the main process acts on them, workers do not.
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -147,10 +149,9 @@ def _init_worker(stopping: ctypes.c_bool, worker_id: int) -> None:
         if stopping.value:
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number in JOB_SIGNALS:
+        signal.signal(number, on_sigterm if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)  # see hold_job_signals
 
 
 class SeededErasing:
@@ -209,6 +210,20 @@ def let_threads_rest() -> None:
         time.sleep(REST)
 
 
+@contextmanager
+def hold_job_signals() -> Iterator[None]:
+    """Hold JOB_SIGNALS back while workers are started; `_init_worker` lets them through.
+
+    A worker is born with what its parent holds back. Else a signal to the whole job would kill the
+    workers that are not set up yet.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class DeviceLoader:
     """Yields (images float32 (B, 3, H, W) normalised, targets int64 (B,)), both on `device`.
 
@@ -264,7 +279,9 @@ class DeviceLoader:
             let_threads_rest()
             self._forked = True
         try:
-            for batch in self._batches:
+            with hold_job_signals():
+                batches = iter(self._batches)
+            for batch in batches:
                 if isinstance(batch, Failure):
                     raise UserError(batch.message)
                 yield batch

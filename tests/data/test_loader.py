@@ -28,6 +28,7 @@ from deit.data import (
 from deit.data.images import ArrayImages
 from deit.data.loader import (
     REST,
+    _init_worker,
     is_worker_death,  # noqa: F401 (for the scripts below)
     let_threads_rest,
 )
@@ -300,12 +301,22 @@ class TestFailures:
         let_threads_rest()
         assert naps == ([REST] if sys.version_info < (3, 12) else [])
 
-    def test_signals_are_left_to_the_main_process(self):
+    @pytest.mark.parametrize("starting", [0, 0.5], ids=["running", "starting"])
+    def test_signals_are_left_to_the_main_process(self, starting, monkeypatch):
+        """Even by workers that have not set up anything yet."""
+
+        def init_slowly(stopping, worker_id):
+            time.sleep(starting * worker_id)
+            _init_worker(stopping, worker_id)
+
+        monkeypatch.setattr("deit.data.loader._init_worker", init_slowly)
         expected = train_loader()
         before = set(multiprocessing.active_children())
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         loader = train_loader(num_workers=2)
         batches = iter(loader)
         got = [next(batches)]
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == held
         for worker in set(multiprocessing.active_children()) - before:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 os.kill(worker.pid, number)
