@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from training_runs import PLAIN, TINY, differences, load, make_images, run_processes, train
 
 import deit.engine
+import deit.main
 import deit.watchdog
 from deit.distributed import SHARDS_ON_CPU, Place, choose_device, find_place, first_host
 from deit.errors import UserError
@@ -257,7 +259,7 @@ def test_evaluation_is_exact(count, options, data, one_process, tmp_path, capfd)
 
 def doomed(way: str, data: Path, out: Path) -> int:
     """Train; rank 1 comes to grief at its third update."""
-    deit.watchdog.INTERVAL, deit.watchdog.SILENCE = 0.3, 3.0
+    deit.watchdog.INTERVAL, deit.watchdog.SILENCE, deit.watchdog.MISSED_STORE = 1.0, 8.0, 8
     original = deit.engine.Learner.update
     calls = 0
 
@@ -286,18 +288,33 @@ def doomed(way: str, data: Path, out: Path) -> int:
 def test_a_rank_that_dies_ends_the_others_and_is_named(way, message, data, tmp_path):
     dead = int(way[-1])
     body = functools.partial(doomed, way, data, tmp_path / "out")
-    # Those that were killed end first, the frozen one never.
-    results = run_processes([body] * 3, (), tmp_path, grace=60 if "freeze" not in way else 5)
+    results = run_processes([body] * 3, (), tmp_path, frozen=dead if "freeze" in way else None)
     for rank, (status, output) in enumerate(results):
         if rank != dead:
             assert status == 1, output
             assert re.search(f"error: {message}", output), output
+    if "error" in way:
+        assert "Traceback" in results[dead][1]
 
 
-def test_a_wrong_input_is_told_once(data, tmp_path):
-    body = functools.partial(train, "--resume", str(tmp_path / "no.pth"), data=data)
+def resume_late(rank: int, *argv: str, data: Path) -> int:
+    """Train, but `rank` takes long before it looks for the checkpoint."""
+    original = deit.main.build_run
+
+    def build_run(*args):
+        if os.environ["RANK"] == str(rank):
+            time.sleep(5)
+        return original(*args)
+
+    deit.main.build_run = build_run
+    return train(*argv, data=data)
+
+
+@pytest.mark.parametrize("late", [-1, 0, 2])
+def test_a_wrong_input_is_told_once(late, data, tmp_path):
+    body = functools.partial(resume_late, late, "--resume", str(tmp_path / "no.pth"), data=data)
     results = run_processes([body] * 3, (), tmp_path)
-    assert [status for status, _ in results] == [2, 2, 2]
+    assert [status for status, _ in results] == [2, 2, 2], results
     assert "".join(output for _, output in results).count("error: no checkpoint") == 1
     assert results[0][1].count("\n") == 1, results
 

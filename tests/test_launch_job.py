@@ -21,6 +21,7 @@ from deit.errors import UserError
 from deit.launch import aftermath, job, slurm, submit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
 
 
 @pytest.fixture
@@ -79,9 +80,9 @@ def test_aftermath(monkeypatch, requeued, status, state, lost, expected):
 def test_lost_nodes_are_those_down_restarted_or_deaf(monkeypatch):
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    closed = socket.create_server(("127.0.0.1", 0))
-    deaf = closed.getsockname()[1]
-    closed.close()
+    silent = socket.socket()  # its port is taken, but nobody listens
+    silent.bind(("127.0.0.1", 0))
+    deaf = silent.getsockname()[1]
 
     def node(name: str, port: int, state="MIXED", started="2026-01-01T00:00:00") -> str:
         return (
@@ -105,7 +106,7 @@ def test_lost_nodes_are_those_down_restarted_or_deaf(monkeypatch):
         return subprocess.CompletedProcess(command, 0, answers[kind], "")
 
     monkeypatch.setattr(slurm, "_run", run)
-    with listener:
+    with listener, silent:
         assert slurm.lost_nodes("7") == ["deaf", "down", "restarted"]
         assert slurm.job_state("7") == "RUNNING"
 
@@ -130,11 +131,11 @@ def test_local_run_is_stopped_and_continued(tmp_path):
     words += ["--batch", str(batch), "--num-workers", "0", "--warmup-epochs", "0"]
     words += ["--log-interval", "1", "--threads", "1"]
 
-    def start(*more: str) -> tuple[int, Path]:
+    def start(*more: str, **wait: str) -> tuple[int, Path]:
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words, *more],
             cwd=tmp_path,
-            env=os.environ | {"HOME": str(tmp_path)},
+            env=os.environ | {"HOME": str(tmp_path)} | wait,
             capture_output=True,
             text=True,
             timeout=60,
@@ -152,7 +153,7 @@ def test_local_run_is_stopped_and_continued(tmp_path):
             time.sleep(0.1)
         return log.read_text()
 
-    pid, log = start()
+    pid, log = start(PYTHONPATH=str(WAITING), WAIT_AT="epoch 2/2  step 3/")
     wait_for(log, "epoch 2/2  step 3/")
     os.kill(pid, signal.SIGTERM)
     step = int(re.search(r"in epoch 2 after step (\d+)", wait_for(log, "saved   "))[1])
@@ -175,8 +176,8 @@ def test_folder_of_another_run_with_the_same_job_id_is_not_gone_on_with(tmp_path
         cancel=lambda check: cancelled.append("7"),
     )
     asked_for = SimpleNamespace(job_dir=str(tmp_path / "7"))
-    submit._refuse_foreign_folder(asked_for, submitted)
+    submit._refuse_foreign_folder(asked_for, [submitted])
     by_chance = SimpleNamespace(job_dir=str(tmp_path / "%j"))
     with pytest.raises(UserError, match="holds another run, whose job had the same id"):
-        submit._refuse_foreign_folder(by_chance, submitted)
+        submit._refuse_foreign_folder(by_chance, [submitted])
     assert cancelled == ["7"]

@@ -96,10 +96,11 @@ def test_log_is_read_from_the_output_folder_of_the_submission(tmp_path):
     assert read_status(folder).best == 70.0
 
 
-def test_a_run_started_by_hand_tells_its_last_sign_of_life(tmp_path):
+def test_a_run_started_by_hand_tells_its_last_sign_of_life(tmp_path, monkeypatch):
     run = make_run(tmp_path / "r", [1.0])
-    for path in run.iterdir():
-        os.utime(path, (0, path.stat().st_mtime - 2 * 3600))
+    for age, path in enumerate(run.iterdir()):
+        os.utime(path, (0, 10_000 - age))
+    monkeypatch.setattr(status.time, "time", lambda: 10_000 + 2 * 3600.0)
     assert read_status(run).state == "last written 2h ago"
 
 

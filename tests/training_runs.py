@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +98,34 @@ def _in_child(body: Callable[..., int | None], args: tuple, env: dict[str, str],
     sys.exit(body(*args) or 0)
 
 
+def free_port() -> int:
+    """A TCP port that is free, and that the system does not give to anyone else by itself."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 20000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+            return port
+
+
 def run_processes(
     bodies: list[Callable[..., int | None]],
     args: tuple,
     folder: Path,
     timeout: float = 240,
     distributed: bool = True,
-    grace: float | None = None,
+    frozen: int | None = None,
 ) -> list[tuple[int, str]]:
     """Run one function a process, as ranks that torchrun would have started.
 
     Args:
         timeout: seconds for all together; who takes longer is killed and has status -9.
-        grace: seconds for all the others after the first has ended, if that is less.
+        frozen: the rank that is killed when all others have ended.
 
     Returns:
         (exit status, output) of each.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank, body in enumerate(bodies):
         env = {}
@@ -134,14 +143,13 @@ def run_processes(
         process.start()
         processes.append((process, log))
     deadline = time.monotonic() + timeout
-    sentinels = [process.sentinel for process, _ in processes]
-    if grace is not None and wait(sentinels, timeout):
-        deadline = min(deadline, time.monotonic() + grace)
-    results = []
-    for process, log in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
+    results = {}
+    for rank in sorted(range(len(processes)), key=lambda rank: rank == frozen):
+        process, log = processes[rank]
+        if rank != frozen:
+            process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
-        results.append((process.exitcode, log.read_text() if log.exists() else ""))
-    return results
+        results[rank] = (process.exitcode, log.read_text() if log.exists() else "")
+    return [results[rank] for rank in range(len(processes))]

@@ -37,8 +37,17 @@ def job_state(job_id: str) -> str | None:
 
 def requeue(job_id: str) -> str | None:
     """Put the running job back into the queue. Returns what went wrong, or None."""
-    done = _run(["scontrol", "requeue", job_id])
-    return None if done.returncode == 0 else done.stderr.strip() or "scontrol requeue failed"
+    return _command("requeue", job_id)
+
+
+def release(job_id: str) -> str | None:
+    """Let the held job start. Returns what went wrong, or None."""
+    return _command("release", job_id)
+
+
+def _command(*words: str) -> str | None:
+    done = _run(["scontrol", *words])
+    return None if done.returncode == 0 else done.stderr.strip() or f"scontrol {words[0]} failed"
 
 
 def lost_nodes(job_id: str) -> list[str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from deit.args import config_dict, parse_args
 from deit.errors import UserError, one_line
+from deit.launch import slurm
 from deit.launch.job import STOP_SIGNALS, TrainingJob
 from deit.launch.plan import Plan
 from deit.launch.status import RECORD
@@ -48,10 +49,10 @@ def submit(plan: Plan) -> list[submitit.Job]:
     executor = _local_executor(plan) if plan.local else _slurm_executor(plan)
     jobs = _submit_all(executor, [TrainingJob(plan.argv(task)) for task in range(len(plan.array))])
     print(plan.describe())
+    _refuse_foreign_folder(plan, jobs)
     for task, job in enumerate(jobs):
         folder = job.paths.folder
         output_dir = plan.options.get("output_dir", "").replace("%j", job.job_id)
-        _refuse_foreign_folder(plan, job)
         record = {
             "job_id": job.job_id,
             "name": plan.name,
@@ -64,6 +65,8 @@ def submit(plan: Plan) -> list[submitit.Job]:
         }
         write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
         _announce(plan, job, folder, plan.array[task])
+    if not plan.local and "hold" not in plan.resources.sbatch:
+        _release(jobs[0].job_id.partition("_")[0])
     return jobs
 
 
@@ -98,8 +101,19 @@ def _slurm_executor(plan: Plan) -> submitit.SlurmExecutor:
     from submitit import SlurmExecutor
 
     executor = SlurmExecutor(folder=plan.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
-    executor.update_parameters(**_slurm_parameters(plan))
+    parameters = _slurm_parameters(plan)
+    # Its number names its folder. A job that starts before that is made fails without a log.
+    parameters["additional_parameters"] = {"hold": True} | parameters["additional_parameters"]
+    executor.update_parameters(**parameters)
     return executor
+
+
+def _release(job_id: str) -> None:
+    if problem := slurm.release(job_id):
+        raise UserError(
+            f"job {job_id} is submitted but held back ({problem}): "
+            f"scontrol release {job_id} starts it"
+        )
 
 
 def _slurm_parameters(plan: Plan) -> dict[str, Any]:
@@ -203,14 +217,17 @@ def _silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _refuse_foreign_folder(plan: Plan, job: submitit.Job) -> None:
+def _refuse_foreign_folder(plan: Plan, jobs: list[submitit.Job]) -> None:
     """Job ids come again (process ids, a new Slurm), and a folder's checkpoint is gone on with."""
-    folder = job.paths.folder
-    if "%j" in plan.job_dir and (folder / "checkpoint.pth").exists():
-        job.cancel(check=False)
+    folders = [job.paths.folder for job in jobs]
+    taken = [folder for folder in folders if (folder / "checkpoint.pth").exists()]
+    if "%j" in plan.job_dir and taken:
+        for job in jobs:
+            job.cancel(check=False)
         raise UserError(
-            f"{folder} holds another run, whose job had the same id: move it away, or continue it "
-            f"with --job-dir {folder}; job {job.job_id} is cancelled"
+            f"{taken[0]} holds another run, whose job had the same id: move it away, or continue "
+            f"it with --job-dir {taken[0]}; job {', '.join(job.job_id for job in jobs)} is "
+            "cancelled"
         )
 
 

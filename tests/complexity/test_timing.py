@@ -1,6 +1,6 @@
 """Timing in turns, and the roofline."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,29 +12,34 @@ from deit.complexity.timing import FEWEST, Timing, alternate
 CPU = torch.device("cpu")
 
 
-def test_steps_take_turns_and_meet_the_minimum():
+def test_steps_take_turns_and_meet_the_minimum(monkeypatch):
     calls = []
+    clock = [0.0]
+    monkeypatch.setattr(
+        "deit.complexity.timing.time", SimpleNamespace(perf_counter=lambda: clock[0])
+    )
 
     def step(name, seconds):
         def run():
             calls.append(name)
-            time.sleep(seconds)
+            clock[0] += seconds
 
         return run
 
     samples = []
     timings = alternate(
-        {"slow": step("slow", 0.02), "fast": step("fast", 0.002)}, CPU, 0.1, samples.append
+        {"slow": step("slow", 1 / 64), "fast": step("fast", 1 / 512)}, CPU, 10 / 128, samples.append
     )
-    assert timings["slow"].median == pytest.approx(0.02, rel=0.5)
-    assert timings["slow"].median > 4 * timings["fast"].median
+    assert timings["slow"].median == 1 / 64
+    assert timings["fast"].median == 1 / 512
     assert samples[:4] == ["slow", "fast", "fast", "slow"]
     for name, timing in timings.items():
         assert len(timing.samples) == samples.count(name) >= FEWEST
         repeats = (calls.count(name) - 1) // len(timing.samples)  # one call is for calibration
-        assert sum(timing.samples) * repeats >= 0.1
-    # a sample of the fast one is several steps
-    assert calls.count("fast") > 2 * samples.count("fast")
+        assert sum(timing.samples) * repeats >= 10 / 128
+    # a sample of the fast one is several steps, a tenth of the minimum
+    assert calls.count("fast") == 1 + 4 * samples.count("fast")
+    assert calls.count("slow") == 1 + samples.count("slow")
 
 
 def test_no_minimum_still_gives_a_median():

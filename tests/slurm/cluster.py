@@ -11,7 +11,9 @@ n1 and n2 resolve and the processes of a node can be told apart. Partition `high
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,8 +33,8 @@ SlurmctldPort={controller_port}
 FirstJobId={controller_port}
 SlurmUser=root
 SlurmdUser=root
-# cred_expire is also what a requeued job waits; 5 s is the least that is accepted.
-AuthInfo=socket={folder}/munge.sock,cred_expire=5
+# cred_expire is also what a requeued job waits, and what the start of a step may take.
+AuthInfo=socket={folder}/munge.sock,cred_expire=12
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -50,7 +52,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 SlurmdTimeout=60
-KillWait=5
+KillWait=15
 MinJobAge=3600
 JobRequeue=1
 ReturnToService=2
@@ -73,13 +75,14 @@ def why_unavailable() -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Below those that the system gives to connections, and that trainings under Slurm meet at."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10000, 20000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            ports.add(port)
+    return list(ports)
 
 
 class Cluster:
@@ -152,12 +155,11 @@ class Cluster:
         """Kill `node`'s slurmd and everything that runs there, as a power cut does."""
         slurmd = int((self.folder / f"slurmd.{node}.pid").read_text())
         namespace = os.readlink(f"/proc/{slurmd}/ns/uts")
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == namespace:
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except OSError:
-                continue  # ended in the meantime, or not ours to look at
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none is to see another's end
+            for entry in Path("/proc").iterdir():
+                with contextlib.suppress(OSError):  # ended in the meantime, or not ours to look at
+                    if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == namespace:
+                        os.kill(int(entry.name), number)
 
     def query(self, *command: str) -> str:
         """The output of a Slurm tool, stripped; empty if it fails."""
@@ -179,7 +181,7 @@ class Cluster:
         pids = [int(path.read_text()) for path in self.folder.glob("*.pid")]
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in pids:
-                if Path(f"/proc/{pid}").exists():
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             deadline = time.monotonic() + 5
             while time.monotonic() < deadline and any(Path(f"/proc/{p}").exists() for p in pids):

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +30,14 @@ from deit.launch.status import read_status
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
 ]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EPOCHS, UPDATES, PROCESSES, BATCH = 2, 16, 4, 4
 EARLY = 3  # the step of the second epoch at which the tests strike
+MID_EPOCH = f"epoch {EPOCHS}/{EPOCHS}  step {EARLY}/"
+WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
 TRAINING = [
     *("--model", "d2_deit_tiny_patch16_LS", "--input-size", "32", "--patch-size", "16"),
     *("--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--warmup-epochs", "0", "--lr", "0.01"),
@@ -62,22 +64,26 @@ class Job:
         path = self.folder / f"{self.id}_0_log.out"
         return path.read_text() if path.exists() else ""
 
-    def state(self) -> str:
+    def show(self, name: str) -> str | None:
+        """One of the things that Slurm says of the job; None if it does not answer."""
         shown = self.cluster.query("scontrol", "-o", "show", "job", self.id)
-        found = re.search(r"JobState=(\w+)", shown)
-        return found[1] if found else "UNKNOWN"
+        found = re.search(rf"{name}=(\S+)", shown)
+        return found and found[1]
+
+    def state(self) -> str:
+        return self.show("JobState") or "UNKNOWN"
 
     def restarts(self) -> int:
-        shown = self.cluster.query("scontrol", "-o", "show", "job", self.id)
-        return int(re.search(r"Restarts=(\d+)", shown)[1])
+        return int(self.show("Restarts") or -1)
 
     def seconds(self) -> int:
         """How long it has been running."""
-        shown = self.cluster.query("scontrol", "-o", "show", "job", self.id)
-        hours, minutes, seconds = re.search(r"RunTime=(\d+):(\d+):(\d+)", shown).groups()
+        while not (shown := self.show("RunTime")):
+            time.sleep(1)
+        hours, minutes, seconds = re.fullmatch(r"(\d+):(\d+):(\d+)", shown).groups()
         return (int(hours) * 60 + int(minutes)) * 60 + int(seconds)
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
         """Wait for `condition`; on time-out fail with all logs."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -99,9 +105,7 @@ class Job:
 
     def wait_for_mid_epoch(self) -> None:
         """Until the second epoch is under way, so that a checkpoint of the first exists."""
-        self.wait_until(
-            lambda: f"epoch {EPOCHS}/{EPOCHS}  step {EARLY}/" in self.log, "second epoch"
-        )
+        self.wait_until(lambda: MID_EPOCH in self.log, "second epoch")
 
     def wait_for_end(self) -> None:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -131,15 +135,19 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def submit(cluster: Cluster, data: Path, tmp_path_factory) -> Callable[..., Job]:
-    """`submit(*options)`: through the script, as a user does, from another folder."""
+    """`submit(*options)`: through the script, as a user does, from another folder.
 
-    def run(*options: str) -> Job:
+    With `wait=True` the training waits in mid-epoch, the first time, for what the test does to it.
+    """
+
+    def run(*options: str, wait: bool = False) -> Job:
         words = [*CLUSTER, *TRAINING, "--data-path", str(data), *options]
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
             cwd=tmp_path_factory.mktemp("runs"),
             env=cluster.env
-            | {"HOME": str(data), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+            | {"HOME": str(data), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+            | ({"PYTHONPATH": str(WAITING), "WAIT_AT": MID_EPOCH} if wait else {}),
             capture_output=True,
             text=True,
             timeout=60,
@@ -202,7 +210,7 @@ def test_two_nodes_with_two_processes_each_train(undisturbed: Job):
 
 
 def test_signal_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
-    job = submit()
+    job = submit(wait=True)
     job.wait_for_mid_epoch()
     job.cluster.command("scancel", "--signal=USR2", job.id)
     job.wait_for_end()
@@ -214,12 +222,12 @@ def test_signal_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
 
 
 def test_time_out_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
-    job = submit("--signal-delay", "70")
+    job = submit("--signal-delay", "110", wait=True)
     job.wait_for_mid_epoch()
-    with held(job):  # Slurm looks at time limits, which are whole minutes, every half minute
-        minutes = math.ceil((job.seconds() + 35) / 60)
-        job.cluster.command("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
-        job.wait_until(lambda: job.restarts() == 1, "requeue at the time limit", 90)
+    # Slurm looks at time limits, which are whole minutes, every half minute.
+    minutes = math.ceil((job.seconds() + 50) / 60)
+    job.cluster.command("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
+    job.wait_until(lambda: job.restarts() == 1, "requeue at the time limit", 120)
     job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     job.wait_for_end()
     (step,) = job.stops()
@@ -228,12 +236,11 @@ def test_time_out_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
 
 
 def test_preemption_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
-    job = submit()
+    job = submit(wait=True)
     job.wait_for_mid_epoch()
     urgent = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true"]
-    with held(job):
-        job.cluster.command(*urgent)
-        job.wait_until(lambda: job.restarts() == 1, "requeue in favour of the urgent job", 60)
+    job.cluster.command(*urgent)
+    job.wait_until(lambda: job.restarts() == 1, "requeue in favour of the urgent job", 120)
     job.wait_for_end()
     assert job.restarts() == 1
     (step,) = job.stops()
@@ -242,7 +249,7 @@ def test_preemption_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
 
 
 def test_node_that_dies_is_survived_from_the_last_checkpoint(submit, undisturbed: Job):
-    job = submit()
+    job = submit(wait=True)
     job.wait_for_mid_epoch()
     job.cluster.kill_node("n2")
     # The survivors notice, long before the controller does.
@@ -256,7 +263,7 @@ def test_node_that_dies_is_survived_from_the_last_checkpoint(submit, undisturbed
 
 
 def test_cancelled_run_saves_and_stays_cancelled(submit, monkeypatch):
-    job = submit(*ALONE)
+    job = submit(*ALONE, wait=True)
     job.wait_for_mid_epoch()
     job.cluster.command("scancel", job.id)
     job.wait_until(lambda: job.state() == "CANCELLED", "end", 60)
@@ -310,18 +317,6 @@ def processes(job: Job) -> list[int]:
             if words[0] == sys.executable and str(job.folder.parent / "%j") in words:
                 pids.append(int(entry.name))
     return pids
-
-
-@contextlib.contextmanager
-def held(job: Job) -> Iterator[None]:
-    """Let `job` make no step until Slurm has a signal for it, for which it wakes it."""
-    pids = processes(job)
-    assert len(pids) >= PROCESSES
-    send(pids, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        send(pids, signal.SIGCONT)
 
 
 def send(pids: list[int], number: signal.Signals) -> None:
