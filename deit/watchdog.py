@@ -29,10 +29,9 @@ from deit.errors import EXIT_USER_ERROR, UserError, one_line
 INTERVAL = 2.0
 """Seconds between two heartbeats."""
 SILENCE = 20.0
-"""Seconds without a new beat that mean death. They are counted by the waits of this process, not
-by the clock, so that a job that was suspended as a whole stays alive."""
-MISSED_STORE = 4
-"""So many intervals without an answer of the store mean that rank 0, which serves it, is gone."""
+"""Seconds without a new beat, or without an answer of the store, which rank 0 serves, that mean
+death. They are counted by the waits of this process, not by the clock, so that a job that was
+suspended as a whole stays alive."""
 ARRIVAL = 300.0
 """Seconds that processes may start apart."""
 PATIENCE = 4
@@ -197,7 +196,7 @@ class Watchdog:
         while not self._closing.wait(INTERVAL):
             missed = 0 if self._answers != answers else missed + 1
             answers = self._answers
-            if missed >= MISSED_STORE and self.rank != 0:
+            if missed * INTERVAL >= SILENCE and self.rank != 0:
                 host = self._hosts.get(0, "an unknown host")
                 self._exit(f"rank 0 on {host} cannot be reached: its process or node is dead")
 

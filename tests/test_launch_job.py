@@ -60,6 +60,20 @@ def test_a_requeue_that_fails_is_told(monkeypatch):
         job._leave(env, "SIGTERM")
 
 
+def test_a_job_that_cannot_be_released_is_told(monkeypatch):
+    asked = []
+
+    def run(command, timeout=0):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, len(asked) - 1, "", "no controller\n")
+
+    monkeypatch.setattr(slurm, "_run", run)
+    submit._release("7")
+    assert asked == [["scontrol", "release", "7"]]
+    with pytest.raises(UserError, match="job 7 is submitted but held back .no controller.: scontr"):
+        submit._release("7")
+
+
 @pytest.mark.parametrize(
     ("status", "state", "lost", "expected"),
     [

@@ -83,13 +83,13 @@ def test_training_goes_on_while_a_file_is_written(writer, monkeypatch, tmp_path)
 
     def slow_save(*args):
         started.set()
-        assert released.wait(10)
+        assert released.wait(120)
         save(*args)
 
     monkeypatch.setattr(torch, "save", slow_save)
     weights = torch.ones(3)
     writer.save({"model": weights}, ["last.pth"])
-    assert started.wait(10)
+    assert started.wait(120)
     weights.zero_()  # training changes them while they are being written
     assert not (tmp_path / "last.pth").exists()
     released.set()

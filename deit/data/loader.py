@@ -224,6 +224,13 @@ def hold_job_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of an iterator's frames: workers live on for as long as anything holds it."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class DeviceLoader:
     """Yields (images float32 (B, 3, H, W) normalised, targets int64 (B,)), both on `device`.
 
@@ -277,9 +284,11 @@ class DeviceLoader:
     def _raw(self) -> Iterator[RawBatch]:
         if not self._forked:
             let_threads_rest()
-            self._forked = True
+        starts_workers = not (self._forked and self._batches.persistent_workers)
+        self._forked = True
+        batches = None
         try:
-            with hold_job_signals():
+            with hold_job_signals() if starts_workers else nullcontext():
                 batches = iter(self._batches)
             for batch in batches:
                 if isinstance(batch, Failure):
@@ -287,9 +296,14 @@ class DeviceLoader:
                 yield batch
         except Exception as error:
             self._stopping.value = True
-            if is_worker_death(error):
+            is_death = is_worker_death(error)
+            if self._batches.num_workers > 0:
+                _forget_frames(error)  # a worker's own frames are in the message
+            if is_death:
                 raise worker_death(error) from error
-            raise
+            raise error
+        finally:
+            batches = None
 
     def _on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._raw():

@@ -1,12 +1,13 @@
 """From names to results: choosing networks, running them, batch sizes, failures."""
 
 import sys
+from functools import partial
 
 import pytest
 import timm
 import torch
 
-from deit.complexity import measure, subject
+from deit.complexity import measure, profiling, subject
 from deit.complexity.measure import Result, add_bounds, count, first_batch, measure_group
 from deit.complexity.networks import groups, own_networks, select
 from deit.complexity.profiling import profile
@@ -92,8 +93,31 @@ def results_of(*names):
     return {name: count(name, CPU.img_size) for name in names}
 
 
+class Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Timed(Subject):
+    """Takes the same time on every machine."""
+
+    def __init__(self, clock, *args):
+        super().__init__(*args)
+        self.clock = clock
+
+    def infer(self):
+        self.clock.now += 0.25
+        return super().infer()
+
+    def train_step(self):
+        self.clock.now += 0.75
+        super().train_step()
+
+
 @pytest.mark.parametrize("amp", [False, True])
-def test_inference_and_training_are_measured(amp):
+def test_inference_and_training_are_measured(amp, monkeypatch):
     settings = Settings(
         CPU.device,
         torch.bfloat16 if amp else torch.float32,
@@ -101,12 +125,15 @@ def test_inference_and_training_are_measured(amp):
         img_size=32,
         train=True,
     )
+    clock = Clock()
+    monkeypatch.setattr("deit.complexity.timing.time", clock)
+    monkeypatch.setattr(measure, "Subject", partial(Timed, clock))
     results, said = results_of(TWIN, OURS), []
     measure_group(groups([OURS])[0], results, settings, 2, 0.0, CEILINGS, said.append)
     ours, twin = results[OURS], results[TWIN]
     for result in (ours, twin):
         assert result.batch_size == 2
-        assert result.images_per_s > result.train_images_per_s > 0
+        assert (result.images_per_s, result.train_images_per_s) == (2 / 0.25, 2 / 0.75)
         assert result.train_peak_memory_mb > result.peak_memory_mb
         assert not result.notes
         add_bounds(result, settings.dtype, CEILINGS)
@@ -215,5 +242,15 @@ def test_profile_names_layers_and_operators():
     assert any("addmm" in name for name in found.by_kernel)
     assert min(found.by_layer.values()) >= 0
     assert list(found.by_kernel.values()) == sorted(found.by_kernel.values(), reverse=True)
-    # two runs of the same work, one with the cost of marking layers
-    assert sum(found.by_layer.values()) < 20 * sum(found.by_kernel.values())
+
+
+def test_profile_by_layer_leaves_nothing_out():
+    network = Subject(OURS, 2, CPU)
+    network.forward = network.model
+    with profiling._named_layers(network.model):
+        events = profiling._events(network.infer, CPU.device)
+    by_kernel = profiling._kernels(events)
+    operators = [s for name, s in by_kernel.items() if not name.startswith(profiling.LAYER)]
+    assert 0 < sum(operators) < sum(by_kernel.values())
+    by_layer = profiling._layers(events, CPU.device)
+    assert sum(by_layer.values()) == pytest.approx(sum(operators))

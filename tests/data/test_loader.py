@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import textwrap
 import time
 from itertools import islice, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,6 +256,24 @@ class TestFailures:
         with pytest.raises(KeyError, match=r"(?s)Traceback.*in defect"):
             list(train_loader(images(transform=defect), num_workers=1))
 
+    @pytest.mark.parametrize("error", [KeyError, UserError])
+    def test_workers_end_with_a_pass_that_fails(self, error):
+        """At once, not when the garbage collector finds them."""
+
+        def defect(image):
+            raise error("a bug")
+
+        before = multiprocessing.active_children()
+        gc.disable()
+        try:
+            loader = train_loader(images(transform=defect), num_workers=2)
+            with pytest.raises(error, match="a bug"):
+                list(loader)
+            loader.close()
+            assert multiprocessing.active_children() == before
+        finally:
+            gc.enable()
+
     def test_killed_worker_is_reported(self):
         result = run_script("""
             train = train_loader(epochs=10**6, num_workers=2)
@@ -290,11 +311,11 @@ class TestFailures:
             list(loader)
         loader.close()
         assert len(calls) == rests
-        assert all(found == before for found in calls)
+        assert all(set(found) <= set(before) for found in calls)
 
     def test_only_among_several_processes_threads_are_waited_for(self, monkeypatch):
         naps = []
-        monkeypatch.setattr("deit.data.loader.time.sleep", naps.append)
+        monkeypatch.setattr("deit.data.loader.time", SimpleNamespace(sleep=naps.append))
         let_threads_rest()
         assert naps == []
         monkeypatch.setattr("deit.data.loader.dist.is_initialized", lambda: True)
@@ -325,7 +346,6 @@ class TestFailures:
     @pytest.mark.parametrize("ending", ["sys.exit(3)", "raise ValueError('x')", "os.kill(0, 15)"])
     def test_leaving_in_the_middle_ends_the_workers(self, ending):
         """Neither the process nor its workers linger, even when all of them get a SIGTERM."""
-        started = time.monotonic()
         result = run_script(f"""
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
             train = train_loader(epochs=99, num_workers=2)
@@ -333,23 +353,25 @@ class TestFailures:
             iterators = [iter(train), iter(val)]
             for iterator in iterators:
                 next(iterator)
-            print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+            print(*[worker.pid for worker in multiprocessing.active_children()])
+            print(time.monotonic(), flush=True)
             {ending}
             """)
         assert result.returncode == (1 if "raise" in ending else 3), result.stderr
-        assert time.monotonic() - started < 60
-        workers = [int(pid) for pid in result.stdout.split()]
+        *workers, started = result.stdout.split()
+        assert time.monotonic() - float(started) < 60
+        workers = [int(pid) for pid in workers]
         assert len(workers) == 3
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
 def test_memory_stays_flat_over_100_epochs(image_tree):
     def resident() -> np.ndarray:
         """MiB of this process and of each worker."""
         pids = ["self", *(str(worker.pid) for worker in workers)]
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]
-        return np.array(pages) * os.sysconf("SC_PAGESIZE") / 2**20
+        rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+        return np.array([int(re.search(r"^Rss: +(\d+) kB", r, re.M)[1]) for r in rollups]) / 1024
 
     dataset = build_dataset("train", root=image_tree, transform=train_transform(64))
     before = set(multiprocessing.active_children())

@@ -89,6 +89,7 @@ def test_compiled_on_images_of_several_sizes():
 
 @pytest.mark.parametrize("family", ["d2_deit", "d2_convnext_isotropic"])
 def test_compiled_training_step_with_stochastic_depth(family):
+    torch.manual_seed(0)
     model = create(family, drop_path_rate=0.5, depth=2).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     counter = CompileCounterWithBackend("aot_eager")
@@ -105,7 +106,7 @@ def test_compiled_training_step_with_stochastic_depth(family):
     assert losses[-1] < losses[0]
     # masks are drawn anew in each step
     with torch.no_grad():
-        assert not torch.equal(compiled(x), compiled(x))
+        assert len({compiled(x).numpy().tobytes() for _ in range(4)}) > 1
 
 
 def test_compiled_with_gradient_checkpointing():
