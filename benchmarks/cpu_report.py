@@ -6,8 +6,8 @@
 ours            as a user gets it: fused paths where they apply
 ours, plain     the layers' plain formulas: PyTorch's own products, MKL's in float32
 twin            the ordinary network, as a user gets it
-twin, oneDNN    the same with its products in oneDNN: in eager mode each linear layer calls what our
-                fused paths call; compiled, by the inductor's option `freezing`, which packs weights
+twin, oneDNN    the same with its products in oneDNN: each linear layer calls what our fused paths
+                call
 
 The last one tells the part of the gain that is due to another library's products from the part that
 is due to fewer of them. All four are timed in turns; ratios are of median times, above one where

@@ -186,6 +186,11 @@ class Processes:
         if self.control is not None:
             dist.barrier(group=self.control)
 
+    def note(self, error: BaseException) -> None:
+        """Tell the others of a failure before what has to be done at its end."""
+        if self.watchdog is not None and not _is_network_error(error):
+            self.watchdog.note(error)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the body on rank 0 first: it may download what the others then find."""
@@ -207,7 +212,7 @@ def connect(place: Place, device: torch.device) -> Iterator[Processes]:
         yield processes
         return
     try:
-        processes.watchdog = _meet(place, device)
+        _meet(processes)
         processes.control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         yield processes
         processes.barrier()
@@ -224,7 +229,8 @@ def connect(place: Place, device: torch.device) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def _meet(place: Place, device: torch.device) -> Watchdog:
+def _meet(processes: Processes) -> None:
+    place, device = processes.place, processes.device
     start = time.monotonic()
     try:
         store, rank, world_size = next(
@@ -238,7 +244,8 @@ def _meet(place: Place, device: torch.device) -> Watchdog:
             f"the {place.world_size} processes cannot meet at {place.url} "
             f"(host {place.address}){waited}: {one_line(error)[:300]}"
         ) from error
-    watchdog = Watchdog(dist.PrefixStore("watchdog", store), rank, world_size, place.address)
+    watchers = dist.PrefixStore("watchdog", store)
+    processes.watchdog = Watchdog(watchers, rank, world_size, place.address)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("default", store),
@@ -246,7 +253,6 @@ def _meet(place: Place, device: torch.device) -> Watchdog:
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    return watchdog
 
 
 def _is_network_error(error: BaseException) -> bool:

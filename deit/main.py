@@ -72,6 +72,9 @@ def main(args: Namespace) -> int:
             run = build_run(args, processes)
             try:
                 train(run)
+            except Exception as error:
+                processes.note(error)
+                raise
             finally:
                 run.close()
     return 0

@@ -5,22 +5,27 @@ that names no rank (gloo). So each process also counts upwards in a small key-va
 rank 0 serves, and reads the others' counters. A counter that stands still, or a failure that its
 process reported, ends this process within half a minute, with one line that names rank and host.
 
-Processes leave in an order, because the store goes with rank 0, and because launchers kill all that
+Processes leave together, because the store goes with rank 0, and because launchers kill all that
 are left once one has ended. A process that has nothing more to learn says that it is `gone`. Rank 0
-waits for those words of all that live; a process that ends for another's fault waits for that one.
+waits for that word of all that live, then says that all is `over`; until then nobody ends. Those
+that fail by themselves print first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+import traceback
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from types import FrameType
 
 import torch.distributed as dist
 
@@ -40,7 +45,30 @@ all find it, and rank 0 is to tell it."""
 POLL = 0.1
 """Seconds between two looks at the store of a process that is about to leave."""
 PRINTING = 0.5
-"""Seconds in which a process that is gone prints why."""
+"""Seconds for those that fail to print why, before those end that follow them."""
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore SIGTERM within, and while the error is printed.
+
+    This process ends in any case, and a launcher sends the signal as soon as another one has ended.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    end = math.inf
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > end:
+            signal.signal(number, before or signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        end = time.monotonic() + PRINTING
 
 
 class Watchdog:
@@ -59,7 +87,9 @@ class Watchdog:
         self.rank = rank
         self._world_size = world_size
         self._host = socket.gethostname()
+        self._error: BaseException | None = None
         self._failure: str | None = None
+        """`_error` as the others are to hear of it."""
         self._users = False
         """Whether that failure is a UserError, which rank 0 prints as one line."""
         self._failures: dict[int, str] = {}
@@ -72,7 +102,11 @@ class Watchdog:
         self._store = self._connect(store, address)
         for body in (self._listen, self._judge_store):
             threading.Thread(target=body, name=body.__name__, daemon=True).start()
-        self._await_arrivals()
+        try:
+            self._await_arrivals()
+        except UserError:
+            self.close()
+            raise
 
     def _connect(self, store: dist.Store, address: str) -> dist.TCPStore:
         wait = timedelta(seconds=ARRIVAL)
@@ -106,20 +140,36 @@ class Watchdog:
         Returns:
             Whether rank 0, another process, ends for the same reason: one of them need say it.
         """
-        self._failure = f"{type(error).__name__}: {one_line(error)}"[:300]
-        self._users = isinstance(error, UserError)
-        others = [rank for rank in range(self._world_size) if rank != self.rank]
+        self.note(error)
+        with _undisturbed():
+            return self._fail()
+
+    def _fail(self) -> bool:
         with contextlib.suppress(RuntimeError, OSError):  # rank 0 is gone already
             self._post()
-        if self.rank == 0:
-            self._wait_for(lambda: self._are_gone(others), SILENCE)
-        else:
-            self._wait_for(lambda: 0 in self._failures or self._are_gone([0]), SILENCE)
-        self._say_gone()
+        if self.rank != 0:
+            self._wait_for(lambda: 0 in self._failures or self._is_set("gone/0"), SILENCE)
+        self._leave()
         told = self.rank != 0 and self._failures.get(0) == self._failure
         if told:
-            self._let_print(0)
+            time.sleep(PRINTING)
         return told
+
+    def note(self, error: BaseException) -> None:
+        """This process is about to fail because of `error`: nothing else is to end it."""
+        self._error = error
+        self._users = isinstance(error, UserError)
+        self._failure = f"{type(error).__name__}: {one_line(error)}"[:300]
+
+    def _leave(self) -> None:
+        """Say that this process has nothing more to learn; wait until that is so for all."""
+        if self.rank != 0 or self._failure is None:  # else the others are to hear of that
+            self._say(f"gone/{self.rank}")
+        if self.rank == 0:
+            self._wait_for(self._all_are_gone, SILENCE)
+            self._say("over")
+        else:
+            self._wait_for(lambda: self._is_set("over"), SILENCE + 2 * INTERVAL)
 
     def blame(self) -> None:
         """After a broken collective: wait for the heartbeats to tell which rank is dead.
@@ -151,7 +201,8 @@ class Watchdog:
                 self._post()
                 if len(present) < self._world_size:
                     ranks = range(self._world_size)
-                    present = [r for r in ranks if self._store.check([f"beat/{r}"])]
+                    missing = [r for r in ranks if r not in present]
+                    present += [r for r in missing if self._is_set(f"beat/{r}")]
                 values = self._store.multi_get([f"beat/{r}" for r in present])
             except (RuntimeError, OSError):
                 return  # the connection is broken for good; `_judge_store` draws the conclusion
@@ -171,7 +222,8 @@ class Watchdog:
                 elif self._silent[other] >= SILENCE and self._failure is None:
                     self._end(
                         f"rank {other} on {host} has been silent for {SILENCE:.0f} s: "
-                        "its process or node is dead"
+                        "its process or node is dead",
+                        fault=other,
                     )
             # Quick until everybody is there.
             waited = INTERVAL if len(present) == self._world_size else 0.1
@@ -182,13 +234,13 @@ class Watchdog:
         if self._failure is not None:
             return
         if users and other == 0:
-            self._say_gone()
-            self._let_print(0)
+            self._leave()
+            time.sleep(PRINTING)
             if not self._closing.is_set() and self._failure is None:
                 os._exit(EXIT_USER_ERROR)
         elif not users or looks > PATIENCE:
             host = self._hosts[other]
-            self._end(f"rank {other} on {host} failed: {self._failures[other]}", after=other)
+            self._end(f"rank {other} on {host} failed: {self._failures[other]}", other, failed=True)
 
     def _judge_store(self) -> None:
         """Notice a store that stopped answering, which can block `_listen` for long."""
@@ -200,19 +252,17 @@ class Watchdog:
                 host = self._hosts.get(0, "an unknown host")
                 self._exit(f"rank 0 on {host} cannot be reached: its process or node is dead")
 
-    def _end(self, why: str, after: int | None = None) -> None:
+    def _end(self, why: str, fault: int, failed: bool = False) -> None:
         """End this process, unless its main thread fails by itself, whose error tells more.
 
         Args:
-            after: the rank that is to print first.
+            fault: the rank that is the cause.
+            failed: it says so itself, and is to print first.
         """
-        self._say_gone()
-        if self.rank == 0:
-            # The store goes with this process; let the others find the same cause in it first.
-            living = [rank for rank, seconds in self._silent.items() if seconds < SILENCE / 2]
-            self._wait_for(lambda: self._are_gone(living), SILENCE)
-        if after is not None:
-            self._let_print(after)
+        if fault != 0 or failed:  # a silent rank 0 never calls it over
+            self._leave()
+        if failed:
+            time.sleep(PRINTING)
         if self._failure is None:
             self._exit(why)
 
@@ -220,22 +270,32 @@ class Watchdog:
         """End this process at once: its main thread may be stuck in a collective."""
         if self._closing.is_set():
             return
-        sys.stdout.flush()
-        line = f"error: {why}; ending rank {self.rank} on {self._host}, resume with --resume auto"
-        print(line, file=sys.stderr, flush=True)
-        os._exit(1)
+        lines = [
+            f"error: {why}; ending rank {self.rank} on {self._host}, resume with --resume auto\n"
+        ]
+        if isinstance(self._error, UserError):
+            lines.insert(0, f"error: {one_line(self._error)}\n")
+        elif self._error is not None:
+            lines[:0] = traceback.format_exception(self._error)
+        try:
+            os.write(2, "".join(lines).encode())
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            pass  # a full disk or a closed pipe must not keep a process alive
+        finally:
+            os._exit(1)
 
-    def _say_gone(self) -> None:
+    def _say(self, key: str) -> None:
         with contextlib.suppress(RuntimeError, OSError):
-            self._store.set(f"gone/{self.rank}", "")
+            self._store.set(key, "")
 
-    def _are_gone(self, ranks: Collection[int]) -> bool:
-        return not ranks or self._store.check([f"gone/{rank}" for rank in ranks])
+    def _is_set(self, *keys: str) -> bool:
+        return not keys or self._store.check(list(keys))
 
-    def _let_print(self, rank: int) -> None:
-        """Wait until `rank` is gone and has printed why."""
-        self._wait_for(lambda: self._are_gone([rank]), 2 * INTERVAL)
-        time.sleep(PRINTING)
+    def _all_are_gone(self) -> bool:
+        """Whether every other rank is, as far as it lives."""
+        living = [rank for rank, seconds in list(self._silent.items()) if seconds < SILENCE / 2]
+        return self._is_set(*(f"gone/{rank}" for rank in living))
 
     def _wait_for(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait for `condition`, but not longer than `seconds`, nor when the store is gone."""
@@ -243,6 +303,7 @@ class Watchdog:
             try:
                 if condition():
                     return
+                self._answers += 1  # for `_judge_store`: `_listen` itself may be waiting here
             except (RuntimeError, OSError):
                 return
             time.sleep(POLL)

@@ -4,7 +4,7 @@
 # Every block below was run, and what it printed stands beneath it. The blocks are the cells of
 # [tour.py](tour.py): run it with `python docs/tour.py` (half a minute, no GPU, no download), or
 # open it as a notebook in an editor that knows `# %%` cells. `python docs/render.py` writes this
-# page. The last cell needs `pip install onnx onnxscript onnxruntime`.
+# page. It needs `pip install onnx onnxscript onnxruntime`.
 
 # %%
 import logging

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import deit.main
 import deit.watchdog
 from deit.distributed import SHARDS_ON_CPU, Place, choose_device, find_place, first_host
 from deit.errors import UserError
+from deit.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
 
@@ -295,6 +297,63 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(way, message, data, tmp_p
             assert re.search(f"error: {message}", output), output
     if "error" in way:
         assert "Traceback" in results[dead][1]
+
+
+def fail_beside(data: Path) -> int:
+    """Rank 0 has a wrong input while rank 1 trains and rank 2 is stopped."""
+    deit.watchdog.INTERVAL, deit.watchdog.SILENCE = 1.0, 8.0
+    original = deit.main.build_run
+
+    def build_run(*args):
+        if os.environ["RANK"] == "2":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(2 if os.environ["RANK"] == "0" else 600)
+        return original(*args)
+
+    deit.main.build_run = build_run
+    return train("--resume", "no.pth", data=data)
+
+
+def fail_each(data: Path) -> int:
+    def build_run(*args):
+        rank = int(os.environ["RANK"])
+        time.sleep(rank)
+        raise UserError(f"own error of rank {rank}") if rank < 2 else ValueError("a defect")
+
+    deit.main.build_run = build_run
+    return train(data=data)
+
+
+def test_an_error_is_told_before_a_launcher_ends_the_process(data, tmp_path):
+    body = functools.partial(fail_beside, data)
+    results = run_processes([body] * 3, (), tmp_path, frozen=2, launcher=True)
+    assert "error: no checkpoint" in results[0][1], results
+    assert "error" not in results[1][1], results
+
+
+def test_each_error_is_told(data, tmp_path):
+    body = functools.partial(fail_each, data)
+    results = run_processes([body] * 3, (), tmp_path, launcher=True)
+    for rank in (0, 1):
+        assert results[rank][1].count(f"error: own error of rank {rank}\n") == 1, results
+    assert "ValueError: a defect\n" in results[2][1], results
+
+
+def end_with_full_disk() -> None:
+    with open("/dev/full", "w") as full:
+        os.dup2(full.fileno(), 1)
+        os.dup2(full.fileno(), 2)
+    print("still in a buffer", end="")
+    watchdog = object.__new__(Watchdog)
+    watchdog.rank, watchdog._host, watchdog._error = 1, "here", None
+    watchdog._closing = threading.Event()
+    watchdog._exit("rank 0 is gone")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_keeps_no_process_alive(tmp_path):
+    ((status, _),) = run_processes([end_with_full_disk], (), tmp_path, timeout=60)
+    assert status == 1
 
 
 def resume_late(rank: int, *argv: str, data: Path) -> int:

@@ -74,6 +74,22 @@ def test_a_job_that_cannot_be_released_is_told(monkeypatch):
         submit._release("7")
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_no_held_job_is_left_behind(error, capsys):
+    cancelled = []
+    jobs = [
+        SimpleNamespace(job_id=f"7_{task}", cancel=lambda check, task=task: cancelled.append(task))
+        for task in range(2)
+    ]
+    with pytest.raises(error), submit._cancelled_on_failure(jobs):
+        raise error
+    assert cancelled == [0, 1]
+    assert capsys.readouterr().err == "job 7_0, 7_1 is cancelled\n"
+    with submit._cancelled_on_failure(jobs):
+        pass
+    assert cancelled == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("status", "state", "lost", "expected"),
     [

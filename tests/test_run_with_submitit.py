@@ -104,7 +104,15 @@ def test_every_cluster_option_reaches_sbatch():
     assert {name: flags[name] for name in given} == given
     assert (flags["nodes"], flags["ntasks-per-node"], flags["gres"]) == ("3", "2", "gpu:V100:2")
     assert flags["signal"] == "USR2@77"
+    assert "hold" not in flags
     assert "\nmodule load A\nsource env/bin/activate\n" in text
+
+
+def test_flags_of_sbatch_can_be_turned_off(cluster_file):
+    cluster_file.write_text("[sbatch]\nrequeue = false\nhold = false\nexclusive = true\n")
+    flags = sbatch_flags(dry_run(plan("--cluster-file", str(cluster_file))))
+    assert flags["exclusive"] == ""
+    assert not {"requeue", "hold"} & flags.keys()
 
 
 @pytest.mark.parametrize(

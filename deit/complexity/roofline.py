@@ -4,7 +4,8 @@ The bound takes the matrix products and convolutions alone, one after the other.
 least the time of its arithmetic at the device's matrix rate and at least the time to read its
 operands and to write its result at the device's bandwidth. Everything between them is taken to be
 fused into them at no cost, and fused attention never writes its logits. No implementation made of
-separate products is faster; one that keeps data on chip from one product to the next could be.
+separate products that go to memory is faster; one that keeps data on chip or in a cache from one
+product to the next could be.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Bound:
-    """Images a second that no run exceeds, and the share of that time that arithmetic limits."""
+    """Images a second by the roofline, and the share of that time that arithmetic limits."""
 
     images_per_s: float
     arithmetic: float

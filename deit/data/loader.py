@@ -224,10 +224,12 @@ def hold_job_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of an iterator's frames: workers live on for as long as anything holds it."""
-    while error is not None:
-        error.__traceback__ = None
+def _clear_frames(error: BaseException | None) -> None:
+    """Forget what variables held there: workers live on for as long as anything holds them."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
@@ -298,10 +300,10 @@ class DeviceLoader:
             self._stopping.value = True
             is_death = is_worker_death(error)
             if self._batches.num_workers > 0:
-                _forget_frames(error)  # a worker's own frames are in the message
+                _clear_frames(error)
             if is_death:
                 raise worker_death(error) from error
-            raise error
+            raise
         finally:
             batches = None
 

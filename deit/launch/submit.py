@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,6 @@ def submit(plan: Plan) -> list[submitit.Job]:
     Raises:
         UserError: Slurm is not there, or refuses the job.
     """
-    from deit.saving import write_text
-
     if not plan.local and shutil.which("sbatch") is None:
         raise UserError(
             "Slurm is not on this machine (no sbatch command): submit on a login node of your "
@@ -50,6 +49,17 @@ def submit(plan: Plan) -> list[submitit.Job]:
     jobs = _submit_all(executor, [TrainingJob(plan.argv(task)) for task in range(len(plan.array))])
     print(plan.describe())
     _refuse_foreign_folder(plan, jobs)
+    with nullcontext() if plan.local else _cancelled_on_failure(jobs):
+        _record(plan, jobs)
+    if not plan.local and not plan.resources.sbatch.get("hold"):
+        _release(jobs[0].job_id.partition("_")[0])
+    return jobs
+
+
+def _record(plan: Plan, jobs: list[submitit.Job]) -> None:
+    """Write into each job's folder what it is, and tell how to follow and stop it."""
+    from deit.saving import write_text
+
     for task, job in enumerate(jobs):
         folder = job.paths.folder
         output_dir = plan.options.get("output_dir", "").replace("%j", job.job_id)
@@ -65,9 +75,19 @@ def submit(plan: Plan) -> list[submitit.Job]:
         }
         write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
         _announce(plan, job, folder, plan.array[task])
-    if not plan.local and "hold" not in plan.resources.sbatch:
-        _release(jobs[0].job_id.partition("_")[0])
-    return jobs
+
+
+@contextlib.contextmanager
+def _cancelled_on_failure(jobs: list[submitit.Job]) -> Iterator[None]:
+    """Leave no held job behind when the disk is full, or at Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for job in jobs:
+            job.cancel(check=False)
+        ids = ", ".join(job.job_id for job in jobs)
+        print(f"job {ids} is cancelled", file=sys.stderr, flush=True)
+        raise
 
 
 def dry_run(plan: Plan) -> str:
@@ -103,7 +123,7 @@ def _slurm_executor(plan: Plan) -> submitit.SlurmExecutor:
     executor = SlurmExecutor(folder=plan.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
     parameters = _slurm_parameters(plan)
     # Its number names its folder. A job that starts before that is made fails without a log.
-    parameters["additional_parameters"] = {"hold": True} | parameters["additional_parameters"]
+    parameters["additional_parameters"] = parameters["additional_parameters"] | {"hold": True}
     executor.update_parameters(**parameters)
     return executor
 
@@ -141,7 +161,11 @@ def _slurm_parameters(plan: Plan) -> dict[str, Any]:
         # A process that fails ends the job at once: the others would wait for it for ever.
         "srun_args": ["--kill-on-bad-exit=1"],
         "teardown": [f"{shlex.quote(sys.executable)} -m deit.launch.aftermath $?"],
-        "additional_parameters": {"requeue": True} | resources.sbatch,
+        "additional_parameters": {
+            name: value
+            for name, value in ({"requeue": True} | resources.sbatch).items()
+            if value is not False  # a flag that is not to be given
+        },
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -191,6 +215,11 @@ def _submit_all(executor: submitit.Executor, jobs: list[TrainingJob]) -> list[su
             return executor.submit_array(jobs)
         except (FailedJobError, FailedSubmissionError) as error:
             raise UserError(f"sbatch refused the job: {one_line(error)}") from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write the job's files: {one_line(error)}; a job that was submitted before "
+                "that is held back: see squeue --me, and scancel it"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     group.add("--figures", str, str(ROOT / "assets"), "DIR", "where the figures go")
     group.add("--report", str, str(ROOT / "docs" / "results.md"), "FILE",
-              "text whose tables, between marks, are brought up to date")  # fmt: skip
+              "text whose tables, between marks, are brought up to date ('': none)")  # fmt: skip
     args = parser.parse_args(argv)
     folder = Path(args.results) if args.results else default_results()
     rows = read(folder)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(folder / "summary.csv", as_csv(rows))
     write_text(folder / "summary.md", summary(tables))
     report = Path(args.report)
-    if report.exists():
+    if report.is_file():  # an empty name is the current folder
         write_text(report, with_tables(report.read_text(encoding="utf-8"), tables))
     figures = Path(args.figures)
     figures.mkdir(parents=True, exist_ok=True)
