@@ -22,8 +22,9 @@ demo: $(VENV)/.run
 	$(PY) experiments/demo.py
 
 test: $(VENV)/.dev
-	# two processes with one thread each: threads that wait for each other on shared cores are slow
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
+	# for two cores: one process mostly waits, for Slurm and for processes that it starts; one thread
+	# each, as threads that wait for each other on shared cores are slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -238,7 +238,7 @@ class DeviceLoader:
 
     On CUDA the next batch is copied and normalised on a side stream while the current one is in
     use, as in timm's PrefetchLoader. `batches` yields RawBatches. A Failure among them is raised as
-    UserError.
+    UserError. A pass that fails ends the workers and closes the loader.
     """
 
     def __init__(
@@ -301,6 +301,7 @@ class DeviceLoader:
             is_death = is_worker_death(error)
             if self._batches.num_workers > 0:
                 _clear_frames(error)
+            self._batches = None  # a DataLoader holds an iterator of persistent workers
             if is_death:
                 raise worker_death(error) from error
             raise

@@ -34,7 +34,7 @@ FirstJobId={controller_port}
 SlurmUser=root
 SlurmdUser=root
 # cred_expire is also what a requeued job waits, and what the start of a step may take.
-AuthInfo=socket={folder}/munge.sock,cred_expire=12
+AuthInfo=socket={folder}/munge.sock,cred_expire=10
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -52,7 +52,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 SlurmdTimeout=60
-KillWait=15
+KillWait=10
 MinJobAge=3600
 JobRequeue=1
 ReturnToService=2
