@@ -57,7 +57,7 @@ def test_weights_from_files(family, suffix, tmp_path):
     grey = timm.create_model(name, num_classes=10, in_chans=1, **options).eval()
     one = x[:, :1].double()  # the weights were summed over the channels in float32
     expected = source.double()(one.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(grey.double()(one), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grey.double()(one), expected, rtol=1.3e-6, atol=1e-5)
 
 
 @pytest.mark.skipif(OLD_TIMM, reason="this timm does not record how to rebuild models")
