@@ -208,6 +208,20 @@ def test_differences_are_paired_by_seed():
     assert row("ordinary", [80]).estimate("accuracy").text() == "80.00"
 
 
+def test_the_line_through_ordinary_networks_is_over_the_logarithm_of_flops():
+    def row(kind: str, flops: float, accuracies: list[float], family: str = "vit") -> summary.Row:
+        results = tuple(
+            {"cell": {"seed": seed}, "accuracy": value} for seed, value in enumerate(accuracies)
+        )
+        return summary.Row(Network(family, kind, 32, 4, 7, 32), True, 1.0, 1, flops, results)
+
+    small, large = row("ordinary", 1e6, [70, 72]), row("ordinary", 4e6, [74, 80])
+    ours = row("equivariant", 2e6, [75, 75])  # 72 and 76 on the lines
+    other = row("ordinary", 2e6, [0, 0], "resmlp")
+    assert summary.above_line(ours, [small, ours, large, other]).text(sign="+") == "+1.00 ± 2.00"
+    assert summary.above_line(ours, [small, ours, other]) is None
+
+
 # the committed results
 
 

@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from math import sqrt
+from math import log, sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import linear_regression, mean, stdev
 from typing import Any
 
 from deit.errors import UserError
@@ -125,6 +125,30 @@ def difference(row: Row, other: Row, measure: str) -> Estimate:
     return Estimate.of([row.seeds[s][measure] - other.seeds[s][measure] for s in shared])
 
 
+def above_line(row: Row, rows: Iterable[Row]) -> Estimate | None:
+    """Accuracy above the line through the ordinary networks of its family, trained in the same way.
+
+    The line is that of least squares over the logarithm of FLOPs, one for each seed, and goes on
+    beyond the ordinary networks. None if there are fewer than two of them.
+    """
+    others = [
+        other
+        for other in rows
+        if other.network.family == row.network.family and other.network.kind == "ordinary"
+        and (other.flip, other.fraction) == (row.flip, row.fraction)
+    ]  # fmt: skip
+    if len({other.flops for other in others}) < 2:
+        return None
+    costs = [log(other.flops) for other in others]
+    shared = sorted(set.intersection(*(set(other.seeds) for other in (row, *others))))
+    above = []
+    for seed in shared:
+        line = linear_regression(costs, [other.seeds[seed]["accuracy"] for other in others])
+        expected = line.slope * log(row.flops) + line.intercept
+        above.append(row.seeds[seed]["accuracy"] - expected)
+    return Estimate.of(above) if above else None
+
+
 def as_csv(rows: Sequence[Row]) -> str:
     """One line a row, everything in full."""
     text = io.StringIO()
@@ -154,7 +178,7 @@ def as_markdown(rows: Sequence[Row]) -> dict[str, str]:
     parts = {row.network for row in rows if row.fraction < 1}
     tables = {
         "main": _table(main, NETWORK | COST | ACCURACY | TIME),
-        "differences": _differences(pairs),
+        "differences": _differences(pairs, rows),
         "flip": _table(
             [row for row in rows if row.network in both and row.fraction == 1],
             NETWORK | {"flip augmentation": lambda row: "on" if row.flip else "off"} | ACCURACY,
@@ -191,17 +215,20 @@ def _table(rows: Sequence[Row], columns: Columns) -> str:
     return _lines(list(columns), lines) if lines else ""
 
 
-def _differences(pairs: Sequence[tuple[Row, Row]]) -> str:
-    header = ["network", "width", "FLOPs", "seeds", "test accuracy (points)", "training time"]
+def _differences(pairs: Sequence[tuple[Row, Row]], rows: Sequence[Row]) -> str:
+    header = ["network", "width", "FLOPs", "seeds", "test accuracy (points)"]
+    header += ["above the ordinary line", "training time"]
     lines = []
     for row, other in pairs:
         time = row.estimate("seconds").mean / other.estimate("seconds").mean
+        above = above_line(row, rows)
         lines.append(
             [
                 *(function(row) for function in NETWORK.values()),
                 f"{100 * row.flops / other.flops:.0f} %",
                 str(len(row.seeds.keys() & other.seeds.keys())),
                 difference(row, other, "accuracy").text(sign="+"),
+                "" if above is None else above.text(sign="+"),
                 f"{100 * time:.0f} %",
             ]
         )
