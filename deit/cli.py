@@ -12,7 +12,9 @@ import argparse
 import ast
 import math
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from deit.errors import UserError, suggest
@@ -112,6 +114,56 @@ def add_kernels(group: OptionGroup) -> None:
         # those of deit.kernels, without importing torch
         choices=("auto", "plain"),
     )
+
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def add_compile(group: OptionGroup, help: str) -> None:
+    """The options `--compile` and `--compile-mode`, which turns the first one on."""
+    group.switch("--compile", help)
+    group.add(
+        "--compile-mode",
+        str,
+        "default",
+        "MODE",
+        f"mode of torch.compile: {', '.join(COMPILE_MODES)}; implies --compile",
+        choices=COMPILE_MODES,
+        action=_CompileMode,
+    )
+
+
+class _CompileMode(argparse.Action):
+    def __call__(self, parser, namespace, value, option_string=None) -> None:
+        namespace.compile_mode, namespace.compile = value, True
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """An argparse type: a file that can be written, ending in one of `suffixes` if there are any.
+
+    Measuring takes long, so what would keep the results from being written is told before it.
+    """
+
+    def check(text: str) -> Path:
+        path = Path(text)
+        folder = path.resolve().parent
+        if suffixes and path.suffix.lower() not in suffixes:
+            wanted = ", ".join(suffixes)
+            raise argparse.ArgumentTypeError(f"{text!r} must end in one of {wanted}")
+        if not folder.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {str(folder)!r} for {text!r}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is a folder, and must be a file")
+        try:  # permissions do not tell of file systems that are read-only
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} cannot be written: {error.strerror or error}"
+            ) from None
+        return path
+
+    return check
 
 
 def key_value(text: str) -> tuple[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deit import kernels
-from deit.cli import CommandLine, OptionGroup, add_kernels, number
+from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, number, output_file
 from deit.complexity.hardware import describe, measure_ceilings, versions
 from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
 from deit.complexity.networks import groups, select
-from deit.complexity.plot import draw
+from deit.complexity.plot import FORMATS, draw
 from deit.complexity.profiling import print_profile, profile
 from deit.complexity.roofline import Ceilings
 from deit.complexity.subject import Settings, prepare_compiler, release
@@ -35,7 +34,6 @@ DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant network
   python calculate_complexity.py --models 'd2_deit_base*' --train --json out.json"""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # A terminal's own width where there is one; in a file no column is ever cut.
 FILE_WIDTH = 120
 
@@ -64,15 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         choices=DTYPES,
     )
     how.switch("--amp", "keep weights in float32 and let autocast choose --dtype where it may")
-    how.switch("--compile", "compile the networks with torch.compile")
-    how.add(
-        "--compile-mode",
-        str,
-        None,
-        "MODE",
-        f"{', '.join(COMPILE_MODES)}; implies --compile",
-        choices=COMPILE_MODES,
-    )
+    add_compile(how, "compile the networks with torch.compile")
     how.add(
         "--batch-size",
         number(int, 1),
@@ -85,22 +75,21 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     how.add("--threads", number(int, 1), None, "N", "threads of a CPU; torch's choice without")
     add_kernels(how)
     out = OptionGroup(parser, "what to write")
-    out.add("--json", Path, None, "FILE", "settings and results")
-    out.add("--csv", Path, None, "FILE", "the results, a line for each network")
-    out.add("--plot", Path, None, "FILE", "throughput gain and published accuracy over FLOPs")
+    out.add("--json", output_file(), None, "FILE", "settings and results")
+    out.add("--csv", output_file(), None, "FILE", "the results, a line for each network")
+    out.add(
+        "--plot",
+        output_file(*FORMATS),
+        None,
+        "FILE",
+        "throughput gain and published accuracy over FLOPs",
+    )
     args = parser.parse_args(argv)
-    if args.compile_mode is not None:
-        args.compile = True
-    elif args.compile:
-        args.compile_mode = "default"
     if args.amp and args.dtype in ("float32", "float64"):
         raise UserError(f"--amp with --dtype {args.dtype}: autocast goes to bfloat16 or float16")
     for wanted in ("train", "profile"):
         if getattr(args, wanted) and not args.throughput:
             raise UserError(f"--{wanted} measures times, which --no-throughput forbids: drop one")
-    for path in (args.json, args.csv, args.plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise UserError(f"{path} cannot be written: there is no folder {path.parent}")
     return args
 
 
@@ -117,9 +106,8 @@ def make_settings(args: Namespace) -> Settings:
             including_emulation=False
         )
         name = ("float16" if emulated else "bfloat16") if args.amp else "float32"
-    return Settings(
-        device, getattr(torch, name), args.amp, args.compile_mode, args.img_size, args.train
-    )
+    mode = args.compile_mode if args.compile else None
+    return Settings(device, getattr(torch, name), args.amp, mode, args.img_size, args.train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ FIELDS = {
     "twin",
     "ratios",
 }
+OUTPUTS = ("--json", "--csv", "--plot")
 RATIOS = {"gflops", "images_per_s", "train_images_per_s", "peak_memory_mb"}
 
 
@@ -152,8 +153,6 @@ def test_figure_files(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     draw(results(), tmp_path / "figure.svg", "")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["figure.png", "figure.svg"]
-    with pytest.raises(UserError, match=r"figure\.xyz.*\.png"):
-        draw(results(), tmp_path / "figure.xyz", "")
     with pytest.raises(UserError, match="no FLOPs"):
         draw({TWIN: Result(TWIN, 1, None, [])}, tmp_path / "figure.png", "")
 
@@ -165,7 +164,9 @@ def test_figure_files(tmp_path):
         (["--train", "--no-throughput"], "--train measures times"),
         (["--profile", "--no-throughput"], "--profile measures times"),
         (["--batch-size", "0"], "at least 1"),
-        (["--json", "nowhere/x.json"], "no folder"),
+        *(([option, "nowhere/x.png"], "no folder") for option in OUTPUTS),
+        *(([option, "tests"], "is a folder") for option in ("--json", "--csv")),
+        (["--plot", "figure.xyz"], r"figure\.xyz.*\.png"),
         (["--compile-mode", "fastest"], "fastest"),
         (["--dtype", "int8"], "int8"),
     ],
@@ -178,8 +179,10 @@ def test_wrong_options(arguments, message):
 def test_options():
     args = parse_args(["--compile"])
     assert (args.compile_mode, args.batch_size, args.models) == ("default", None, None)
-    assert parse_args(["--compile-mode", "max-autotune"]).compile
-    assert not parse_args([]).compile
+    args = parse_args(["--compile-mode", "max-autotune"])
+    assert (args.compile, make_settings(args).compile_mode) == (True, "max-autotune")
+    args = parse_args([])
+    assert (args.compile, make_settings(args).compile_mode) == (False, None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""What the command lines share: checked output files, the options of torch.compile."""
+
+import argparse
+import errno
+import tempfile
+
+import pytest
+
+from deit.cli import CommandLine, OptionGroup, add_compile, output_file
+from deit.errors import UserError
+
+
+@pytest.fixture
+def parser():
+    parser = CommandLine(prog="test")
+    group = OptionGroup(parser, "options")
+    add_compile(group, "compile")
+    group.add("--plot", output_file(".png", ".svg"), None, "FILE", "a figure")
+    return parser
+
+
+def test_a_mode_turns_compilation_on(parser):
+    for arguments, expected in {
+        "": (False, "default"),
+        "--compile": (True, "default"),
+        "--compile-mode max-autotune": (True, "max-autotune"),
+        "--compile_mode reduce-overhead --no-compile": (False, "reduce-overhead"),
+    }.items():
+        args = parser.parse_args(arguments.split())
+        assert (args.compile, args.compile_mode) == expected
+
+
+def test_an_output_that_can_be_written(parser, tmp_path):
+    path = tmp_path / "figure.PNG"
+    path.write_text("an earlier one")
+    assert parser.parse_args(["--plot", str(path)]).plot == path
+    assert path.read_text() == "an earlier one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("figure.xyz", r"figure\.xyz.*\.png, \.svg"),
+        ("figure", r"\.png, \.svg"),
+        ("nowhere/figure.png", "no folder"),
+        ("folder.png", "is a folder"),
+        ("file/figure.png", "no folder"),
+    ],
+)
+def test_outputs_that_cannot_be_written(parser, tmp_path, name, message):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"--plot: .*{message}"):
+        parser.parse_args(["--plot", str(tmp_path / name)])
+
+
+def test_a_folder_that_is_read_only(monkeypatch, tmp_path):
+    def fail(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(argparse.ArgumentTypeError, match="Read-only file system"):
+        output_file()(str(tmp_path / "out.json"))
