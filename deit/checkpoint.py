@@ -72,6 +72,8 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
 
     Returns:
         A dict that has at least one of the keys `model` and `model_ema` (or timm's `state_dict`).
+        Its `args`, which our files hold as a dict and published ones as a Namespace, are a
+        Namespace if they are there.
 
     Raises:
         UserError: the file is missing, empty, damaged, refused as unsafe, or no checkpoint.
@@ -87,7 +89,10 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{text!r} holds a {type(content).__name__}, not a checkpoint")
     if any(isinstance(content.get(key), Mapping) for key in (*_MODEL_KEYS, *_EMA_KEYS)):
-        return dict(content)
+        checkpoint = dict(content)
+        if isinstance(checkpoint.get("args"), Mapping):
+            checkpoint["args"] = argparse.Namespace(**checkpoint["args"])
+        return checkpoint
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return {"model": dict(content)}
     shown = ", ".join(repr(key) for key in list(content)[:_SHOWN_KEYS]) or "nothing"
@@ -273,6 +278,5 @@ def _counted(count: int, noun: str, names: list[str], suffix: str = "") -> str:
 
 def trained_model_name(checkpoint: Mapping[str, Any]) -> str | None:
     """The `--model` of the run that wrote `checkpoint`, if it says so."""
-    args = checkpoint.get("args")
-    name = args.get("model") if isinstance(args, Mapping) else getattr(args, "model", None)
+    name = getattr(checkpoint.get("args"), "model", None)
     return name if isinstance(name, str) else None

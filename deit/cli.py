@@ -28,6 +28,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         self._width = min(self._width, 98)
 
 
+class Options(argparse.Namespace):
+    """Parsed options. `given` has the names of those that stood on the command line.
+
+    It is a slot, so that `vars` and comparisons see nothing but the options.
+    """
+
+    __slots__ = ("given",)
+
+
 class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser that takes underscores for dashes and raises `UserError`."""
 
@@ -40,11 +49,19 @@ class CommandLine(argparse.ArgumentParser):
         return super().parse_known_args([_with_dashes(arg) for arg in args], namespace)
 
     def parse_args(self, args=None, namespace=None):
+        """As argparse does. Without a `namespace` to fill it returns `Options`."""
+        namespace = Options() if namespace is None else namespace
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        if isinstance(namespace, Options):
+            # argparse leaves alone what a namespace has already, unless it is on the command line
+            absent = object()
+            probe = argparse.Namespace(**dict.fromkeys(vars(namespace), absent))
+            self.parse_known_args(args, probe)
+            namespace.given = frozenset(k for k, v in vars(probe).items() if v is not absent)
         return namespace
 
     def error(self, message: str) -> NoReturn:

@@ -5,6 +5,7 @@ On top of the published checkpoint format (`model`, `model_ema`, `optimizer`, `l
 `epoch`, `scaler`, `args`) a checkpoint has
 
     step        optimizer updates done in the epoch after `epoch`; 0 unless stopped in mid-epoch
+    class_names the classes that the outputs stand for, in their order
     progress    images seen and time spent in that epoch, best result, the lines of log.txt
     processes   for every rank: the states of all random generators, the running loss
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from deit.args import config_dict
 from deit.distributed import Processes, like_sharded
 from deit.engine import Precision, RunningLoss
 from deit.errors import UserError
@@ -166,6 +168,8 @@ class TrainingState:
     running: RunningLoss
     ema: nn.Module | None = None
     progress: Progress = field(default_factory=Progress)
+    class_names: Sequence[str] = ()
+    """Of the network's outputs, in their order."""
 
     def collect(self) -> dict[str, Any]:
         """The checkpoint (a collective; only what rank 0 returns is to be saved)."""
@@ -184,7 +188,8 @@ class TrainingState:
             "step": self.progress.step,
             "progress": asdict(self.progress),
             "processes": self.processes.gather(own),
-            "args": self.args,
+            "args": config_dict(self.args),
+            "class_names": list(self.class_names),
         }
         if self.ema is not None:
             checkpoint["model_ema"] = whole(self.ema.state_dict(), keep)

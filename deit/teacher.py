@@ -98,7 +98,6 @@ def _as_trained(name: str, num_classes: int, checkpoint: Mapping[str, Any]) -> n
     """The network `name`; if `checkpoint` is of a run of `deit.main`, with that run's options."""
     if trained_model_name(checkpoint) != name:
         return timm.create_model(name, num_classes=num_classes)
-    saved = checkpoint["args"]
-    options = vars(parse_args([])) | dict(saved if isinstance(saved, Mapping) else vars(saved))
+    options = vars(parse_args([])) | vars(checkpoint["args"])
     options["grad_checkpointing"] = False
     return build_model(Namespace(**options), num_classes)[0]

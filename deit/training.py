@@ -258,6 +258,7 @@ def build_run(args: Namespace, processes: Processes) -> Run:
             f"--update-freq {args.update_freq}): use a smaller one"
         )
     state = build_state(args, networks, processes, updates, images)
+    state.class_names = val_set.class_names
     learner = build_learner(args, networks, state, classes)
     # Building has drawn random numbers; from here on every rank has its own.
     seed_all(args.seed + processes.rank)

@@ -1,6 +1,7 @@
 """The command line: published options and defaults, spellings, errors, implications."""
 
 import json
+import pickle
 from argparse import Namespace
 from pathlib import Path
 
@@ -179,3 +180,11 @@ def test_no_aug_switches_every_augmentation_off():
     assert not any((args.aa, args.ThreeAugment, args.src, args.repeated_aug))
     assert args.color_jitter == args.hflip == args.reprob == 0
     assert parse_args([]).aa, "and only then"
+
+
+def test_what_stood_on_the_command_line_is_known():
+    args = parse_args(["--epo", "300", "--no_aug", "--model-kwargs", "depth=2"])
+    assert args.given == {"epochs", "aug", "model_kwargs"}
+    assert "given" not in vars(args)
+    assert pickle.loads(pickle.dumps(args)).given == args.given
+    assert parse_args([]).given == set()

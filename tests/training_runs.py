@@ -63,7 +63,7 @@ def train(*argv: str, data: Path, out: Path | str = "") -> int:
 
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint that our own training wrote."""
-    return torch.load(path, weights_only=False)
+    return torch.load(path, weights_only=True)
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:

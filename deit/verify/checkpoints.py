@@ -77,10 +77,7 @@ def _trained_size(
     checkpoint: Mapping[str, Any], state: Mapping[str, Tensor], name: str
 ) -> tuple[int, int]:
     """Height and width of the images that the weights are for."""
-    args = checkpoint.get("args")
-    size = (
-        args.get("input_size") if isinstance(args, Mapping) else getattr(args, "input_size", None)
-    )
+    size = getattr(checkpoint.get("args"), "input_size", None)
     if size is not None:
         return to_2tuple(size)
     if TOKEN_ORDER in state:
