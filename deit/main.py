@@ -181,6 +181,7 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
     source, checkpoint = find_checkpoint(args, processes)
     dataset = build_val_dataset(args)
     model, notes = build_model(args, number_of_classes(args, dataset, None))
+    notes += [dataset.note] if dataset.note else []
     if checkpoint is not None:
         state = model_state(checkpoint, source=source, ema=args.model_ema_eval)
         load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))

@@ -248,6 +248,7 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     train_set, val_set = build_train_dataset(args), build_val_dataset(args)
     classes = number_of_classes(args, val_set, train_set)
     networks = build_networks(args, classes, processes, source, checkpoint)
+    networks.notes += [data.note for data in (train_set, val_set) if data.note]
     batches = len(train_set) // (args.batch_size * processes.world_size)
     updates = batches // args.update_freq
     images = args.batch_size * processes.world_size * args.update_freq

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import TINY, VAL_IMAGES, load, make_images, train
+from training_runs import TINY, TRAIN_IMAGES, VAL_IMAGES, load, make_images, train
 
 import deit.engine
 import deit.reporting
@@ -165,6 +165,29 @@ def test_eval_needs_weights_and_val_only(data, trained, tmp_path, capsys):
     average = str(trained / "checkpoint.pth")
     assert evaluate("--data-path", str(data), "--resume", average, "--model-ema-eval") == 0
     assert capsys.readouterr().out != bare
+
+
+def test_files_that_are_not_read_are_counted_once(trained, tmp_path, capsys):
+    data = make_images(tmp_path)
+    image = (data / "val" / "class0" / "0.png").read_bytes()
+    for split in ("train", "val"):
+        (data / split / "class0" / "._0.png").write_bytes(image)
+    (data / "val" / "class1" / "moving.gif").write_bytes(image)
+    (data / "val" / "class0" / "loop").symlink_to(".")
+    left_out = (
+        f"not read in {data / 'val'}: hidden files: 1, files of other kinds (.gif 1): 1, "
+        "links to folders that are read already: 1"
+    )
+    argv = ("--data-path", str(data), "--resume", str(trained / "checkpoint.pth"))
+    assert evaluate(*argv) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"note    {left_out}\n")
+    assert f"{VAL_IMAGES} test images" in output
+    assert train("--epochs", "1", data=data) == 0
+    output = capsys.readouterr().out
+    assert output.count(left_out) == 1
+    assert f"note    not read in {data / 'train'}: hidden files: 1\n" in output
+    assert f"{TRAIN_IMAGES} training and {VAL_IMAGES} test images" in output
 
 
 def test_crop_ratio_changes_what_is_seen(data, trained, capsys):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchvision import datasets as tv
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from deit.data.idx import read_idx
 from deit.data.images import ArrayImages, FileImages, ImageDataset, ZipImages
+from deit.data.tree import is_hidden, is_image, list_folder, sort_out
 from deit.errors import UserError, suggest
 
 Split = Literal["train", "val"]
@@ -130,22 +129,16 @@ def _class_folders(root: Path, split: Split, transform: Callable | None) -> File
             f"no folder {folder}: IMNET expects {split}/ with one folder a class under the data "
             f"path, which holds {_contents(root)}{hint}"
         )
-    classes = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
-    )
+    files, classes, repeated = list_folder(folder)
     if not classes:
         raise UserError(
             f"no class folders in {folder}: it needs one folder a class and holds "
             f"{_contents(folder)}"
         )
-    try:
-        samples = make_dataset(
-            folder, {name: index for index, name in enumerate(classes)}, IMG_EXTENSIONS
-        )
-    except FileNotFoundError as error:  # names the class folders that hold no image
-        raise UserError(f"{folder}: {error}") from error
-    names = [os.path.relpath(path, folder) for path, _ in samples]
-    return FileImages(folder, names, [target for _, target in samples], classes, transform)
+    tree = sort_out(((path, path) for path in files), classes, folder, repeated)
+    images = FileImages(folder, tree.files, tree.targets, tree.class_names, transform)
+    images.note = tree.note
+    return images
 
 
 def _find_archive(root: Path, split: Split) -> Path:
@@ -171,30 +164,39 @@ def _zipped_classes(root: Path, split: Split, transform: Callable | None) -> Zip
             members = opened.infolist()
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the archive {archive}: {error}") from error
-    found = []  # (path below the class folders as parts, member)
+    files = {}  # a file that was added again is there once
     for member in members:
-        parts = member.filename.split("/")
-        if parts[-1].lower().endswith(IMG_EXTENSIONS) and not _is_hidden(parts):
-            found.append((parts, member))
-    # The folder of the split may be there or not, and may be wrapped in another one. An archive
-    # of one split can have a class of that name, so that it counts only if all images are below.
-    below = [
-        (parts[parts.index(split) + 1 :], member) for parts, member in found if split in parts[:-2]
-    ]
-    if archive.name != f"{split}.zip" or len(below) == len(found):
-        found = below
-    found = [(parts, member) for parts, member in found if len(parts) > 1]
-    if not found:
+        files["/".join(part for part in member.filename.split("/") if part != ".")] = member
+    files = _below_split(files, split, own=archive.name == f"{split}.zip")
+    classes = {path.partition("/")[0] for path in files if "/" in path and not is_hidden(path)}
+    tree = sort_out((item for item in files.items() if item[0][-1] != "/"), classes, archive)
+    if not tree.files:
         raise UserError(f"no images in {archive} as <class>/<image> or {split}/<class>/<image>")
-    classes = sorted({parts[0] for parts, _ in found})
-    index = {name: number for number, name in enumerate(classes)}
-    found.sort(key=lambda item: (item[0][0], "/".join(item[0][:-1]), item[0][-1]))
-    targets = [index[parts[0]] for parts, _ in found]
-    return ZipImages(archive, [member for _, member in found], targets, classes, transform)
+    images = ZipImages(archive, tree.files, tree.targets, tree.class_names, transform)
+    images.note = tree.note
+    return images
 
 
-def _is_hidden(parts: list[str]) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+def _below_split(
+    files: dict[str, zipfile.ZipInfo], split: Split, own: bool
+) -> dict[str, zipfile.ZipInfo]:
+    """The files of `split` by their path below its folder, if there is one.
+
+    That folder may be wrapped in another one. An archive of the split's `own` need not have it, and
+    can have a class of that name: then it counts only if all images are below.
+    """
+    images = [path.split("/") for path in files if is_image(path) and not is_hidden(path)]
+    is_folder = all(split in parts[:-1] for parts in images)
+    if own and not (is_folder and any(split in parts[:-2] for parts in images)):
+        return files
+    below = {}
+    for path, member in files.items():
+        parts = path.split("/")
+        if split in parts[:-1]:
+            rest = "/".join(parts[parts.index(split) + 1 :])
+            below[path if is_hidden(path) else rest] = member
+    below.pop("", None)  # the folder itself
+    return below
 
 
 @contextmanager
@@ -291,12 +293,17 @@ def _inaturalist(
             f"{annotations} (with {taxonomy.name}) is not as iNaturalist's: "
             f"{type(error).__name__} {error}"
         ) from error
-    if not names:
+    shown = [number for number, name in enumerate(names) if not is_hidden(name)]
+    if not shown:
         raise UserError(f"{annotations} lists no images")
+    hidden = len(names) - len(shown)
+    names, targets = [names[number] for number in shown], [targets[number] for number in shown]
     if not (root / names[0]).is_file():
         # older downloads lack the folder of the super-category: train_val2018/2761/x.jpg
         shortened = ["/".join([p[0], *p[2:]]) for p in (name.split("/") for name in names)]
         if not (root / shortened[0]).is_file():
             raise UserError(f"{annotations} lists {names[0]}, which is not in {root}")
         names = shortened
-    return FileImages(root, names, targets, class_names, transform)
+    images = FileImages(root, names, targets, class_names, transform)
+    images.note = f"not read of {annotations}: hidden files: {hidden}" if hidden else ""
+    return images

@@ -24,14 +24,46 @@ from deit.errors import UserError
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., length of the name, of the extra field
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image`, of any of Pillow's modes, as an 8-bit RGB image of the same size.
+
+    Pillow's own conversion clips deep grey at 255 and shows the colours that hide under transparent
+    pixels. Here 16-bit grey is scaled from 0...65535 (an RGB image of 16 bits Pillow scales like
+    that while reading). Other 32-bit integers and floats have no range by themselves: they are
+    scaled from the smallest to the largest value of the image. What is transparent shows white.
+    EXIF orientation is not applied.
+
+    Raises ValueError for values that are not finite.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_to_grey(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB") if image.mode != "RGB" else image
+    if image.mode == "La":  # converts to nothing else
+        image = image.convert("LA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _deep_to_grey(image: Image.Image) -> Image.Image:
+    """An image of the mode I;16 (of any byte order), I or F as one of the mode L."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are infinite or not a number")
+    # some versions of Pillow hold the 16 bits of PNG and PGM in the mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        low, span = 0.0, 65535.0
+    else:
+        low, span = values.min(), np.ptp(values) or 1.0
+    return Image.fromarray(np.rint((values - low) * (255 / span)).astype(np.uint8))
+
+
 def decode_rgb(file: str | BinaryIO, source: str) -> Image.Image:
     """The RGB image in `file`; `source` names it in the UserError that a damaged one raises."""
     try:
         with Image.open(file) as image:
-            if image.mode != "RGB":
-                return image.convert("RGB")
-            image.load()  # convert() would copy the pixels of an image that is RGB already
-            return image
+            image.load()
+            return to_rgb(image)
     except Exception as error:  # the decoders raise whatever their library does
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot read the image {source}: {reason}") from error
@@ -40,7 +72,8 @@ def decode_rgb(file: str | BinaryIO, source: str) -> Image.Image:
 class ImageDataset(Dataset):
     """Images and their classes: `dataset[i]` is `(transform(RGB image), class index)`.
 
-    Subclasses say how to `load` image i and how to name its `source` in a message.
+    Subclasses say how to `load` image i and how to name its `source` in a message. `note` tells
+    the user what was left out when the images were listed; it is empty if nothing was.
     """
 
     def __init__(
@@ -52,6 +85,7 @@ class ImageDataset(Dataset):
         self.targets = np.asarray(targets, dtype=np.int64)
         self.class_names = tuple(class_names)
         self.transform = transform
+        self.note = ""
 
     @property
     def num_classes(self) -> int:
@@ -63,7 +97,12 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.load(index)
         if self.transform is not None:
-            image = self.transform(image)
+            try:
+                image = self.transform(image)
+            except Exception as error:
+                if hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"while transforming the image {self.source(index)}")
+                raise
         return image, int(self.targets[index])
 
     def load(self, index: int) -> Image.Image:
