@@ -12,7 +12,6 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
-from deit import kernels
 from deit.args import get_parser
 from deit.data import (
     ImageDataset,
@@ -175,8 +174,7 @@ def number_of_classes(args: Namespace, val: ImageDataset, train: ImageDataset | 
 
 
 def set_precision(args: Namespace, device: torch.device) -> None:
-    """`--high-precision-matmul`, `--threads`, `--kernels`, and what makes fixed shapes fast."""
-    kernels.set_mode(args.kernels or kernels.get_mode())
+    """`--high-precision-matmul`, `--threads`, and what makes fixed shapes fast."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if device.type == "cuda":

@@ -15,9 +15,10 @@ every i: its matrix is block-diagonal. For flopping (G = {e, mirror}) that is th
 and half the multiply-adds (arXiv:2502.05169, sections 2 and 3). The eight-element octic group has a
 two-dimensional irrep (arXiv:2505.15441); everything here holds for it too.
 
-A `Rep` says how the irreps lie along one axis of a tensor: irrep after irrep, and within an irrep
-its d_rho components one after the other, each as wide as the irrep's multiplicity. We call such a
-tensor *packed*; for flopping it is (..., [s | a]).
+A `Rep` says which irreps a feature holds and how often. Between layers a feature is a tuple of
+*parts*, one tensor for each irrep; within a part the d_rho components lie one after the other, each
+as wide as the irrep's multiplicity. Concatenated along an axis the parts make one *packed* tensor;
+for flopping that is (..., [s | a]).
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ class Rep:
             raise ValueError(f"{what} has {size} entries along its axis, expected {self.size}")
 
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
-        """The irreps' blocks of a packed tensor, as views."""
+        """The parts of a packed tensor, as views."""
         return _pieces(x, self.sizes, dim)
 
     def to_regular(self, x: Tensor, dim: int = -1, gain: float = 1.0) -> Tensor:
@@ -221,13 +222,19 @@ class Rep:
 
     def act(self, g: int, x: Tensor, dim: int = -1) -> Tensor:
         """Apply group element `g` to a packed tensor along `dim`; same shape."""
-        blocks = []
-        for block, irrep in zip(self.split(x, dim), self.group.irreps, strict=True):
-            matrix = irrep.matrices[g]
-            parts = _pieces(block, [self.multiplicity(irrep)] * irrep.dim, dim)
-            for row in matrix:
-                blocks.append(sum(c * p for c, p in zip(row, parts, strict=True)))
-        return torch.cat(blocks, dim)
+        return torch.cat(self.act_on_parts(g, self.split(x, dim), dim), dim)
+
+    def act_on_parts(self, g: int, parts: Sequence[Tensor], dim: int = -1) -> tuple[Tensor, ...]:
+        """Apply group element `g` to a feature of one tensor an irrep; same shapes."""
+        moved = []
+        for part, irrep in zip(parts, self.group.irreps, strict=True):
+            components = _pieces(part, [self.multiplicity(irrep)] * irrep.dim, dim)
+            rows = [
+                sum(c * x for c, x in zip(row, components, strict=True))
+                for row in irrep.matrices[g]
+            ]
+            moved.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim))
+        return tuple(moved)
 
 
 def _pieces(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:

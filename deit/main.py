@@ -41,7 +41,6 @@ from deit.engine import (
 )
 from deit.errors import UserError, one_line_errors
 from deit.finetune import load_for_finetune
-from deit.kernels import gpu
 from deit.metrics import Scores
 from deit.reporting import duration
 from deit.run import LAST, Run, find_checkpoint
@@ -195,7 +194,6 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
         notes.append("evaluating random weights: no checkpoint is given by --resume")
     model.to(processes.device)
     if args.compile:
-        gpu.trust_compiler(processes.device)
         model.compile()
     scores = evaluate(
         model,

@@ -33,7 +33,6 @@ from deit.ema import ModelEma
 from deit.engine import Learner, Precision, count_parameters
 from deit.errors import UserError
 from deit.finetune import freeze_all_but_attention, load_for_finetune
-from deit.kernels import gpu
 from deit.losses import build_criterion, prepare_student
 from deit.optim import build_optimizer, scaled_lr
 from deit.reporting import Reporter, environment, read_log
@@ -98,7 +97,6 @@ def build_networks(
             notes.append(f"{source} has no average, it starts as a copy of the weights")
     spread = args.fsdp and processes.world_size > 1
     if args.compile:
-        gpu.trust_compiler(processes.device)
         for network in [model] if ema is None else [model, ema.module]:
             for part in blocks_of(network) if spread else [network]:
                 part.compile()  # in place: the keys get no prefix

@@ -1,19 +1,18 @@
-"""Equivariant layers on packed features, one concept a file; see `deit.groups` for the layout."""
+"""Equivariant layers, one concept a file.
+
+A feature is a tuple of parts, one tensor an irrep; see `deit.groups`.
+"""
 
 from deit.layers.activation import GELU, quick_gelu
 from deit.layers.affine import Affine, LayerScale, OrdinaryAffine
 from deit.layers.attention import Attention
 from deit.layers.block import Block, OrdinaryBlock, OrdinaryLayerNorm
 from deit.layers.bridge import InvariantBridge, RegularBridge
-from deit.layers.conv import (
-    ChannelsLastMirrorConv2d,
-    MirrorConv2d,
-    MirrorDepthwiseConv2d,
-    MirrorKernel,
-)
+from deit.layers.conv import MirrorConv2d, MirrorDepthwiseConv2d, MirrorKernel
 from deit.layers.conv_block import ConvBlock, OrdinaryConvBlock
+from deit.layers.drop import DropPath, Dropout
 from deit.layers.fixed import FixedBuffers
-from deit.layers.linear import Linear, as_rep, invariant_bias
+from deit.layers.linear import Linear, as_rep
 from deit.layers.mixer_block import MixerBlock, OrdinaryMixerBlock
 from deit.layers.mlp import Mlp
 from deit.layers.norm import LayerNorm
@@ -31,8 +30,9 @@ __all__ = [
     "Affine",
     "Attention",
     "Block",
-    "ChannelsLastMirrorConv2d",
     "ConvBlock",
+    "DropPath",
+    "Dropout",
     "FixedBuffers",
     "InvariantBridge",
     "LayerNorm",
@@ -56,6 +56,5 @@ __all__ = [
     "PrefixToken",
     "RegularBridge",
     "as_rep",
-    "invariant_bias",
     "quick_gelu",
 ]

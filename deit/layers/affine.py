@@ -1,36 +1,35 @@
-"""Channel-wise scale and shift of packed features: Affine, LayerScale without the shift, and the
-ordinary Affine for features that have been made invariant."""
+"""Channel-wise scale and shift: Affine, LayerScale without the shift, and the ordinary Affine for
+features that have been made invariant."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
-from deit.layers.linear import as_rep, invariant_bias
+from deit.layers.linear import as_rep
 
-__all__ = ["Affine", "LayerScale", "OrdinaryAffine", "add_product"]
-
-
-def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a * b in one pass over memory."""
-    if torch.compiler.is_compiling():
-        return x + a * b  # compilers fuse it; torch 2.6 cannot export addcmul with free sizes
-    return torch.addcmul(x, a, b)
+__all__ = ["Affine", "LayerScale", "OrdinaryAffine"]
 
 
 class Affine(nn.Module):
-    """y = alpha * x + beta, with beta on the invariant parts alone.
+    """y = alpha * x + beta on features in parts, with beta where the group changes nothing.
 
-    Keys: `alpha_<irrep>` (multiplicity of the irrep,) for each irrep, and `beta`, or with `across`
-    `beta_<irrep>` for each. All components of an irrep share one scale.
+    Keys: `alpha_<irrep>` (multiplicity of the irrep,) for each irrep; and `beta` for the trivial
+    part, or with `across` `beta_<irrep>` for each. All components of an irrep share one scale.
 
     Args:
-        features: size of the last axis, or its representation.
+        features: size of all parts together, or their representation.
         shift: whether there is a beta.
-        across: representation along the axis before the last, if that is decomposed as well.
+        across: representation along the axis before the last, if that is decomposed as well. Part
+            rho is then invariant in the rows that carry rho too, and is shifted there.
         init_value: initial alpha; beta starts at zero.
+
+    Raises:
+        NotImplementedError: for a shift `across` an irrep of more than one dimension.
     """
 
     def __init__(
@@ -56,6 +55,8 @@ class Affine(nn.Module):
                 f"alpha_{irrep.name}", nn.Parameter(torch.full((width,), init_value, **dd))
             )
             if shift and across is not None:
+                if irrep.dim > 1:
+                    raise NotImplementedError("a shift on an irrep of more than one dimension")
                 self.register_parameter(
                     f"beta_{irrep.name}", nn.Parameter(torch.zeros(width, **dd))
                 )
@@ -67,34 +68,25 @@ class Affine(nn.Module):
         for name, parameter in self.named_parameters():
             nn.init.constant_(parameter, self.init_value if name.startswith("alpha") else 0.0)
 
-    def scale(self) -> Tensor:
-        """All scales in packed order, (features,)."""
-        return torch.cat(
-            [
-                getattr(self, f"alpha_{irrep.name}").repeat(irrep.dim)
-                for irrep in self.rep.group.irreps
-            ]
-        )
-
-    def offset(self) -> Tensor | None:
-        """The shift in packed order, (features,) or with `across` (across.size, features)."""
+    def offset(self, index: int) -> Tensor | None:
+        """The shift of part number `index`, (width,) or `across` rows of it; None for no shift."""
+        irrep = self.rep.group.irreps[index]
         if not self.shift:
             return None
         if self.across is None:
-            return F.pad(self.beta, (0, self.rep.size - self.rep.invariant))
-        return torch.cat(
-            [
-                invariant_bias(getattr(self, f"beta_{irrep.name}"), i, self.rep, self.across)
-                for i, irrep in enumerate(self.rep.group.irreps)
-            ],
-            -1,
-        )
+            return self.beta if irrep.is_trivial else None
+        beta = getattr(self, f"beta_{irrep.name}")
+        before, rows = sum(self.across.sizes[:index]), self.across.sizes[index]
+        return F.pad(beta.expand(rows, -1), (0, 0, before, self.across.size - before - rows))
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., [across,] features), same shape
-        offset = self.offset()
-        if offset is None:
-            return x * self.scale()
-        return add_product(offset, x, self.scale())
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # same shapes
+        outputs = []
+        for index, (part, irrep) in enumerate(zip(x, self.rep.group.irreps, strict=True)):
+            alpha = getattr(self, f"alpha_{irrep.name}")
+            alpha = alpha.repeat(irrep.dim) if irrep.dim > 1 else alpha
+            beta = self.offset(index)
+            outputs.append(part * alpha if beta is None else part * alpha + beta)
+        return tuple(outputs)
 
     def extra_repr(self) -> str:
         return f"{self.rep.size}, shift={self.shift}, group={self.rep.group.name}"
@@ -103,12 +95,12 @@ class Affine(nn.Module):
 class LayerScale(Affine):
     """gamma * x: an Affine without shift, initially small (arXiv:2103.17239)."""
 
-    def __init__(self, features: int | Rep, init_value: float = 1e-4, **kwargs) -> None:
+    def __init__(self, features: int | Rep, init_value: float = 1e-4, **kwargs: Any) -> None:
         super().__init__(features, shift=False, init_value=init_value, **kwargs)
 
 
 class OrdinaryAffine(nn.Module):
-    """y = alpha * x + beta over the last axis, for features that are not packed.
+    """y = alpha * x + beta over the last axis, for invariant or ordinary features.
 
     Keys: `alpha`, `beta`, (features,), the published shapes; timm's Affine keeps (1, 1, features).
     """
@@ -129,4 +121,4 @@ class OrdinaryAffine(nn.Module):
         nn.init.zeros_(self.beta)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., features), same shape
-        return add_product(self.beta, x, self.alpha)
+        return x * self.alpha + self.beta

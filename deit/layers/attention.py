@@ -1,13 +1,11 @@
-r"""Self-attention on packed features (arXiv:2502.05169, section 3).
+r"""Self-attention of features in parts (arXiv:2502.05169, section 3).
 
 Queries, keys and values are made irrep by irrep; a head holds its share of every irrep side by
 side, q = [q_s, q_a]. The logits q_s.k_s + q_a.k_a are inner products under an orthogonal action,
-so the group leaves them alone, and the values go through packed.
+so the group leaves them alone, and it acts on the values as on the features.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +13,14 @@ from timm.layers import use_fused_attn as fused_attn_is_available
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group
-from deit.layers import fused
+from deit.layers.drop import Dropout
 from deit.layers.linear import Linear
 
 __all__ = ["Attention"]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, C) -> (B, N, C).
+    """Multi-head self-attention of parts (B, N, C / 2); for any group of parts C wide together.
 
     Args:
         dim: C, a multiple of `num_heads` times the group's order.
@@ -74,7 +72,7 @@ class Attention(nn.Module):
         self.qkv = Linear(self.rep, group.regular(3 * dim), qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = Linear(self.rep, self.rep, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
         self.attn_mixer = (
             nn.Parameter(torch.empty(len(group.irreps), **dd)) if use_attn_mixer else None
         )
@@ -86,38 +84,39 @@ class Attention(nn.Module):
             with torch.no_grad():
                 self.attn_mixer.zero_()[0] = 1.0
 
-    def split_heads(self, qkv: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Irreps' blocks of (B, N, 3C) to q, k, v, each (B, heads, N, C/heads), heads packed."""
+    def split_heads(self, qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Parts of (B, N, 3C) to q, k, v, each (B, heads, N, C/heads), all irreps in a head."""
         heads = []
-        for block, irrep in zip(qkv, self.qkv.group.irreps, strict=True):
-            # (B, N, d, 3, heads, width) -> (3, B, heads, N, d, width)
-            block = block.unflatten(-1, (irrep.dim, 3, self.num_heads, -1))
-            heads.append(block.permute(3, 0, 4, 1, 2, 5).flatten(-2))
-        heads = torch.cat(heads, -1)
+        for part, irrep in zip(qkv, self.qkv.group.irreps, strict=True):
+            if irrep.dim == 1:  # (B, N, 3, heads, width)
+                heads.append(part.unflatten(-1, (3, self.num_heads, -1)))
+            else:  # (B, N, d, 3, heads, width) -> (B, N, 3, heads, d * width)
+                part = part.unflatten(-1, (irrep.dim, 3, self.num_heads, -1))
+                heads.append(part.movedim(2, 4).flatten(-2))
+        # by number: symbolic tracers cannot iterate over the result of unbind
+        heads = torch.cat(heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return heads[0], heads[1], heads[2]
 
-    def merge_heads(self, x: Tensor) -> list[Tensor]:
-        """(B, heads, N, C/heads) with packed heads to the irreps' blocks of (B, N, C)."""
-        blocks = []
-        for block, irrep in zip(self.head_rep.split(x), self.rep.group.irreps, strict=True):
-            # (B, heads, N, d, width) -> (B, N, d, heads, width)
-            block = block.unflatten(-1, (irrep.dim, -1)).permute(0, 2, 3, 1, 4)
-            blocks.append(block.flatten(2))
-        return blocks
+    def merge_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, heads, N, C/heads) to the parts of (B, N, C)."""
+        parts = []
+        blocks = self.head_rep.split(x.transpose(1, 2))  # (B, N, heads, d * width)
+        for block, irrep in zip(blocks, self.rep.group.irreps, strict=True):
+            if irrep.dim > 1:  # (B, N, d, heads, width)
+                block = block.unflatten(-1, (irrep.dim, -1)).movedim(3, 2)
+            parts.append(block.flatten(2))
+        return tuple(parts)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
-        y = fused.attention(x, self)
-        if y is not None:
-            return y
-        q, k, v = self.split_heads(self.qkv.map(self.rep.split(x)))
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # same shapes
+        q, k, v = self.split_heads(self.qkv(x))
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         else:
             if self.attn_mixer is not None:
                 sizes = self.head_rep.sizes
                 mixer = [self.attn_mixer[i].expand(n) for i, n in enumerate(sizes)]
                 q = q * torch.cat(mixer).to(q.dtype)
             logits = (q * self.scale) @ k.mT
-            x = self.attn_drop(logits.softmax(-1)) @ v
-        return self.proj_drop(torch.cat(self.proj.map(self.merge_heads(x)), -1))
+            y = self.attn_drop(logits.softmax(-1)) @ v
+        return self.proj_drop(self.proj(self.merge_heads(y)))

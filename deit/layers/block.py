@@ -6,26 +6,31 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.layers import DropPath
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group
-from deit.layers.affine import LayerScale, add_product
+from deit.layers.affine import LayerScale
 from deit.layers.attention import Attention
+from deit.layers.drop import DropPath
 from deit.layers.mlp import Mlp
 from deit.layers.norm import LayerNorm
 
-__all__ = ["Block", "OrdinaryBlock", "OrdinaryLayerNorm"]
+__all__ = ["Block", "OrdinaryBlock", "OrdinaryLayerNorm", "add"]
 
 # the ordinary layers of all these networks use this eps, not torch's 1e-5
 OrdinaryLayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-class Block(nn.Module):
-    """x + gamma_1(attn(norm1 x)), then x + gamma_2(mlp(norm2 x)), on packed (B, N, C).
+def add(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The sum of two features, part by part."""
+    return tuple(p + q for p, q in zip(x, y, strict=True))
 
-    Stochastic depth draws one mask a sample, for all irreps: it acts on the packed tensor.
+
+class Block(nn.Module):
+    """x + gamma_1(attn(norm1 x)), then x + gamma_2(mlp(norm2 x)), on parts (B, N, C / 2).
+
+    Forward hooks on it, and on the layers inside, are given tuples of parts.
     """
 
     def __init__(
@@ -62,17 +67,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, **options)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **options)
         self.gamma_2 = LayerScale(dim, init_values, **options)
-        self.drop_path_rate = drop_path
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._add(x, self.attn(self.norm1(x)), self.gamma_1)
-        return self._add(x, self.mlp(self.norm2(x)), self.gamma_2)
-
-    def _add(self, x: Tensor, branch: Tensor, gamma: LayerScale) -> Tensor:
-        if self.training and self.drop_path_rate > 0:
-            return x + self.drop_path(gamma(branch))
-        return add_product(x, branch, gamma.scale())
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = add(x, self.drop_path1(self.gamma_1(self.attn(self.norm1(x)))))
+        return add(x, self.drop_path2(self.gamma_2(self.mlp(self.norm2(x)))))
 
 
 class OrdinaryBlock(TimmBlock):

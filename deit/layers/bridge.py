@@ -1,4 +1,4 @@
-"""From packed features to ordinary ones (arXiv:2502.05169, section 4: hybrids)."""
+"""From features in parts to ordinary ones (arXiv:2502.05169, section 4: hybrids)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ __all__ = ["InvariantBridge", "RegularBridge"]
 
 
 class RegularBridge(nn.Module):
-    """[(s + a)/sqrt 2, (s - a)/sqrt 2]: all information is kept, invariance is given up."""
+    """[(s + a)/sqrt 2, (s - a)/sqrt 2]: all information is kept, invariance is given up.
+
+    Parts (..., dim / 2) to one tensor (..., dim); so does `InvariantBridge`.
+    """
 
     def __init__(self, dim: int, group: Group = FLOP) -> None:
         super().__init__()
         self.rep = group.regular(dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., dim), same shape
-        return self.rep.to_regular(x)
+    def forward(self, x: tuple[Tensor, ...]) -> Tensor:
+        return self.rep.to_regular(torch.cat(x, -1))
 
 
 class InvariantBridge(nn.Module):
@@ -33,6 +36,6 @@ class InvariantBridge(nn.Module):
         if not self.rep.is_uniform:
             raise NotImplementedError("the invariants of an irrep of more than one dimension")
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., dim), same shape
-        trivial, *others = self.rep.split(x)
+    def forward(self, x: tuple[Tensor, ...]) -> Tensor:
+        trivial, *others = x
         return torch.cat([trivial, *(part.abs() for part in others)], -1)

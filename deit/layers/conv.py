@@ -16,10 +16,10 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Rep
-from deit.layers import fused, tracing
+from deit.layers import tracing
 from deit.layers.fixed import FixedBuffers
 
-__all__ = ["ChannelsLastMirrorConv2d", "MirrorConv2d", "MirrorDepthwiseConv2d", "MirrorKernel"]
+__all__ = ["MirrorConv2d", "MirrorDepthwiseConv2d", "MirrorKernel"]
 
 SYM, ASYM = FLOP.irreps
 # the order in which both layers list their parts: (from, to)
@@ -32,6 +32,8 @@ class MirrorKernel(FixedBuffers):
     Keys: `weight`, (out, in, height, stored width), the left half: with an odd width a symmetric
     kernel stores its centre column too, last; an antisymmetric one has zero there and keeps that
     column as `zero_center`, (out, in, height, 1). And `bias` (out,) if asked for.
+
+    The layers below call it for the whole kernel.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class MirrorKernel(FixedBuffers):
         """
         requires_grad = self.weight.requires_grad
         with torch.no_grad():
-            self._set_whole(resample_patch_embed(self.kernel(), list(kernel_size)))
+            self._set_whole(resample_patch_embed(self(), list(kernel_size)))
         self.weight.requires_grad_(requires_grad)
 
     def reset_parameters(self) -> None:
@@ -83,13 +85,7 @@ class MirrorKernel(FixedBuffers):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def left_half(self) -> Tensor:
-        """The columns up to the centre, (out, in, height, width // 2 + 1) if the width is odd."""
-        if self.sign < 0 and self.odd:
-            return torch.cat([self.weight, self.zero_center], -1)
-        return self.weight
-
-    def kernel(self) -> Tensor:
+    def forward(self) -> Tensor:
         """The whole kernel, (out, in, height, width)."""
         left = self.weight
         if self.sign > 0:
@@ -100,9 +96,9 @@ class MirrorKernel(FixedBuffers):
 
 
 class MirrorConv2d(nn.Module):
-    """A dense convolution of packed channels, (B, C_in, H, W) -> (B, C_out, H', W').
+    """A dense convolution of an image (B, C_in, H, W), or of parts with channels last.
 
-    s' = k_ss * s + k_as * a + b and a' = k_sa * s + k_aa * a, where the first index is the input.
+    It gives parts with channels last, (B, H', W', C_out / 2). s' = k_ss * s + k_as * a + b and a' = k_sa * s + k_aa * a, where the first index is the input.
     Flopping commutes with it if it maps the kernel's positions to one another, that is if a stride
     leaves out no column on the right.
 
@@ -155,10 +151,10 @@ class MirrorConv2d(nn.Module):
             self.add_module(name, kernel)
 
     def kernel(self) -> Tensor:
-        """All four parts as one kernel of packed channels, (C_out, C_in, height, width)."""
+        """All kernels as one of packed channels, (C_out, C_in, height, width)."""
         rows = []
         for sigma in FLOP.irreps:
-            row = [getattr(self, name).kernel() for name in self.names[sigma.name]]
+            row = [getattr(self, name)() for name in self.names[sigma.name]]
             rows.append(torch.cat(row, 1))
         return torch.cat(rows, 0)
 
@@ -167,23 +163,19 @@ class MirrorConv2d(nn.Module):
         bias = getattr(self, self.names[SYM.name][0]).bias
         return None if bias is None else F.pad(bias, (0, self.out_rep.size - bias.shape[0]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.in_rep.free:
+            x = torch.cat(x, -1).permute(0, 3, 1, 2)
         tracing.check_stride(x.shape[-1], self.kernel_size[1], self.stride[1], self.padding[1])
         kernel, bias = self.kernel(), self.bias()
         if self.scale != 1.0:  # on the weights, which are smaller than the output
             kernel, bias = kernel * self.scale, None if bias is None else bias * self.scale
-        return F.conv2d(x, kernel, bias, self.stride, self.padding)
-
-
-class ChannelsLastMirrorConv2d(MirrorConv2d):
-    """The same between layers that want channels last, (B, H, W, C_in) -> (B, H', W', C_out)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = F.conv2d(x, kernel, bias, self.stride, self.padding)
+        return tuple(self.out_rep.split(y.permute(0, 2, 3, 1)))
 
 
 class MirrorDepthwiseConv2d(nn.Module):
-    """A depthwise convolution of packed channels that keeps the size, (B, C, H, W) -> the same.
+    """A depthwise convolution of parts (B, H, W, C / 2) that keeps the size.
 
     With s = (s1, s2) and a = (a1, a2) along channels: s' = (k_ss * s1, k_as * a1) and
     a' = (k_sa * s2, k_aa * a2). Keys: `<from>_to_<to>.weight`, (C/4, 1, k, stored), and biases on
@@ -223,32 +215,19 @@ class MirrorDepthwiseConv2d(nn.Module):
             )
             self.add_module(f"{rho.name}_to_{sigma.name}", kernel)
 
-    def _parts(self) -> list[MirrorKernel]:
-        # input channels are s1, s2, a1, a2 and feed ss, sa, as, aa; s' = (ss, as), a' = (sa, aa)
-        return [self.sym_to_sym, self.sym_to_asym, self.asym_to_sym, self.asym_to_asym]
+    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        s1, s2 = x[0].permute(0, 3, 1, 2).chunk(2, 1)
+        a1, a2 = x[1].permute(0, 3, 1, 2).chunk(2, 1)
+        s = self._convolve([s1, a1], [self.sym_to_sym, self.asym_to_sym])
+        a = self._convolve([s2, a2], [self.sym_to_asym, self.asym_to_asym])
+        return s, a
 
-    def kernel(self) -> Tensor:
-        """The four parts one after another in the order of their inputs, (C, 1, k, k)."""
-        return torch.cat([part.kernel() for part in self._parts()])
-
-    def left_half(self) -> Tensor:
-        """The columns of `kernel` up to the centre, (C, 1, k, k // 2 + 1)."""
-        return torch.cat([part.left_half() for part in self._parts()])
-
-    def bias(self) -> Tensor | None:
-        """The shifts in the same order, zero on what makes a'; (C,)."""
-        if self.sym_to_sym.bias is None:
-            return None
-        zeros = torch.zeros_like(self.sym_to_sym.bias)
-        return torch.cat([zeros if p.bias is None else p.bias for p in self._parts()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = fused.depthwise(x, self)
-        if y is not None:
-            return y
-        y = F.conv2d(x, self.kernel(), self.bias(), padding=self.padding, groups=self.channels)
-        ss, sa, as_, aa = y.chunk(4, 1)
-        return torch.cat([ss, as_, sa, aa], 1)
+    def _convolve(self, inputs: list[Tensor], kernels: list[MirrorKernel]) -> Tensor:
+        """Both inputs by their kernels: the two halves of one part, channels last."""
+        kernel = torch.cat([part() for part in kernels])
+        bias = None if kernels[0].bias is None else torch.cat([part.bias for part in kernels])
+        y = F.conv2d(torch.cat(inputs, 1), kernel, bias, padding=self.padding, groups=len(kernel))
+        return y.permute(0, 2, 3, 1)
 
 
 def _sign(rho, sigma) -> int:

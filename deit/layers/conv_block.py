@@ -1,7 +1,7 @@
 """Blocks of a depthwise convolution and a perceptron: the equivariant and the ordinary one.
 
-Both keep channels last, (B, H, W, C): the norm and the linear maps work on the last axis, and the
-depthwise convolution sees a tensor in PyTorch's channels-last format without a copy.
+Both keep channels last: the norm and the linear maps work on the last axis, and the depthwise
+convolution sees a tensor in PyTorch's channels-last format without a copy.
 
 Source: arXiv:2502.05169, section 4; ConvNeXt, arXiv:2201.03545.
 """
@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath as TensorDropPath
 from torch import Tensor, nn
 
 from deit.layers.activation import GELU
 from deit.layers.affine import LayerScale
-from deit.layers.block import OrdinaryLayerNorm
+from deit.layers.block import OrdinaryLayerNorm, add
 from deit.layers.conv import MirrorDepthwiseConv2d
+from deit.layers.drop import DropPath
 from deit.layers.linear import Linear
-from deit.layers.mlp import perceptron
 from deit.layers.norm import LayerNorm
 
 __all__ = ["ConvBlock", "OrdinaryConvBlock"]
 
 
 class ConvBlock(nn.Module):
-    """x + gamma(pwconv2(GELU(pwconv1(norm(dwconv x))))), on packed (B, H, W, C).
+    """x + gamma(pwconv2(GELU(pwconv1(norm(dwconv x))))), on parts (B, H, W, C / 2).
 
     Args:
         dim: C, a multiple of 4.
@@ -54,14 +54,13 @@ class ConvBlock(nn.Module):
         self.act = GELU(hidden)
         self.pwconv2 = Linear(hidden, dim, pointwise=True, **dd)
         self.gamma = LayerScale(dim, init_value, **dd) if init_value > 0 else None
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        y = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = perceptron(self.norm(y), self.pwconv1, self.act, self.pwconv2)
+    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         if self.gamma is not None:
             y = self.gamma(y)
-        return x + self.drop_path(y)
+        return add(x, self.drop_path(y))
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -98,7 +97,7 @@ class OrdinaryConvBlock(nn.Module):
         self.act = nn.GELU()
         self.pwconv2 = PointwiseConv2d(hidden, dim, **dd)
         self.gamma = nn.Parameter(torch.full((dim,), init_value, **dd)) if init_value > 0 else None
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = TensorDropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def reset_parameters(self) -> None:
         """LayerScale's initial value; the submodules reset themselves."""

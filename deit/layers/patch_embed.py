@@ -1,4 +1,4 @@
-"""Patch embedding: an image to packed tokens (arXiv:2502.05169, section 3)."""
+"""Patch embedding: an image to tokens (arXiv:2502.05169, section 3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PatchEmbed"]
 
 
 class PatchEmbed(MirrorConv2d):
-    """Convolution with kernel = stride = patch size: (B, in_chans, H, W) to packed (B, N, C).
+    """Convolution with kernel = stride = patch size: (B, in_chans, H, W) to parts (B, N, C/2).
 
     Tokens come in mirror order, see `MirrorGrid`. Keys: `proj_sym.weight`, `proj_asym.weight`
     (C/2, in_chans, p, p/2) and `proj_sym.bias`.
@@ -103,11 +103,11 @@ class PatchEmbed(MirrorConv2d):
         grid = self.grid_for(*img_size)
         return (grid.height, grid.width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, N, C)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         height, width = x.shape[-2], x.shape[-1]
         if self.strict_img_size:
             tracing.check_image_size(height, width, *self.img_size)
             grid = self.grid
         else:
             grid = self.grid_for(height, width)
-        return grid.to_mirror_order(super().forward(x).permute(0, 2, 3, 1))
+        return tuple(grid.to_mirror_order(part) for part in super().forward(x))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
@@ -130,8 +129,8 @@ class PositionEmbedding(nn.Module):
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def packed(self, grid: MirrorGrid | None = None) -> Tensor:
-        """The packed embedding in mirror order, (1, N, C); resampled if `grid` is another one."""
+    def forward(self, grid: MirrorGrid | None = None) -> tuple[Tensor, Tensor]:
+        """The embedding in mirror order, two parts (1, N, C/2); resampled if `grid` is another."""
         # getattr and not get_parameter, which refuses the stand-ins of symbolic tracers
         sym, asym = getattr(self, "0"), getattr(self, "1")
         if grid is None:
@@ -139,9 +138,7 @@ class PositionEmbedding(nn.Module):
         # by number: compilers compare no data classes of sizes that they keep open
         elif (grid.height, grid.width) != (self.grid.height, self.grid.width):
             sym, asym = resample(sym, asym, self.grid, grid)
-        middle = asym.new_zeros(1, grid.rep.fixed, self.half)
-        sym = torch.cat([sym, sym[:, : grid.rep.free]], 1)
-        return torch.cat([sym, torch.cat([asym, middle, -asym], 1)], -1)
+        return whole(sym, asym, grid)
 
     def set_grid(self, grid: MirrorGrid) -> None:
         """Resample the parameters to another grid, in place of the old ones."""
@@ -155,6 +152,12 @@ class PositionEmbedding(nn.Module):
         self.grid = grid
 
 
+def whole(sym: Tensor, asym: Tensor, grid: MirrorGrid) -> tuple[Tensor, Tensor]:
+    """Both parts on all tokens in mirror order, from the halves that are stored."""
+    middle = asym.new_zeros(1, grid.rep.fixed, asym.shape[-1])
+    return torch.cat([sym, sym[:, : grid.rep.free]], 1), torch.cat([asym, middle, -asym], 1)
+
+
 def resample(sym: Tensor, asym: Tensor, old: MirrorGrid, new: MirrorGrid) -> tuple[Tensor, Tensor]:
     """Bicubic interpolation of the two halves of a position embedding from one grid to another.
 
@@ -162,15 +165,7 @@ def resample(sym: Tensor, asym: Tensor, old: MirrorGrid, new: MirrorGrid) -> tup
     interpolation does, the embedding stays exactly equivariant. The antisymmetric part is
     interpolated through its sign change at the mirror axis, not up to it.
     """
-    middle = asym.new_zeros(1, old.rep.fixed, asym.shape[-1])
-    full = torch.cat(
-        [
-            torch.cat([sym, sym[:, : old.rep.free]], 1),
-            torch.cat([asym, middle, -asym], 1),
-        ],
-        -1,
-    )
-    image = old.to_image_order(full).flatten(1, 2)
+    image = old.to_image_order(torch.cat(whole(sym, asym, old), -1)).flatten(1, 2)
     image = resample_abs_pos_embed(
         image,
         new_size=[new.height, new.width],
@@ -209,6 +204,6 @@ class PrefixToken(FixedBuffers):
         super().reset_parameters()
         nn.init.trunc_normal_(self.get_parameter("0"), std=0.02)
 
-    def forward(self, batch: int) -> Tensor:
-        """Packed tokens for a batch, (batch, count, C)."""
-        return F.pad(getattr(self, "0"), (0, self.half)).expand(batch, -1, -1)
+    def forward(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The tokens of a batch, two parts (batch, count, C/2)."""
+        return getattr(self, "0").expand(batch, -1, -1), getattr(self, "1").expand(batch, -1, -1)

@@ -19,14 +19,22 @@ from deit.models.scripting import Scriptable
 
 __all__ = [
     "ClassifierMethods",
+    "Feature",
     "Pool",
     "PooledClassifier",
     "init_linear",
+    "pack",
     "reset_layers",
     "scale_classifier",
 ]
 
 Pool = Literal["", "avg"]
+Feature = Tensor | tuple[Tensor, ...]  # between layers: parts, or one tensor where it is ordinary
+
+
+def pack(x: Feature) -> Tensor:
+    """The parts of a feature side by side along the last axis; an ordinary feature as it is."""
+    return torch.cat(x, -1) if isinstance(x, tuple) else x
 
 
 def init_linear(module: nn.Module) -> None:
@@ -102,7 +110,7 @@ class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
 
     # what a family says
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor) -> Feature:
         """(B, in_chans, H, W) to the features that the steps work on."""
         raise NotImplementedError
 
@@ -114,7 +122,7 @@ class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
         """Drop all but the first steps."""
         raise NotImplementedError
 
-    def _to_map(self, x: Tensor) -> Tensor:
+    def _to_map(self, x: Feature) -> Tensor:
         """Features to an ordinary image of packed channels, (B, C, H, W)."""
         raise NotImplementedError
 
@@ -122,7 +130,7 @@ class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
         """Classify features of so many channels: sets `num_features`, `head_hidden_size`."""
         raise NotImplementedError
 
-    def _finish(self, x: Tensor) -> Tensor:
+    def _finish(self, x: Feature) -> Tensor:
         """Features after the last step to what `forward_features` gives."""
         raise NotImplementedError
 
@@ -200,7 +208,7 @@ class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
 
     def _run(
         self, images: Tensor, take: Sequence[int] = (), stop: int | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Feature, list[Feature]]:
         """Steps before number `stop`; also what those in `take` give."""
         x = self._embed(images)
         taken = []

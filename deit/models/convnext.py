@@ -1,7 +1,7 @@
 """ConvNeXt: equivariant, isotropic (one resolution) and hierarchical (four stages).
 
-Inside, features have packed channels last, (B, H, W, [s | a]). Maps leave the network
-(`forward_intermediates`, `features_only=True`, `forward_features`) as (B, C, H, W). Flopping the
+Inside, features are parts with channels last, s and a of (B, H, W, C/2). Maps leave the network
+packed (`forward_intermediates`, `features_only=True`, `forward_features`) as (B, C, H, W). Flopping the
 image flips them, leaves channels [0, C/2) alone and negates channels [C/2, C);
 `feature_info[i]["symmetric_channels"]` says how many are left alone. The head classifies means of
 s, and with `use_symmetrized_asym_feats` of |a| too.
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from deit.groups import FLOP, Rep
 from deit.layers import (
-    ChannelsLastMirrorConv2d,
     ConvBlock,
     InvariantBridge,
     LayerNorm,
@@ -37,7 +36,7 @@ from deit.layers import (
     OrdinaryLayerNorm,
     tracing,
 )
-from deit.models.base import Pool, PooledClassifier
+from deit.models.base import Feature, Pool, PooledClassifier, pack
 from deit.models.registry import register_sizes
 
 __all__ = ["ConvNeXt", "IsotropicConvNeXt"]
@@ -46,7 +45,7 @@ STEM_SCALE = sqrt(0.5)  # gives kernels built from halves the scale of ordinary 
 
 
 class _ConvNeXt(PooledClassifier):
-    """What both have in common: features are (B, H, W, C), the norm is a LayerNorm."""
+    """What both have in common: channels are last, and the norm is a LayerNorm."""
 
     def __init__(
         self,
@@ -68,18 +67,18 @@ class _ConvNeXt(PooledClassifier):
         self.equivariant = equivariant
         self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor) -> Feature:
         if self.equivariant:
             stride = self.feature_info[len(self._steps()) - 1]["reduction"]
             tracing.check_total_stride(images.shape[-2], images.shape[-1], stride)
         return self._stem(images)
 
-    def _stem(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to (B, H', W', C)."""
+    def _stem(self, images: Tensor) -> Feature:
+        """(B, in_chans, H, W) to (B, H', W', C), or its parts."""
         raise NotImplementedError
 
-    def _to_map(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2)
+    def _to_map(self, x: Feature) -> Tensor:
+        return pack(x).permute(0, 3, 1, 2)
 
     def _set_channels(self, channels: int) -> None:
         self.invariants = InvariantBridge(channels) if self.use_symmetrized_asym_feats else None
@@ -87,12 +86,13 @@ class _ConvNeXt(PooledClassifier):
         self.num_features = channels
         self.head_hidden_size = channels if self.use_symmetrized_asym_feats else own
 
-    def _finish(self, x: Tensor) -> Tensor:
+    def _finish(self, x: Feature) -> Tensor:
         return self._to_map(x)
 
     def _pool(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        x = x if self.invariants is None else self.invariants(x)
+        if self.invariants is not None:
+            x = self.invariants(tuple(x.chunk(2, -1)))
         x = x[..., : self.head_hidden_size]
         return x.mean((1, 2)) if self.global_pool == "avg" else x
 
@@ -197,8 +197,11 @@ class IsotropicConvNeXt(_ConvNeXt):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def _stem(self, images: Tensor) -> Tensor:
-        return self.stem(images).permute(0, 2, 3, 1).contiguous()
+    def _stem(self, images: Tensor) -> Feature:
+        x = self.stem(images)
+        if self.equivariant:
+            return tuple(part.contiguous() for part in x)
+        return x.permute(0, 2, 3, 1).contiguous()
 
     def _steps(self) -> list[list[nn.Module]]:
         return [[block] for block in self.blocks]
@@ -252,14 +255,12 @@ class ConvNeXt(_ConvNeXt):
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             if i == 0:
                 colours = Rep(FLOP, free=0, fixed=in_chans)
-                conv = ChannelsLastMirrorConv2d(
+                conv = MirrorConv2d(
                     colours, dim, patch_size, patch_size, scale=STEM_SCALE, **dd
                 )
                 downsample = nn.Sequential(conv, LayerNorm(dim, **dd))
             else:
-                conv = ChannelsLastMirrorConv2d(
-                    FLOP.regular(dims[i - 1]), dim, (2, 2), (2, 2), **dd
-                )
+                conv = MirrorConv2d(FLOP.regular(dims[i - 1]), dim, (2, 2), (2, 2), **dd)
                 downsample = nn.Sequential(LayerNorm(dims[i - 1], **dd), conv)
             self.downsample_layers.append(downsample)
             self.stages.append(
@@ -303,8 +304,8 @@ class ConvNeXt(_ConvNeXt):
             ],
         }
 
-    def _stem(self, images: Tensor) -> Tensor:
-        return self.downsample_layers[0](images.permute(0, 2, 3, 1))
+    def _stem(self, images: Tensor) -> Feature:
+        return self.downsample_layers[0](images)
 
     def _steps(self) -> list[list[nn.Module]]:
         return [

@@ -1,12 +1,12 @@
 """Perceptrons over tokens and channels (ResMLP): equivariant, and their ordinary twins.
 
 Mixing tokens is a linear map too, so the token axis is decomposed as the channels are. Inside the
-network features are packed in both axes, (B, N, C): tokens symmetric, then antisymmetric; channels
-likewise. A part is named by its channel irrep and its token irrep, and flopping negates sa and as:
+network features are parts s and a of (B, N, C/2), each with its symmetric tokens first, then its
+antisymmetric ones. Entries are named by channel irrep and token irrep; flopping negates sa and as:
 
-                      channels s | channels a
-    tokens symmetric      ss     |     as
-    tokens antisymmetric  sa     |     aa
+                            s  |  a
+    tokens symmetric       ss  |  as
+    tokens antisymmetric   sa  |  aa
 
 Maps leave the network (`forward_intermediates`, `features_only=True`) in the ordinary order, left
 to right, with C packed channels. Flopping the image flips them, leaves channels [0, C/2) alone and
@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 from deit.groups import FLOP
 from deit.layers import MirrorHalves, MixerBlock, OrdinaryAffine, OrdinaryMixerBlock, PatchEmbed
-from deit.models.base import Pool, PooledClassifier, init_linear, scale_classifier
+from deit.models.base import (
+    Feature,
+    Pool,
+    PooledClassifier,
+    init_linear,
+    pack,
+    scale_classifier,
+)
 from deit.models.registry import register_sizes
 from deit.models.scripting import Scriptable
 
@@ -83,11 +90,11 @@ class ResMLP(PooledClassifier):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, scale=1.0, **dd)
         grid = self.patch_embed.grid
         self.patch_embed.flatten_and_permute_to_fourier = MirrorHalves(grid, device)
-        self.channels, self.tokens = FLOP.regular(embed_dim), grid.rep
+        channels, self.tokens = FLOP.regular(embed_dim), grid.rep
         self.blocks = nn.Sequential(
             *(
                 MixerBlock(
-                    self.channels,
+                    channels,
                     self.tokens,
                     mlp_ratio,
                     init_values=init_scale,
@@ -103,7 +110,7 @@ class ResMLP(PooledClassifier):
                 "module": f"blocks.{i}",
                 "num_chs": embed_dim,
                 "reduction": self.patch_embed.feat_ratio(),
-                "symmetric_channels": self.channels.invariant,
+                "symmetric_channels": channels.invariant,
             }
             for i in range(depth)
         ]
@@ -117,9 +124,9 @@ class ResMLP(PooledClassifier):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """Images to patches that are packed in both axes, (B, N, C)."""
-        return self.tokens.from_regular(self.patch_embed(images), 1)
+    def _embed(self, images: Tensor) -> Feature:
+        """Images to parts with decomposed tokens, (B, N, C/2)."""
+        return tuple(self.tokens.from_regular(part, 1) for part in self.patch_embed(images))
 
     def _steps(self) -> list[list[nn.Module]]:
         return [[block] for block in self.blocks]
@@ -127,8 +134,8 @@ class ResMLP(PooledClassifier):
     def _truncate(self, steps: int) -> None:
         self.blocks = self.blocks[:steps]
 
-    def _to_map(self, x: Tensor) -> Tensor:
-        image = self.patch_embed.grid.to_image_order(self.tokens.to_regular(x, 1))
+    def _to_map(self, x: Feature) -> Tensor:
+        image = self.patch_embed.grid.to_image_order(self.tokens.to_regular(pack(x), 1))
         return image.permute(0, 3, 1, 2).contiguous()
 
     def _set_channels(self, channels: int) -> None:
@@ -136,18 +143,16 @@ class ResMLP(PooledClassifier):
         self.num_features = channels if self.use_symmetrized_asym_feats else own
         self.head_hidden_size = self.num_features
 
-    def _finish(self, x: Tensor) -> Tensor:
-        """(B, N, C) packed in both axes to (B, N, num_features).
+    def _finish(self, x: Feature) -> Tensor:
+        """Parts with decomposed tokens to (B, N, num_features).
 
-        The N rows are invariant parts of the token axis, and no places.
+        The N rows are invariant entries of the token axis, and no places.
         """
-        symmetric, antisymmetric = self.tokens.split(x, 1)
-        ss, as_ = self.channels.split(symmetric)
-        sa, aa = self.channels.split(antisymmetric)
-        x = torch.cat([ss, aa], 1)
+        (ss, sa), (as_, aa) = (self.tokens.split(part, 1) for part in x)
+        y = torch.cat([ss, aa], 1)
         if not self.use_symmetrized_asym_feats:
-            return x
-        return torch.cat([x, torch.cat([as_, sa], 1).abs()], -1)
+            return y
+        return torch.cat([y, torch.cat([as_, sa], 1).abs()], -1)
 
     def _pool(self, x: Tensor) -> Tensor:
         # before the norm, which is affine here and commutes with a mean

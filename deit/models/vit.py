@@ -1,9 +1,9 @@
 """Vision transformers (DeiT III): equivariant, hybrid, invariant-early, and their ordinary twins.
 
 One class builds the first three: so many equivariant blocks, then a bridge, then ordinary blocks.
-Equivariant features are packed, (B, N, [s | a]) with tokens in mirror order; whatever leaves the
-network as a map or as tokens is in the ordinary order, row-major and left to right. Flopping the
-image flips them, and acts on their channels as follows.
+Equivariant features are parts s and a of (B, N, C/2), with tokens in mirror order; whatever leaves
+the network as a map or as tokens is packed, [s | a], and in the ordinary order, row-major and left
+to right. Flopping the image flips it, and acts on its channels as follows.
 
 `forward_intermediates` and `features_only=True`: C channels, of which [0, C/2) are left alone and
 [C/2, C) are negated; `feature_info[i]["symmetric_channels"]` says how many are left alone.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from deit.groups import FLOP
 from deit.layers import (
     Block,
+    Dropout,
     InvariantBridge,
     LayerNorm,
     MirrorGrid,
@@ -38,7 +39,14 @@ from deit.layers import (
     RegularBridge,
 )
 from deit.layers.tokens import resample
-from deit.models.base import ClassifierMethods, init_linear, reset_layers, scale_classifier
+from deit.models.base import (
+    ClassifierMethods,
+    Feature,
+    init_linear,
+    pack,
+    reset_layers,
+    scale_classifier,
+)
 from deit.models.ordinary_vit import OrdinaryVisionTransformer
 from deit.models.registry import record_input_size, register_sizes
 from deit.models.scripting import Scriptable
@@ -55,9 +63,10 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         img_size, patch_size: one number or (height, width).
         num_classes: 0 for no classifier.
         global_pool: class token, average over patches, or none.
-        bridge: None if all blocks are equivariant. Otherwise the first depth // 2 are, and the
+        bridge: None if all blocks are equivariant. Otherwise the first `break_layer` are, and the
             pair becomes one vector by "regular", [(s + a)/sqrt 2, (s - a)/sqrt 2], or by
             "invariant", [s, |a|].
+        break_layer: number of blocks before the bridge, 0 to depth; depth // 2 by default.
         init_scale: initial LayerScale.
         class_token, reg_tokens: tokens that belong to no patch.
         dynamic_img_size: accept any image that the patches tile.
@@ -84,6 +93,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         mlp_ratio: float = 4.0,
         *,
         bridge: Literal["regular", "invariant"] | None = None,
+        break_layer: int | None = None,
         qkv_bias: bool = True,
         init_scale: float = 1e-4,
         class_token: bool = True,
@@ -117,7 +127,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         self.head_init_scale = head_init_scale
-        self.equivariant_depth = depth if bridge is None else depth // 2
+        self.equivariant_depth = _depth_of_bridge(bridge, break_layer, depth)
         self.global_pool = self._check_pool(global_pool)
 
         self.patch_embed = PatchEmbed(
@@ -127,7 +137,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         self.cls_token = PrefixToken(embed_dim, 1, **dd) if class_token else None
         self.reg_token = PrefixToken(embed_dim, reg_tokens, **dd) if reg_tokens else None
         self.pos_embed = PositionEmbedding(embed_dim, self.patch_embed.grid, **dd)
-        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.pos_drop = Dropout(pos_drop_rate)
 
         shared = dict(
             qkv_bias=qkv_bias,
@@ -226,12 +236,16 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
             info["reduction"] = self.patch_embed.feat_ratio()
         record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """Patches with their positions after the prefix tokens, (B, prefix + N, C)."""
+    def _embed(self, images: Tensor) -> Feature:
+        """Patches with their positions after the prefix tokens, parts (B, prefix + N, C/2)."""
         x = self.patch_embed(images)
-        x = x + self.pos_embed.packed(self._grid(images) if self.dynamic_img_size else None)
-        prefix = [t(x.shape[0]) for t in (self.cls_token, self.reg_token) if t is not None]
-        return self.pos_drop(torch.cat([*prefix, x], 1) if prefix else x)
+        positions = self.pos_embed(self._grid(images) if self.dynamic_img_size else None)
+        batch = x[0].shape[0]
+        prefix = [t(batch) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = [part + position for part, position in zip(x, positions, strict=True)]
+        if prefix:
+            x = [torch.cat(own, 1) for own in zip(*prefix, x, strict=True)]
+        return self.pos_drop(tuple(x))
 
     def _grid(self, images: Tensor) -> MirrorGrid:
         if not self.dynamic_img_size:
@@ -239,8 +253,8 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         return self.patch_embed.grid_for(images.shape[-2], images.shape[-1])
 
     def _run(
-        self, x: Tensor, take: Sequence[int] = (), stop: int | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Feature, take: Sequence[int] = (), stop: int | None = None
+    ) -> tuple[Feature, list[Feature]]:
         """Blocks before number `stop`, the bridge in its place; also what those in `take` give."""
         taken = []
         # no slice of self.blocks: symbolic tracers know no container but that
@@ -254,17 +268,18 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
                 taken.append(x)
         return x, taken
 
-    def _normalize(self, x: Tensor, depth: int) -> Tensor:
+    def _normalize(self, x: Feature, depth: int) -> Feature:
         """The final norm after so many blocks, and the bridge if that is still ahead."""
         if self.bridge is not None and depth <= self.equivariant_depth:
             x = self.bridge(x)
         return self.norm(x)
 
-    def _finish(self, x: Tensor, depth: int) -> Tensor:
+    def _finish(self, x: Feature, depth: int) -> Tensor:
         """Tokens after so many blocks to the invariant features that are classified."""
         x = self._normalize(x, depth)
-        x = x if self.invariants is None else self.invariants(x)
-        return x[..., : self.num_features]
+        if self.bridge is not None:
+            return x
+        return x[0] if self.invariants is None else self.invariants(x)
 
     def _to_image_order(self, x: Tensor, grid: MirrorGrid) -> Tensor:
         """Patch tokens from mirror order to row-major order; prefix tokens stay first."""
@@ -296,8 +311,8 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
         grid = self._grid(x)
         x, _ = self._run(self._embed(x))
-        if self.global_pool == "token":
-            x = x[:, :1]  # the head sees no other token, so no other is normalised
+        if self.global_pool == "token":  # the head sees no other token, so no other is normalised
+            x = tuple(part[:, :1] for part in x) if isinstance(x, tuple) else x[:, :1]
         x = self._finish(x, len(self.blocks))
         if not self.global_pool:  # only then the order of the tokens is seen outside
             x = self._to_image_order(x, grid)
@@ -330,7 +345,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
             taken = [
                 self._normalize(y, i + 1) for y, i in zip(taken, sorted(set(take)), strict=True)
             ]
-        taken = [self._to_image_order(y, grid) for y in taken]
+        taken = [self._to_image_order(pack(y), grid) for y in taken]
         prefixes = [y[:, : self.num_prefix_tokens] for y in taken]
         maps = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
@@ -380,6 +395,22 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
+
+
+def _depth_of_bridge(bridge: str | None, break_layer: int | None, depth: int) -> int:
+    """The number of equivariant blocks."""
+    if bridge is None:
+        if break_layer is not None:
+            raise ValueError(
+                "break_layer says where the bridge of a hybrid or invariant-early network stands, "
+                "and this network has none"
+            )
+        return depth
+    if break_layer is None:
+        return depth // 2
+    if not 0 <= break_layer <= depth:
+        raise ValueError(f"break_layer {break_layer} is not among the {depth} blocks: 0 to {depth}")
+    return break_layer
 
 
 def checkpoint_filter_fn(

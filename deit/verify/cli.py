@@ -12,7 +12,6 @@ import timm
 import torch
 from torch import nn
 
-from deit import kernels
 from deit.cli import CommandLine, OptionGroup, add_kernels, number
 from deit.errors import UserError, one_line
 from deit.verify import breaks
@@ -85,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = get_parser().parse_args(argv)
     settings = _settings(args)
-    kernels.set_mode(args.kernels or kernels.get_mode())
     start = time.monotonic()
     # TF32 would round to ten bits what is called float32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

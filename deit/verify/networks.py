@@ -7,6 +7,7 @@ end. A hybrid is equivariant up to and including its bridge, and nothing is prom
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import deit.models  # noqa: F401 - registers the networks
-from deit import kernels
 from deit import layers as L
 from deit.complexity.published import twin_of
 from deit.equivariance import randomize_
@@ -183,7 +183,7 @@ def check_network(
 
     with torch.no_grad():
         trace = Trace(network)
-        with trace if not settings.compile else kernels.plain(), settings.autocast():
+        with trace if not settings.compile else nullcontext(), settings.autocast():
             plain = network(batch)  # no hooks for compile: they cannot see into what it makes
         events = trace.events + _maps(network, batch, settings)
         with settings.autocast():

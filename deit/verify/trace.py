@@ -19,7 +19,7 @@ from timm.layers import Mlp as OrdinaryMlp
 from timm.models.vision_transformer import Attention as OrdinaryAttention
 from torch import Tensor, nn
 
-from deit import kernels, layers
+from deit import layers
 from deit.groups import FLOP, Rep
 from deit.verify import features
 from deit.verify.measure import Feature, Measurement, measure
@@ -104,8 +104,6 @@ class Trace:
         self._place: features.MirroredTokens | Rep | None = getattr(network, "tokens", None)
 
     def __enter__(self) -> Trace:
-        self._mode = kernels.get_mode()
-        kernels.set_mode("plain")
         for module in self._names:
             for handle in (
                 module.register_forward_pre_hook(self._before),
@@ -125,7 +123,6 @@ class Trace:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        kernels.set_mode(self._mode)
 
     def _wrap(self, module: nn.Module, method: str, watch: Callable) -> None:
         """Have `watch(module, original, *args)` called in place of a method of this instance."""
