@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deit import kernels
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, number, output_file
 from deit.complexity.hardware import describe, measure_ceilings, versions
 from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
@@ -94,8 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def make_settings(args: Namespace) -> Settings:
-    """How to run the networks. Sets the number of threads and which kernels may be used."""
-    kernels.set_mode(args.kernels or kernels.get_mode())
+    """How to run the networks. Sets the number of threads."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
@@ -119,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = _settings_report(args, settings)
     ceilings = None
     if args.throughput:
-        prepare_compiler(settings.device if args.compile else None)
+        prepare_compiler()
         ceilings = measure_ceilings(settings.device, settings.dtype)
         report["ceilings"] = {
             "tflop_per_s": ceilings.flops_per_s / 1e12,
@@ -170,7 +168,6 @@ def _settings_report(args: Namespace, settings: Settings) -> dict[str, Any]:
         "compile": args.compile,
         "compile_mode": settings.compile_mode,
         "fused_attention": True,
-        "kernels": kernels.get_mode(),
         "throughput": args.throughput,
         "train": settings.train,
         "batch_size": args.batch_size or DEFAULT_BATCH,

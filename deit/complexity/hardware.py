@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from deit.complexity.roofline import Ceilings
-from deit.kernels import cpu
 
 __all__ = ["available_memory", "describe", "measure_ceilings", "synchronize", "versions"]
 
@@ -79,8 +78,6 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(x)
     seconds = _best(lambda: torch.mm(x, y, out=product), device)
-    if cpu.applies(x, y):  # fused paths use another library than PyTorch's own products
-        seconds = min(seconds, _best(lambda: cpu.product(x, y), device))
     return 2 * size**3 / seconds
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from deit.complexity.hardware import synchronize
 from deit.complexity.networks import build
-from deit.kernels import gpu
 
 __all__ = ["Settings", "Subject", "is_out_of_memory", "prepare_compiler", "release"]
 
@@ -157,18 +156,12 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def prepare_compiler(device: torch.device | None = None) -> None:
+def prepare_compiler() -> None:
     """Let one process compile as many networks as a group has; report its errors alone.
 
     Networks of one class share their code, and torch.compile falls back to eager execution, with
     nothing but a warning, once one function has been compiled a handful of times.
-
-    Args:
-        device: networks will be compiled for it, by code that launches the fused operations'
-            kernels itself if that works.
     """
     torch._dynamo.config.cache_size_limit = 64
     for library in ("torch._dynamo", "torch._inductor"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    if device is not None:
-        gpu.trust_compiler(device)

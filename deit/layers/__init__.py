@@ -10,7 +10,7 @@ from deit.layers.block import Block, OrdinaryBlock, OrdinaryLayerNorm
 from deit.layers.bridge import InvariantBridge, RegularBridge
 from deit.layers.conv import MirrorConv2d, MirrorDepthwiseConv2d, MirrorKernel
 from deit.layers.conv_block import ConvBlock, OrdinaryConvBlock
-from deit.layers.drop import DropPath, Dropout
+from deit.layers.drop import Dropout, DropPath
 from deit.layers.fixed import FixedBuffers
 from deit.layers.linear import Linear, as_rep
 from deit.layers.mixer_block import MixerBlock, OrdinaryMixerBlock

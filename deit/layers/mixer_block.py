@@ -1,13 +1,13 @@
 """Blocks of multi-layer perceptrons over tokens and channels: the equivariant and the ordinary one.
 
-In ResMLP tokens are decomposed as channels are: a part (B, N, C/2) holds its symmetric tokens first,
-then its antisymmetric ones. With channel irrep first the four kinds of entries are ss and sa in s,
-as and aa in a. Flopping negates sa and as, so shifts are possible on ss and aa alone.
+In ResMLP tokens are decomposed as channels are: a part (B, N, C/2) holds its symmetric tokens
+first, then its antisymmetric ones. With channel irrep first the four kinds of entries are ss and sa
+in s, as and aa in a. Flopping negates sa and as, so shifts are possible on ss and aa alone.
 
-Shifts of linear maps get there by a change of basis. A map over channels does not care for the basis
-of the tokens, so it works on l = ss + sa and r = ss - sa for s, and l = aa + as, r = aa - as for a:
-there flopping exchanges l and r of either part, and a shift is the same on all rows. Likewise a map
-over tokens works on sums and differences of channels.
+Shifts of linear maps get there by a change of basis. A map over channels does not care for the
+basis of the tokens, so it works on l = ss + sa and r = ss - sa for s, and on l = aa + as and
+r = aa - as for a. There flopping exchanges l and r of either part, and a shift is the same on all
+rows. Likewise a map over tokens works on sums and differences of channels.
 
 Source: arXiv:2502.05169, section 4; ResMLP, arXiv:2105.03404.
 """

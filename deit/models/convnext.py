@@ -1,8 +1,8 @@
 """ConvNeXt: equivariant, isotropic (one resolution) and hierarchical (four stages).
 
 Inside, features are parts with channels last, s and a of (B, H, W, C/2). Maps leave the network
-packed (`forward_intermediates`, `features_only=True`, `forward_features`) as (B, C, H, W). Flopping the
-image flips them, leaves channels [0, C/2) alone and negates channels [C/2, C);
+(`forward_intermediates`, `features_only=True`, `forward_features`) packed, as (B, C, H, W). Flopping
+the image flips them, leaves channels [0, C/2) alone and negates channels [C/2, C);
 `feature_info[i]["symmetric_channels"]` says how many are left alone. The head classifies means of
 s, and with `use_symmetrized_asym_feats` of |a| too.
 
@@ -255,9 +255,7 @@ class ConvNeXt(_ConvNeXt):
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             if i == 0:
                 colours = Rep(FLOP, free=0, fixed=in_chans)
-                conv = MirrorConv2d(
-                    colours, dim, patch_size, patch_size, scale=STEM_SCALE, **dd
-                )
+                conv = MirrorConv2d(colours, dim, patch_size, patch_size, scale=STEM_SCALE, **dd)
                 downsample = nn.Sequential(conv, LayerNorm(dim, **dd))
             else:
                 conv = MirrorConv2d(FLOP.regular(dims[i - 1]), dim, (2, 2), (2, 2), **dd)
