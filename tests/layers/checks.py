@@ -28,6 +28,24 @@ def random_layer(layer: nn.Module, seed: int = 0) -> nn.Module:
     return randomize_(layer.double(), seed).eval()
 
 
+class Packed(nn.Module):
+    """A layer of parts as one of packed features, side by side along `dim`; images as they are.
+
+    `rep` says how the input is split; by default it is the layer's own.
+    """
+
+    def __init__(self, layer: nn.Module, rep: Rep | None = None, dim: int = -1) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dim = dim
+        self.rep = rep or getattr(layer, "in_rep", None) or layer.rep
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = tuple(self.rep.split(x, self.dim)) if self.rep.free else x
+        y = self.layer(parts)
+        return torch.cat(y, self.dim) if isinstance(y, tuple) else y
+
+
 def check(
     layer: nn.Module, x: Tensor, on_input: Action, on_output: Action, group: Group = FLOP
 ) -> None:

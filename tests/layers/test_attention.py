@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import BOTH_GROUPS, breaks, check, close, features, few, random_layer
+from checks import BOTH_GROUPS, Packed, breaks, check, close, features, few, random_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +19,7 @@ from deit.layers import Attention, MirrorGrid
 def test_equivariant(group, mode, heads, n, bias):
     dim = group.order * heads * n
     options = dict(use_fused_attn=mode == "fused", use_attn_mixer=mode == "mixer")
-    layer = Attention(dim, heads, qkv_bias=bias, group=group, **options)
+    layer = Packed(Attention(dim, heads, qkv_bias=bias, group=group, **options))
     check(layer, features(3, 5, dim), channels(layer.rep), channels(layer.rep), group)
 
 
@@ -27,7 +27,7 @@ def test_equivariant(group, mode, heads, n, bias):
 @given(st.integers(1, 3), st.integers(1, 5))
 def test_equivariant_with_tokens_that_move(height, width):
     grid = MirrorGrid(height, width)
-    layer = Attention(8, 2)
+    layer = Packed(Attention(8, 2))
     action = compose(channels(layer.rep), tokens(grid.mirror))
     check(layer, features(3, height * width, 8), action, action)
 
@@ -63,7 +63,7 @@ def test_formula(mixer):
         ],
         -1,
     )
-    close(layer(x), expected)
+    close(Packed(layer)(x), expected)
 
 
 @BOTH_GROUPS
@@ -74,7 +74,7 @@ def test_fused_is_explicit(group):
     assert fused.fused_attn
     assert not explicit.fused_attn
     x = features(3, 7, 16)
-    close(fused(x), explicit(x))
+    close(Packed(fused)(x), Packed(explicit)(x))
 
 
 def test_initial_mixer_looks_at_the_trivial_irrep_alone():
@@ -85,7 +85,7 @@ def test_initial_mixer_looks_at_the_trivial_irrep_alone():
 
 def test_attention_dropout_acts_in_training_alone():
     for fused in (True, False):
-        layer = Attention(8, 2, attn_drop=0.5, use_fused_attn=fused)
+        layer = Packed(Attention(8, 2, attn_drop=0.5, use_fused_attn=fused))
         x = features(2, 6, 8).float()
         assert not torch.equal(layer(x), layer(x))
         layer.eval()
@@ -100,14 +100,14 @@ def test_broken_twins_are_found(group):
     # a shift where none is allowed
     last = layer.qkv.blocks()[-1]
     last.bias = nn.Parameter(features(last.weight.shape[0]))
-    breaks(layer, x, action, action, group)
+    breaks(Packed(layer), x, action, action, group)
     # heads that mix the irreps up
     layer = random_layer(Attention(16, 2, group=group))
     split = layer.split_heads
     layer.split_heads = lambda qkv: tuple(
         t.roll(1, -1) if i == 2 else t for i, t in enumerate(split(qkv))
     )
-    breaks(layer, x, action, action, group)
+    breaks(Packed(layer), x, action, action, group)
 
 
 def test_errors_name_the_rule():

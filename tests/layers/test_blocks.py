@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import BOTH_GROUPS, breaks, check, close, features, few, random_layer
+from checks import BOTH_GROUPS, Packed, breaks, check, close, features, few, parts, random_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.convnext import ConvNeXtBlock as TimmConvBlock
@@ -26,14 +26,15 @@ from deit.layers import (
     quick_gelu,
 )
 
-PIXELS = compose(channels(FLOP.regular(8)), lambda g, x: x.flip(2) if g else x)  # (B, H, W, C)
+EIGHT = FLOP.regular(8)
+PIXELS = compose(channels(EIGHT), lambda g, x: x.flip(2) if g else x)  # (B, H, W, C)
 
 
 @BOTH_GROUPS
 @few
 @given(st.integers(1, 3), st.integers(1, 3))
 def test_mlp_equivariant(group, n, ratio):
-    layer = Mlp(8 * n, 8 * n * ratio, group=group)
+    layer = Packed(Mlp(8 * n, 8 * n * ratio, group=group), group.regular(8 * n))
     action = channels(group.regular(8 * n))
     check(layer, features(3, 5, 8 * n), action, action, group)
 
@@ -42,12 +43,14 @@ def test_mlp_equivariant(group, n, ratio):
 def test_mlp_formula(act):
     layer = random_layer(Mlp(6, 8, act=act))
     x = features(2, 3, 6)
-    hidden = FLOP.regular(8).to_regular(layer.fc1(x))
-    close(layer(x), layer.fc2(FLOP.regular(8).from_regular(act(hidden))))
+    fc1, fc2 = Packed(layer.fc1), Packed(layer.fc2)
+    hidden = FLOP.regular(8).to_regular(fc1(x))
+    expected = fc2(FLOP.regular(8).from_regular(act(hidden)))
+    close(Packed(layer, fc1.rep)(x), expected)
 
 
 def test_mlp_dropout_acts_in_training_alone():
-    layer, x = Mlp(8, 16, drop=0.5), features(2, 8).float()
+    layer, x = Packed(Mlp(8, 16, drop=0.5), FLOP.regular(8)), features(2, 8).float()
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
@@ -56,8 +59,9 @@ def test_mlp_dropout_acts_in_training_alone():
 @BOTH_GROUPS
 @pytest.mark.parametrize("mixer", [False, True])
 def test_block_equivariant(group, mixer):
-    layer = Block(16, 2, group=group, use_attn_mixer=mixer)
-    action = channels(group.regular(16))
+    rep = group.regular(16)
+    layer = Packed(Block(16, 2, group=group, use_attn_mixer=mixer), rep)
+    action = channels(rep)
     check(layer, features(3, 5, 16), action, action, group)
 
 
@@ -66,7 +70,7 @@ def test_block_equivariant(group, mixer):
 def test_block_equivariant_with_tokens_that_move(height, width):
     grid = MirrorGrid(height, width)
     action = compose(channels(FLOP.regular(8)), tokens(grid.mirror))
-    check(Block(8, 2), features(3, height * width, 8), action, action)
+    check(Packed(Block(8, 2), EIGHT), features(3, height * width, 8), action, action)
 
 
 @few
@@ -74,46 +78,88 @@ def test_block_equivariant_with_tokens_that_move(height, width):
 def test_mixer_block_equivariant(height, width, c):
     rep, axis = FLOP.regular(2 * c), MirrorGrid(height, width).rep
     action = compose(channels(rep), channels(axis, -2))
-    check(MixerBlock(rep, axis), features(3, axis.size, 2 * c), action, action)
+    check(Packed(MixerBlock(rep, axis), rep), features(3, axis.size, 2 * c), action, action)
 
 
 @few
 @given(st.integers(1, 3), st.integers(1, 6), st.sampled_from([0.0, 0.1]))
 def test_conv_block_equivariant(height, width, init_value):
-    check(ConvBlock(8, init_value=init_value), features(3, height, width, 8), PIXELS, PIXELS)
+    layer = Packed(ConvBlock(8, init_value=init_value), EIGHT)
+    check(layer, features(3, height, width, 8), PIXELS, PIXELS)
 
 
 def test_block_formula():
     layer = random_layer(Block(8, 2))
     x = features(2, 5, 8)
-    y = x + layer.gamma_1(layer.attn(layer.norm1(x)))
-    close(layer(x), y + layer.gamma_2(layer.mlp(layer.norm2(y))))
+    gamma_1, gamma_2, attn, norm1, norm2 = map(
+        Packed, (layer.gamma_1, layer.gamma_2, layer.attn, layer.norm1, layer.norm2)
+    )
+    y = x + gamma_1(attn(norm1(x)))
+    close(Packed(layer, EIGHT)(x), y + gamma_2(Packed(layer.mlp, EIGHT)(norm2(y))))
 
 
 def test_mixer_block_formula():
-    layer = random_layer(MixerBlock(FLOP.regular(8), Rep(FLOP, 3, 1)))
-    x = features(2, 7, 8)
-    y = x + layer.gamma_1(layer.attn(layer.norm1(x).mT).mT)
-    close(layer(x), y + layer.gamma_2(layer.mlp(layer.norm2(y))))
-    assert layer.mlp.act.act is quick_gelu
+    """The tables: lin_sym of the tokens on ss and as, of the channels on ss and sa; shifts on ss
+    and on aa; GELU by the 4-point Hadamard transform, with a factor one half each way."""
+    layer = random_layer(MixerBlock(EIGHT, Rep(FLOP, 3)))
+    x = features(2, 6, 8)
+    tokens_, fc1, fc2 = layer.attn, layer.mlp.fc1, layer.mlp.fc2
+    halves = parts(Packed(layer.norm1)(x), Rep(FLOP, 3), 4)
+    ss, sa, as_, aa = (
+        part.mT @ block.weight.T
+        for part, block in zip(halves, 2 * [tokens_.lin_sym, tokens_.lin_asym], strict=True)
+    )
+    ss, aa = ss + tokens_.lin_sym.bias, aa + tokens_.lin_asym.bias
+    mixed = torch.cat([torch.cat([ss, sa], 2).mT, torch.cat([as_, aa], 2).mT], -1)
+    y = x + Packed(layer.gamma_1)(mixed)
+
+    def on_channels(four, linear):
+        blocks = [linear.lin_sym, linear.lin_sym, linear.lin_asym, linear.lin_asym]
+        out = [part @ block.weight.T for part, block in zip(four, blocks, strict=True)]
+        return out[0] + linear.lin_sym.bias, out[1], out[2], out[3] + linear.lin_asym.bias
+
+    hadamard = torch.tensor(
+        [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64
+    )
+    hidden = torch.stack(on_channels(parts(Packed(layer.norm2)(y), Rep(FLOP, 3), 4), fc1))
+    hidden = quick_gelu(torch.tensordot(hadamard / 2, hidden, 1))
+    ss, sa, as_, aa = on_channels(torch.tensordot(hadamard / 2, hidden, 1).unbind(0), fc2)
+    out = torch.cat([torch.cat([ss, sa], 1), torch.cat([as_, aa], 1)], -1)
+    close(Packed(layer, EIGHT)(x), y + Packed(layer.gamma_2)(out))
+
+
+@pytest.mark.parametrize("middle", [0, 2])
+def test_places_and_back(middle):
+    """Flopping exchanges l and r of both parts; a middle column is in both."""
+    tokens_ = Rep(FLOP, 3, middle)
+    layer = MixerBlock(EIGHT, tokens_)
+    x = features(2, tokens_.size, 8)
+    halves = tuple(x.chunk(2, -1))
+    places = layer.to_places(halves)
+    assert [p.shape for p in places] == 2 * [(2, 6 + 2 * middle, 4)]
+    close(torch.cat(layer.from_places(places), -1), x)
+    flopped = compose(channels(EIGHT), channels(tokens_, -2))(1, x)
+    for moved, place in zip(layer.to_places(tuple(flopped.chunk(2, -1))), places, strict=True):
+        close(moved, torch.cat(place.chunk(2, 1)[::-1], 1))
 
 
 @pytest.mark.parametrize("init_value", [0.0, 0.1])
 def test_conv_block_formula(init_value):
     layer = random_layer(ConvBlock(8, init_value=init_value))
     x = features(2, 3, 4, 8)
-    y = layer.norm(layer.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    y = layer.norm(layer.dwconv(tuple(x.chunk(2, -1))))
     y = layer.pwconv2(layer.act(layer.pwconv1(y)))
     assert (layer.gamma is None) == (init_value == 0)
-    close(layer(x), x + (y if layer.gamma is None else layer.gamma(y)))
+    y = torch.cat(y if layer.gamma is None else layer.gamma(y), -1)
+    close(Packed(layer, EIGHT)(x), x + y)
 
 
 def make_blocks(drop_path):
     rep, axis = FLOP.regular(8), Rep(FLOP, 3)
     return [
-        (Block(8, 2, drop_path=drop_path), (6, 8)),
-        (MixerBlock(rep, axis, drop_path=drop_path), (6, 8)),
-        (ConvBlock(8, drop_path=drop_path, init_value=0.1), (2, 3, 8)),
+        (Packed(Block(8, 2, drop_path=drop_path), rep), (6, 8)),
+        (Packed(MixerBlock(rep, axis, drop_path=drop_path), rep), (6, 8)),
+        (Packed(ConvBlock(8, drop_path=drop_path, init_value=0.1), rep), (2, 3, 8)),
         (OrdinaryMixerBlock(8, 6, drop_path=drop_path), (6, 8)),
         (OrdinaryConvBlock(8, drop_path=drop_path, init_value=0.1), (2, 3, 8)),
     ]
@@ -142,7 +188,7 @@ def test_broken_blocks_are_found():
     both = compose(action, channels(Rep(FLOP, 3), -2))
     breaks(random_layer(OrdinaryMixerBlock(8, 6)), x, both, both)
     # right channels, wrong tokens: they are packed, and not in mirror order
-    layer = random_layer(MixerBlock(FLOP.regular(8), Rep(FLOP, 3)))
+    layer = random_layer(Packed(MixerBlock(EIGHT, Rep(FLOP, 3)), EIGHT))
     check(layer, x, both, both)
     moving = compose(action, tokens(MirrorGrid(1, 6).mirror))
     breaks(layer, x, moving, moving)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import BOTH_GROUPS, breaks, check, close, features, few, random_layer
+from checks import BOTH_GROUPS, Packed, breaks, check, close, features, few, random_layer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from deit.layers import LayerNorm
 @few
 @given(st.integers(2, 5), st.sampled_from([1e-6, 0.3]))
 def test_equivariant(group, n, eps):
-    layer = LayerNorm(8 * n, eps, group=group)
+    layer = Packed(LayerNorm(8 * n, eps, group=group))
     check(layer, features(3, 5, 8 * n), channels(layer.rep), channels(layer.rep), group)
 
 
@@ -33,12 +33,12 @@ def test_formula(eps):
         ],
         -1,
     )
-    close(layer(torch.cat([s, a], -1)), expected)
+    close(Packed(layer)(torch.cat([s, a], -1)), expected)
 
 
 @BOTH_GROUPS
 def test_output_has_unit_scale(group):
-    y = LayerNorm(64, eps=0, group=group).double()(7 + 30 * features(5, 64))
+    y = Packed(LayerNorm(64, eps=0, group=group)).double()(7 + 30 * features(5, 64))
     close(y.square().mean(-1), torch.ones(5, dtype=torch.float64))
     # and every component of every irrep is centred
     for block, irrep in zip(group.regular(64).split(y), group.irreps, strict=True):
@@ -48,7 +48,7 @@ def test_output_has_unit_scale(group):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_computes_in_float32(dtype):
-    layer = LayerNorm(512)
+    layer = Packed(LayerNorm(512))
     x = (300 * features(16, 512)).to(dtype)  # squares overflow float16, their sum loses bfloat16
     y = layer(x)
     assert y.dtype == dtype
@@ -57,7 +57,7 @@ def test_half_precision_computes_in_float32(dtype):
 
 @BOTH_GROUPS
 def test_broken_twins_are_found(group):
-    layer = random_layer(LayerNorm(16, group=group))
+    layer = random_layer(Packed(LayerNorm(16, group=group)))
     x, action = features(3, 4, 16), channels(layer.rep)
     # an ordinary layer norm: one mean, a shift of all channels
     plain = random_layer(torch.nn.LayerNorm(16))
@@ -73,7 +73,7 @@ def test_only_whole_copies_of_the_regular_representation():
 
 @BOTH_GROUPS
 def test_what_is_compiled_is_the_same(group):
-    layer = random_layer(LayerNorm(16, group=group))
+    layer = random_layer(Packed(LayerNorm(16, group=group)))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     results = []
     for run in (layer, compiled):

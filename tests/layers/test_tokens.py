@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import breaks, check, close, features, few, random_layer
+from checks import Packed, breaks, check, close, features, few, random_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -24,6 +24,11 @@ GRIDS = given(st.integers(1, 4), st.integers(1, 6))
 def on_tokens(dim: int, grid: MirrorGrid):
     """Flopping of packed tokens in mirror order, (B, N, dim)."""
     return compose(channels(FLOP.regular(dim)), tokens(grid.mirror))
+
+
+def cat(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Both parts side by side."""
+    return torch.cat(parts, -1)
 
 
 @few
@@ -79,8 +84,8 @@ def test_patches_are_equivariant(height, width, patch, c):
     size = (height * 2, width * patch)
     layer = PatchEmbed(size, (2, patch), 3, 2 * c)
     x = features(3, 3, *size)
-    check(layer, x, image(FLOP), on_tokens(2 * c, layer.grid))
-    assert layer(x).shape == (3, layer.num_patches, 2 * c)
+    check(Packed(layer), x, image(FLOP), on_tokens(2 * c, layer.grid))
+    assert [p.shape for p in layer(x)] == 2 * [(3, layer.num_patches, c)]
 
 
 @pytest.mark.parametrize(("scale", "size"), [(0.5**0.5, (4, 8)), (1.0, (6, 6))])
@@ -91,7 +96,7 @@ def test_patch_formula(scale, size):
     half_sym, half_asym = layer.proj_sym.weight, layer.proj_asym.weight
     sym = torch.cat([half_sym, half_sym.flip(-1)], -1)
     asym = torch.cat([half_asym, -half_asym.flip(-1)], -1)
-    y = layer(x)
+    y = Packed(layer)(x)
     for token, patch in enumerate(layer.grid.permutation().tolist()):
         i, j = divmod(patch, size[1] // 2)
         pixels = x[0, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
@@ -104,7 +109,7 @@ def test_broken_patches_are_found():
     layer = random_layer(PatchEmbed((4, 8), 2, 3, 8))
     x, action = features(2, 3, 4, 8), on_tokens(8, layer.grid)
     row_major = layer.grid.permutation().argsort()
-    breaks(lambda y: layer(y)[:, row_major], x, image(FLOP), action)
+    breaks(lambda y: Packed(layer)(y)[:, row_major], x, image(FLOP), action)
     plain = random_layer(nn.Conv2d(3, 8, 2, 2))
     order = layer.grid.to_mirror_order
     breaks(lambda y: order(plain(y).permute(0, 2, 3, 1)), x, image(FLOP), action)
@@ -123,11 +128,11 @@ def test_position_embedding_is_left_alone(height, width, other_height, other_wid
     """On its own grid, and resampled to another."""
     grid, other = MirrorGrid(height, width), MirrorGrid(other_height, other_width)
     layer = random_layer(PositionEmbedding(6, grid))
-    for packed, g in ((layer.packed(), grid), (layer.packed(other), other)):
+    for packed, g in ((cat(layer()), grid), (cat(layer(other)), other)):
         assert packed.shape == (1, g.height * g.width, 6)
         close(on_tokens(6, g)(1, packed), packed)
     layer.set_grid(other)
-    close(layer.packed(), packed)
+    close(cat(layer()), packed)
 
 
 def test_position_formula():
@@ -135,8 +140,8 @@ def test_position_formula():
     layer = random_layer(PositionEmbedding(6, MirrorGrid(2, 4)))
     sym, asym = layer.get_parameter("0"), layer.get_parameter("1")
     expected = torch.cat([torch.cat([sym, asym], -1), torch.cat([sym, -asym], -1)], 1)
-    close(layer.packed(), expected)
-    odd = random_layer(PositionEmbedding(6, MirrorGrid(2, 3))).packed()
+    close(cat(layer()), expected)
+    odd = cat(random_layer(PositionEmbedding(6, MirrorGrid(2, 3)))())
     assert torch.equal(odd[:, 2:4, 3:], torch.zeros(1, 2, 3, dtype=torch.float64))
     assert odd.count_nonzero() == odd.numel() - 6
 
@@ -149,21 +154,21 @@ class Positioned(nn.Module):
         self.embedding = PositionEmbedding(dim, grid)
 
     def forward(self, x):
-        return x + self.embedding.packed()
+        return x + cat(self.embedding())
 
 
 def test_a_position_embedding_that_is_not_mirrored_is_found():
     grid = MirrorGrid(2, 4)
     layer, action = Positioned(6, grid), on_tokens(6, grid)
     check(layer, features(2, 8, 6), action, action)
-    symmetric = layer.embedding.packed().clone()
+    symmetric = cat(layer.embedding())
     symmetric[:, 4:, 3:] *= -1
     breaks(lambda x: x + symmetric, features(2, 8, 6), action, action)
 
 
 def test_prefix_tokens_have_no_antisymmetric_part():
     layer = random_layer(PrefixToken(8, count=3))
-    y = layer(5)
+    y = cat(layer(5))
     assert y.shape == (5, 3, 8)
     rep = FLOP.regular(8)
     assert torch.equal(rep.act(1, y), y)
