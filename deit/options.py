@@ -218,7 +218,8 @@ def _add_augmentation(parser: ArgumentParser) -> None:
                 "RandAugment or AutoAugment as timm spells them, 'none' for neither; "
                 "--ThreeAugment replaces it")
     augment.switch("--ThreeAugment",
-                   "grayscale, solarize or blur each image (DeiT III)")
+                   "grayscale, solarize or blur each image (DeiT III); without random erasing, as "
+                   "published")
     augment.switch("--src",
                    "resize, then crop with 4 pixels of reflection padding, in place of the random "
                    "resized crop")

@@ -220,7 +220,7 @@ def build_train_stream(
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
         device=processes.device,
-        re_prob=args.reprob,
+        re_prob=0.0 if args.ThreeAugment else args.reprob,  # as published
         re_mode=args.remode,
         re_count=args.recount,
         resplit=args.resplit,
@@ -247,6 +247,8 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     classes = number_of_classes(args, val_set, train_set)
     networks = build_networks(args, classes, processes, source, checkpoint)
     networks.notes += [data.note for data in (train_set, val_set) if data.note]
+    if args.ThreeAugment and args.reprob > 0:
+        networks.notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
     batches = len(train_set) // (args.batch_size * processes.world_size)
     updates = batches // args.update_freq
     images = args.batch_size * processes.world_size * args.update_freq

@@ -175,6 +175,12 @@ def test_model_kwargs_are_python_values():
         parse_args(["--model-kwargs", "depth"])
 
 
+def test_three_augment_has_no_erasing_by_default():
+    assert parse_args(["--ThreeAugment"]).reprob == 0
+    assert parse_args(["--ThreeAugment", "--reprob", "0.1"]).reprob == 0.1  # which is noted
+    assert parse_args([]).reprob == 0.25
+
+
 def test_no_aug_switches_every_augmentation_off():
     args = parse_args(["--no-aug", "--ThreeAugment", "--reprob", "0.5"])
     assert not any((args.aa, args.ThreeAugment, args.src, args.repeated_aug))

@@ -70,6 +70,13 @@ def test_figure_and_tensorboard(trained):
     assert [event.step for event in events.Scalars("train/loss")] == [6, 12]
 
 
+def test_three_augment_erases_nothing(data, monkeypatch, capsys):
+    argv = ("--ThreeAugment", "--reprob", "1", "--epochs", "1")
+    monkeypatch.setattr("deit.data.loader.erase", lambda *args: pytest.fail("erased"))
+    assert train(*argv, data=data) == 0
+    assert "--ThreeAugment has no erasing: --reprob 1 is ignored" in capsys.readouterr().out
+
+
 def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train("--epochs", "1", data=data) == 0

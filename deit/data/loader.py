@@ -2,9 +2,14 @@
 
 A training loader is ONE stream over all epochs: workers start once, and the first batches of an
 epoch are under way while the last ones of the epoch before are trained on. Every sample is seeded
-by its position (`deit.data.stream`), so that 0, 2 or 20 workers give the same bits. Random erasing,
-which acts on normalised images, runs on the device and is seeded in the same way. No global random
-state of the main process is touched.
+by its position (`deit.data.stream`), so that 0, 2 or 20 workers give the same bits. No global
+random state of the main process is touched.
+
+Random erasing acts on normalised images, and so on the device. timm's loader draws it there, image
+by image, from the generators of the process. Here the worker draws it by timm's own code, under the
+seed of the sample, and sends the pixels that change: on the device a batch takes one assignment.
+The distribution is timm's; which part of which image is erased differs from a run of timm's, and is
+the same on every device.
 """
 
 from __future__ import annotations
@@ -36,14 +41,12 @@ from deit.data.images import ImageDataset
 from deit.data.stream import (
     EpochStream,
     Sample,
-    cuda_generator,
     preserve_generators,
     sample_seeds,
     seed_everything,
 )
 from deit.errors import UserError
 
-NOT_ERASED = -1
 # Seconds in which the threads of torch.distributed come to rest after a collective.
 REST = 0.1
 # Signals that mean the whole job: the main process acts on them, workers do not.
@@ -52,15 +55,21 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass
 class RawBatch:
-    """What a worker sends: images uint8 (B, 3, H, W), targets and erasing seeds int64 (B,)."""
+    """What a worker sends."""
 
     images: Tensor
+    """uint8 (B, 3, H, W)"""
     targets: Tensor
-    erasing: Tensor | None = None
+    """int64 (B,)"""
+    erased: Tensor | None = None
+    """Which of the B H W pixels random erasing replaces: int64 (E,), each of them once."""
+    noise: Tensor | None = None
+    """What it puts there: float32 (E, 3), normalised values."""
 
     def pin_memory(self) -> RawBatch:
-        """Called by the DataLoader's pinning thread. The erasing seeds stay on the CPU."""
-        return RawBatch(self.images.pin_memory(), self.targets.pin_memory(), self.erasing)
+        """Called by the DataLoader's pinning thread."""
+        tensors = (self.images, self.targets, self.erased, self.noise)
+        return RawBatch(*(None if tensor is None else tensor.pin_memory() for tensor in tensors))
 
 
 @dataclass
@@ -87,20 +96,58 @@ def _stack(images: list[Tensor]) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
+def build_erasing(probability: float, mode: str, count: int) -> RandomErasing | None:
+    """timm's random erasing of at most `count` parts (None for probability 0), on the CPU."""
+    if mode not in ("const", "rand", "pixel"):
+        raise UserError(f"unknown random-erasing mode {mode!r}: pixel, rand or const")
+    if probability <= 0:
+        return None
+    return RandomErasing(probability, mode=mode, max_count=count, device="cpu")
+
+
+def draw_erasing(
+    erasing: RandomErasing, shape: Sequence[int], seeds: Sequence[int | None]
+) -> tuple[Tensor, Tensor]:
+    """`erased` and `noise` of a RawBatch of images of `shape` (3, H, W), one seed an image.
+
+    An image without a seed stays whole.
+    """
+    area = shape[1] * shape[2]
+    erased, noise = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, shape[0])]
+    for number, seed in enumerate(seeds):
+        if seed is not None:
+            seed_everything(seed)
+            canvas = erasing(torch.full(shape, torch.nan)).flatten(1)
+            (pixels,) = torch.where(~canvas[0].isnan())
+            erased.append(pixels + number * area)
+            noise.append(canvas[:, pixels].T)
+    return torch.cat(erased), torch.cat(noise)
+
+
+def erase(images: Tensor, erased: Tensor, noise: Tensor) -> None:
+    """Put `noise` into the pixels `erased` of normalised `images` (B, 3, H, W), in place."""
+    area = images.shape[2] * images.shape[3]
+    images.flatten(2)[erased // area, :, erased % area] = noise
+
+
 class BatchDataset(Dataset):
     """Makes whole batches (`DataLoader` hands `__getitems__` what the batch sampler yields).
 
     For training, items are `Sample`s and every image is made under its own seed; for evaluation
-    they are indices.
+    they are indices. Positions that are multiples of `first_clean` are not erased (0: none).
     """
 
     def __init__(
-        self, images: ImageDataset, seed: int | None, erase: bool, first_clean: int = 0
+        self,
+        images: ImageDataset,
+        seed: int | None = None,
+        erasing: RandomErasing | None = None,
+        first_clean: int = 0,
     ) -> None:
         self.images = images
         self.seed = seed
-        self.erase = erase
-        self.first_clean = first_clean  # positions that are multiples of it stay un-erased; 0: none
+        self.erasing = erasing
+        self.first_clean = first_clean
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,22 +162,22 @@ class BatchDataset(Dataset):
             return Failure(str(error))
 
     def _seeded(self, items: list[Sample]) -> RawBatch:
-        made, erasing = [], []
-        for item in items:
-            seeds = sample_seeds(self.seed, item.epoch, item.position)
-            seed_everything(seeds.transform)
+        seeds = [sample_seeds(self.seed, item.epoch, item.position) for item in items]
+        made = []
+        for item, seed in zip(items, seeds, strict=True):
+            seed_everything(seed.transform)
             made.append(self.images[item.index])
-            clean = self.first_clean and item.position % self.first_clean == 0
-            erasing.append(NOT_ERASED if clean else seeds.erasing)
-        return self._collate(made, erasing if self.erase else None)
+        batch = self._collate(made)
+        if self.erasing is not None:
+            clean = [self.first_clean and item.position % self.first_clean == 0 for item in items]
+            drawn = [None if c else s.erasing for c, s in zip(clean, seeds, strict=True)]
+            batch.erased, batch.noise = draw_erasing(self.erasing, batch.images.shape[1:], drawn)
+        return batch
 
-    def _collate(
-        self, made: list[tuple[Tensor, int]], erasing: list[int] | None = None
-    ) -> RawBatch:
+    def _collate(self, made: list[tuple[Tensor, int]]) -> RawBatch:
         return RawBatch(
             _stack([image for image, _ in made]),
             torch.tensor([target for _, target in made], dtype=torch.int64),
-            None if erasing is None else torch.tensor(erasing, dtype=torch.int64),
         )
 
 
@@ -152,26 +199,6 @@ def _init_worker(stopping: ctypes.c_bool, worker_id: int) -> None:
     for number in JOB_SIGNALS:
         signal.signal(number, on_sigterm if number == signal.SIGTERM else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)  # see hold_job_signals
-
-
-class SeededErasing:
-    """timm's RandomErasing, in place on normalised images, each under the seed of its position."""
-
-    def __init__(self, probability: float, mode: str, count: int, device: torch.device) -> None:
-        if mode not in ("const", "rand", "pixel"):
-            raise UserError(f"unknown random-erasing mode {mode!r}: pixel, rand or const")
-        self.erase = RandomErasing(probability, mode=mode, max_count=count, device=device)
-        self.device = device
-
-    def __call__(self, images: Tensor, seeds: Tensor) -> None:
-        """Erase in float `images` (B, 3, H, W) under `seeds` (B,), except where NOT_ERASED."""
-        with preserve_generators(self.device):
-            for image, seed in zip(images, seeds.tolist(), strict=True):
-                if seed != NOT_ERASED:
-                    seed_everything(seed)
-                    if self.device.type == "cuda":
-                        cuda_generator(self.device).manual_seed(seed)
-                    self.erase(image)
 
 
 def is_worker_death(error: BaseException) -> bool:
@@ -249,7 +276,6 @@ class DeviceLoader:
         device: torch.device,
         mean: Sequence[float],
         std: Sequence[float],
-        erasing: SeededErasing | None = None,
     ) -> None:
         self._batches: DataLoader | None = batches
         self._running: Iterator | None = None
@@ -261,7 +287,6 @@ class DeviceLoader:
             torch.tensor([255 * value for value in values], device=self._compute).view(1, -1, 1, 1)
             for values in (mean, std)
         )
-        self._erasing = erasing
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # at exit this runs before multiprocessing terminates the workers and waits for them
         weakref.finalize(self, setattr, stopping, "value", True)
@@ -330,8 +355,9 @@ class DeviceLoader:
         images = batch.images.to(self._compute, non_blocking=True)
         images = images.to(torch.float32, memory_format=torch.contiguous_format)
         images = images.sub_(self._mean).div_(self._std)
-        if self._erasing is not None:
-            self._erasing(images, batch.erasing)
+        if batch.erased is not None:
+            parts = (batch.erased, batch.noise)
+            erase(images, *(part.to(self._compute, non_blocking=True) for part in parts))
         targets = batch.targets.to(self.device, non_blocking=True)
         return images.to(self.device), targets
 
@@ -386,19 +412,15 @@ def build_train_loader(
         rank=rank,
         repeats=repeats,
     )
-    erase_on = device if device.type == "cuda" else torch.device("cpu")
-    erasing = SeededErasing(re_prob, re_mode, re_count, erase_on) if re_prob > 0 else None
     source = BatchDataset(
         dataset,
         seed,
-        erase=erasing is not None,
+        erasing=build_erasing(re_prob, re_mode, re_count),
         first_clean=repeats if resplit and repeats > 1 else 0,
     )
     stopping = multiprocessing.RawValue(ctypes.c_bool, False)
     loader = _data_loader(source, stream, num_workers, pin_memory, device, stopping, False)
-    return TrainLoader(
-        stream, loader, stopping=stopping, device=device, mean=mean, std=std, erasing=erasing
-    )
+    return TrainLoader(stream, loader, stopping=stopping, device=device, mean=mean, std=std)
 
 
 def build_eval_loader(
@@ -422,7 +444,7 @@ def build_eval_loader(
     batches = [
         list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)
     ]
-    source = BatchDataset(dataset, seed=None, erase=False)
+    source = BatchDataset(dataset)
     stopping = multiprocessing.RawValue(ctypes.c_bool, False)
     loader = _data_loader(source, batches, num_workers, pin_memory, device, stopping, True)
     return DeviceLoader(loader, stopping=stopping, device=device, mean=mean, std=std)

@@ -129,23 +129,12 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def preserve_generators(device: torch.device | None = None) -> Iterator[None]:
-    """Restore the global generators of Python, numpy, torch (CPU, a CUDA `device`) afterwards."""
-    generators = [torch.default_generator]
-    if device is not None and device.type == "cuda":
-        generators.append(cuda_generator(device))
-    states = [generator.get_state() for generator in generators]
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+def preserve_generators() -> Iterator[None]:
+    """Restore the global CPU generators of Python, numpy and torch afterwards."""
+    python, numpy, ours = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def cuda_generator(device: torch.device) -> torch.Generator:
-    """The global generator of a CUDA device."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.default_generators[index]
+        torch.set_rng_state(ours)
