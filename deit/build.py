@@ -16,7 +16,6 @@ from deit.args import get_parser
 from deit.data import (
     ImageDataset,
     build_dataset,
-    check_same_classes,
     eval_transform,
     train_transform,
 )
@@ -112,11 +111,11 @@ def _check_grid(model: nn.Module, args: Namespace) -> None:
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
         return
-    for side in to_2tuple(patch):
-        if args.input_size % side:
-            below = args.input_size // side * side
+    for side, size in zip(to_2tuple(patch), to_2tuple(args.input_size), strict=True):
+        if size % side:
+            below = size // side * side
             raise UserError(
-                f"--input-size {args.input_size} does not fit the patches of {side} pixels of "
+                f"--input-size {size} does not fit the patches of {side} pixels of "
                 f"{args.model}: use {' or '.join(str(s) for s in (below, below + side) if s)}, "
                 "or another --patch-size"
             )
@@ -156,19 +155,17 @@ def _data_options(args: Namespace) -> dict[str, Any]:
     }
 
 
-def number_of_classes(args: Namespace, val: ImageDataset, train: ImageDataset | None) -> int:
-    """The outputs that the network needs.
+def number_of_classes(args: Namespace, data: ImageDataset) -> int:
+    """The outputs that a new network needs.
 
     Raises:
-        UserError: the splits differ in their classes, or --nb-classes is too small for them.
+        UserError: --nb-classes is too small for the data.
     """
-    if train is not None:
-        check_same_classes(train, val)
     if args.nb_classes is None:
-        return val.num_classes
-    if args.nb_classes < val.num_classes:
+        return data.num_classes
+    if args.nb_classes < data.num_classes:
         raise UserError(
-            f"--nb-classes {args.nb_classes} is too few: the data have {val.num_classes} classes"
+            f"--nb-classes {args.nb_classes} is too few: the data have {data.num_classes} classes"
         )
     return args.nb_classes
 

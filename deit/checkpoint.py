@@ -269,6 +269,48 @@ def load_model(
     )
 
 
+def load_weights(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    *,
+    source: str | Path,
+    ema: bool = False,
+    hint: str = "",
+) -> None:
+    """Load the trained weights of `checkpoint` into `model`, or with `ema` their average.
+
+    Args:
+        hint: what to add to the message if they do not fit.
+
+    Raises:
+        UserError: they are not there, or do not fit.
+    """
+    state = model_state(checkpoint, source=source, ema=ema)
+    try:
+        load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))
+    except UserError as error:
+        raise UserError(f"{error}; {hint}" if hint else str(error)) from error
+
+
+def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise UserError if a value in `state` is infinite or NaN."""
+    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{str(source)!r} has weights that are infinite or NaN, in "
+            f"{_counted(len(bad), 'tensor', bad)}: that training had diverged; take an earlier "
+            "checkpoint"
+        )
+
+
+def which_weights(checkpoint: Mapping[str, Any], ema: bool = False) -> str:
+    """In words, which of a checkpoint's weights are taken."""
+    if ema:
+        return "the average of the weights (model_ema)"
+    averaged = any(isinstance(checkpoint.get(key), Mapping) for key in _EMA_KEYS)
+    return "the trained weights (model)" + (", not their average" if averaged else "")
+
+
 def _counted(count: int, noun: str, names: list[str], suffix: str = "") -> str:
     if not count:
         return ""

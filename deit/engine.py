@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -252,6 +253,7 @@ def evaluate(
     batch_size: int,
     input_size: int,
     pad: bool = False,
+    flop: bool = False,
     agreement: StopAgreement | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
@@ -262,6 +264,7 @@ def evaluate(
         loader: batches of at most `batch_size` images, of which ranks may have different numbers.
         shared: whether each process has its own part of the data, and the parts are summed.
         pad: fill the last batch up to `batch_size`, so that a compiled network sees one shape.
+        flop: evaluate the mirrored images too.
         on_batch: called with the numbers of batches done and to do.
 
     Raises:
@@ -283,11 +286,14 @@ def evaluate(
             if pad and count < batch_size:
                 images = torch.cat([images, idle[count:]])
             with precision.autocast():
-                logits = model(images)
-            accuracy.update(logits[:count], targets)
+                logits = model(images)[:count]
+                mirrored = model(images.flip(-1))[:count] if flop else None
+            accuracy.update(logits, targets, mirrored)
         elif isinstance(model, FSDPModule):
             with precision.autocast():
                 model(idle)
+                if flop:
+                    model(idle)
         on_batch(turn + 1, turns)
         if agreement is not None:
             agreement.poll()
@@ -301,9 +307,16 @@ def count_parameters(model: nn.Module) -> int:
 
 def describe(scores: Scores) -> str:
     """The line that evaluations of this family of networks print."""
-    return f"* Acc@1 {scores.acc1:.3f} Acc@5 {scores.acc5:.3f} loss {scores.loss:.3f}"
+    text = f"* Acc@1 {scores.acc1:.3f} Acc@5 {scores.acc5:.3f} loss {scores.loss:.3f}"
+    if scores.mirrored is not None:
+        text += f" mirrored Acc@1 {scores.mirrored:.3f} same answer {scores.same:.3f}"
+    return text
 
 
 def as_log(scores: Scores) -> dict[str, Any]:
     """The `test_*` entries of a line of log.txt."""
-    return {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
+    log = {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
+    if scores.mirrored is not None:
+        log |= {"test_flop_acc1": scores.mirrored, "test_flop_same": scores.same}
+    # JSON has no NaN
+    return {k: v if math.isfinite(v) else None for k, v in log.items()}

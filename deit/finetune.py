@@ -54,7 +54,11 @@ def _some(names: list[str]) -> str:
 
 
 def load_for_finetune(
-    model: nn.Module, state: Mapping[str, Tensor], *, source: str | Path = "checkpoint"
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str | Path = "checkpoint",
+    new_classes: bool = False,
 ) -> FinetuneReport:
     """Load weights that were trained at another resolution or for other classes.
 
@@ -65,6 +69,7 @@ def load_for_finetune(
     Args:
         state: a state dict without the prefixes of compiled or distributed models.
         source: what to call the checkpoint in messages.
+        new_classes: leave the classifier at random even if it would fit.
 
     Raises:
         UserError: a tensor other than the classifier's has another shape, or less than half of
@@ -88,7 +93,7 @@ def load_for_finetune(
                 wrong.append(f"{name} {_size(fitted[name])} and not {_size(own[name])}")
             del fitted[name]
     # A weight without its bias would be half a classifier.
-    if any(name in state and name not in fitted for name in head):
+    if new_classes or any(name in state and name not in fitted for name in head):
         report.reinitialised = sorted(head)
         fitted = {name: value for name, value in fitted.items() if name not in head}
     report.missing = [n for n in own if n not in fitted and n not in report.reinitialised]

@@ -25,14 +25,12 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deit.args import parse_args
-from deit.build import build_model, build_val_dataset, number_of_classes, set_precision
-from deit.checkpoint import load_model, model_state, read_checkpoint, trained_model_name
+from deit.build import set_precision
 from deit.data.loader import is_worker_death, worker_death
-from deit.distributed import Processes, choose_device, connect, find_place
+from deit.distributed import choose_device, connect, find_place
 from deit.engine import (
     Batches,
     NonFiniteLossError,
-    Precision,
     as_log,
     describe,
     evaluate,
@@ -40,12 +38,12 @@ from deit.engine import (
     train_one_epoch,
 )
 from deit.errors import UserError, one_line_errors
-from deit.finetune import load_for_finetune
+from deit.evaluation import evaluate_once
 from deit.metrics import Scores
 from deit.reporting import duration
-from deit.run import LAST, Run, find_checkpoint
+from deit.run import LAST, Run
 from deit.stopping import Stopped, request_stop, stop_on_signals
-from deit.training import build_run, build_val_loader
+from deit.training import build_run
 
 __all__ = ["main", "request_stop"]
 
@@ -170,47 +168,10 @@ def evaluate_run(run: Run) -> Scores:
         batch_size=args.batch_size,
         input_size=args.input_size,
         pad=args.compile,
+        flop=args.flop_eval,
         agreement=run.agreement,
         on_batch=run.reporter.on_batch,
     )
-
-
-def evaluate_once(args: Namespace, processes: Processes) -> None:
-    """`--eval`: print the scores of a checkpoint's network on the validation data."""
-    source, checkpoint = find_checkpoint(args, processes)
-    dataset = build_val_dataset(args)
-    model, notes = build_model(args, number_of_classes(args, dataset, None))
-    notes += [dataset.note] if dataset.note else []
-    if checkpoint is not None:
-        state = model_state(checkpoint, source=source, ema=args.model_ema_eval)
-        load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))
-    elif args.resume:
-        raise UserError(f"--eval --resume auto: there is no {LAST} in {args.output_dir!r}")
-    elif args.finetune:
-        with processes.main_first():
-            origin = model_state(read_checkpoint(args.finetune), source=args.finetune)
-        notes.append(str(load_for_finetune(model, origin, source=args.finetune)))
-    else:
-        notes.append("evaluating random weights: no checkpoint is given by --resume")
-    model.to(processes.device)
-    if args.compile:
-        model.compile()
-    scores = evaluate(
-        model,
-        build_val_loader(args, dataset, processes),
-        precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
-        processes=processes,
-        shared=args.dist_eval,
-        batch_size=args.batch_size,
-        input_size=args.input_size,
-        pad=args.compile,
-    )
-    if processes.is_main:
-        for note in notes:
-            print(f"note    {note}")
-        print(describe(scores))
-        images = f"{scores.count} test images"
-        print(f"Accuracy of the network on the {images}: {scores.acc1:.1f}%", flush=True)
 
 
 def explain_non_finite(run: Run, error: NonFiniteLossError) -> str:

@@ -13,12 +13,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies in per cent and the mean cross-entropy over `count` images."""
+    """Accuracies in per cent and the mean cross-entropy over `count` images.
+
+    Attributes:
+        bad: images with a logit that is infinite or NaN; they count as wrong.
+        mirrored: the top-1 accuracy on the mirrored images, None if they were not evaluated.
+        same: per cent of the images that get the same answer as their mirror image.
+    """
 
     acc1: float
     acc5: float
     loss: float
     count: int
+    bad: int = 0
+    mirrored: float | None = None
+    same: float | None = None
 
 
 class Accuracy:
@@ -29,21 +38,36 @@ class Accuracy:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        # correct at top-1, correct at top-5, images
-        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        # correct at top-1, at top-5, images, not finite; mirrored: images, correct, same answer
+        self._counts = torch.zeros(7, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits (B, K) of any dtype, class indices (B,)."""
+    def update(self, logits: Tensor, targets: Tensor, mirrored: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            logits: (B, K) of any dtype.
+            targets: class indices (B,).
+            mirrored: logits (B, K) of the mirrored images.
+        """
         logits = logits.float()
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = top == targets[:, None]
         # topk ranks NaN first, which must not count as a prediction.
-        hits &= ~logits.isnan().any(dim=1, keepdim=True)
+        bad = ~logits.isfinite().all(dim=1)
+        hits &= ~bad[:, None]
+        if mirrored is not None:
+            answers = mirrored.float().argmax(dim=1)
+            bad_mirrored = ~mirrored.isfinite().all(dim=1)
+            self._counts[4] += len(targets)
+            self._counts[5] += ((answers == targets) & ~bad_mirrored).sum()
+            self._counts[6] += ((answers == top[:, 0]) & ~bad & ~bad_mirrored).sum()
+            bad = bad | bad_mirrored
         self._counts[0] += hits[:, 0].sum()
         self._counts[1] += hits.sum()
         self._counts[2] += len(targets)
+        self._counts[3] += bad.sum()
         self._loss += F.cross_entropy(logits, targets, reduction="none").double().sum()
 
     def compute(self, distributed: bool = False) -> Scores:
@@ -56,10 +80,12 @@ class Accuracy:
         sums = torch.cat([self._counts.double(), self._loss[None]])
         if distributed:
             dist.all_reduce(sums)
-        top1, top5, count, loss = sums.tolist()
+        top1, top5, count, bad, flopped, mirrored, same, loss = sums.tolist()
         if count == 0:
             raise ValueError("no accuracy without images: the evaluation data are empty")
-        return Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
+        flop = (100 * mirrored / flopped, 100 * same / flopped) if flopped else ()
+        scores = (100 * top1 / count, 100 * top5 / count, loss / count, int(count), int(bad))
+        return Scores(*scores, *flop)
 
 
 class SmoothedMeter:

@@ -61,6 +61,8 @@ def _add_run(parser: ArgumentParser) -> None:
             "auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps")
     run.add("--output-dir", str, "", "DIR",
             "folder for checkpoints, logs and curves, made if absent (default: save nothing)")
+    run.switch("--overwrite",
+               "start afresh in an --output-dir that holds a training, and remove that one")
     run.add("--resume", str, "", "SOURCE",
             "checkpoint to go on from, or to evaluate: a file, 'auto' (the last one in "
             "--output-dir, or a fresh start if there is none), an https:// address, or "
@@ -69,6 +71,9 @@ def _add_run(parser: ArgumentParser) -> None:
             "first epoch, counted from 0; a resumed checkpoint brings its own")
     run.switch("--eval",
                "evaluate the network and stop; needs only the val/ part of the data")
+    run.switch("--flop-eval",
+               "evaluate the mirrored images too: their accuracy, and the share of images that get "
+               "the same answer as their mirror image")
     run.switch("--dist-eval",
                "share the evaluation among the processes; without it each process evaluates "
                "every image, with the same result", default=True)
@@ -300,6 +305,10 @@ def _add_data(parser: ArgumentParser) -> None:
                 "read train.zip and val.zip in place of the folders of IMNET")
     data.switch("--download",
                 "fetch CIFAR or FASHION into --data-path if it is not there")
+    data.add("--class-map", str, "", "FILE",
+             "what the network's outputs stand for, as the data call it: a name a line, or JSON "
+             '{"name": number} (default: what the checkpoint says; without that ImageNet-1K if '
+             "the classes are its, else the order of the data)")
     data.add("--inat-category", str, "name", None,
              "INAT, INAT19: the rank that makes the classes", choices=INAT_RANKS)
     data.add("--eval-crop-ratio", number(float, low=0.01, high=1), 1.0, "X",

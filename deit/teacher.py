@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -12,10 +10,10 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from deit.args import parse_args
-from deit.build import build_model
-from deit.checkpoint import load_model, model_state, read_checkpoint, trained_model_name
+from deit.checkpoint import read_checkpoint
+from deit.data.classes import names_of_outputs, outputs_of
 from deit.errors import UserError, one_line, suggest
+from deit.loading import build_as_trained, number_of_outputs
 
 
 class Teacher(nn.Module):
@@ -25,8 +23,17 @@ class Teacher(nn.Module):
     statistics and, if it takes one size only, resampled to that. It never leaves evaluation mode.
     """
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        outputs: Sequence[int] | None = None,
+    ) -> None:
+        """`outputs`: those of the network that stand for the student's, in order; None for all."""
         super().__init__()
+        chosen = None if outputs is None else torch.tensor(outputs)
+        self.register_buffer("outputs", chosen, persistent=False)
         config = getattr(model, "pretrained_cfg", None) or {}
         self.model = model.requires_grad_(False).eval()
         own_mean = torch.tensor(config.get("mean", mean)).view(1, -1, 1, 1)
@@ -47,7 +54,8 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        return self.model(images * self.scale + self.shift)
+        logits = self.model(images * self.scale + self.shift)
+        return logits if self.outputs is None else logits[:, self.outputs]
 
 
 def build_teacher(
@@ -58,32 +66,37 @@ def build_teacher(
     *,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    class_names: Sequence[str] = (),
 ) -> Teacher:
     """The network `name` of timm or of this package as a teacher, on `device`.
 
     Args:
-        path: its checkpoint (a file, an address, `hf-hub:NAME`), read without running code; ''
-            for the weights that timm offers, which must have `num_classes` classes.
+        path: its checkpoint (a file, an address, `hf-hub:NAME`), read without running code, of
+            which the trained weights are taken, not their average; '' for timm's weights.
+        num_classes: the student's outputs.
         mean, std: normalisation of the student's images, for each channel.
+        class_names: what the student's outputs stand for; the teacher's are put in this order.
 
     Raises:
-        UserError: an unknown name, or weights that are absent or do not fit.
+        UserError: an unknown name, weights that are absent or do not fit, or other classes.
     """
     if not timm.is_model(name):
         raise UserError(f"unknown teacher {name!r}{suggest(name, timm.list_models())}")
     if path:
         checkpoint = read_checkpoint(path)
-        model = _as_trained(name, num_classes, checkpoint)
-        load_model(model, model_state(checkpoint, source=path), source=path)
+        model, _ = build_as_trained(checkpoint, source=path, model=name)
+        has = number_of_outputs(model.state_dict(), name) or num_classes
+        saved = checkpoint.get("class_names") or ()
+        outputs = _outputs(class_names, num_classes, has, saved, path)
     else:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
-        offered = config.num_classes if config is not None and config.has_weights else None
-        if offered != num_classes:
-            has = f"weights for {offered} classes" if offered else "no weights"
+        if config is None or not config.has_weights:
             raise UserError(
-                f"timm offers {has} of the teacher {name!r}, {num_classes} classes are needed: "
-                "give its checkpoint by --teacher-path"
+                f"timm offers no weights of the teacher {name!r}: give its checkpoint by "
+                "--teacher-path"
             )
+        source = f"timm's weights for {config.num_classes} classes of the teacher {name!r}"
+        outputs = _outputs(class_names, num_classes, config.num_classes, (), source)
         try:
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # the download raises the errors of several libraries
@@ -91,13 +104,18 @@ def build_teacher(
                 f"timm's weights of the teacher {name!r} cannot be fetched; give a checkpoint by "
                 f"--teacher-path ({one_line(error)[:160]})"
             ) from error
-    return Teacher(model, mean, std).to(device)
+    return Teacher(model, mean, std, outputs).to(device)
 
 
-def _as_trained(name: str, num_classes: int, checkpoint: Mapping[str, Any]) -> nn.Module:
-    """The network `name`; if `checkpoint` is of a run of `deit.main`, with that run's options."""
-    if trained_model_name(checkpoint) != name:
-        return timm.create_model(name, num_classes=num_classes)
-    options = vars(parse_args([])) | vars(checkpoint["args"])
-    options["grad_checkpointing"] = False
-    return build_model(Namespace(**options), num_classes)[0]
+def _outputs(
+    classes: Sequence[str], needed: int, has: int, saved: Sequence[str], source: str
+) -> list[int] | None:
+    """The teacher's outputs for the student's `classes`; None if they are its own in order."""
+    if not classes and has != needed:
+        raise UserError(f"{source}: {has} outputs, but {needed} classes are needed: give another "
+                        "checkpoint by --teacher-path")  # fmt: skip
+    if not classes or (has == needed and not saved):
+        return None
+    names, origin = names_of_outputs(classes, has, source=source, saved=saved)
+    chosen = outputs_of(classes, names, has, origin=origin)
+    return None if has == needed and chosen == list(range(len(chosen))) else chosen

@@ -4,7 +4,7 @@ checkpoint that it goes on from."""
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from deit.build import (
     build_val_dataset,
     number_of_classes,
 )
-from deit.checkpoint import load_model, model_state, read_checkpoint, trained_model_name
+from deit.checkpoint import load_weights, model_state, read_checkpoint, which_weights
 from deit.data import (
     DeviceLoader,
     ImageDataset,
@@ -27,12 +27,16 @@ from deit.data import (
     build_eval_loader,
     build_mixup,
     build_train_loader,
+    check_same_classes,
+    match_classes,
+    read_class_map,
 )
 from deit.distributed import Processes, blocks_of, shard, wrap_ddp
 from deit.ema import ModelEma
 from deit.engine import Learner, Precision, count_parameters
 from deit.errors import UserError
 from deit.finetune import freeze_all_but_attention, load_for_finetune
+from deit.loading import NETWORK, adopt
 from deit.losses import build_criterion, prepare_student
 from deit.optim import build_optimizer, scaled_lr
 from deit.reporting import Reporter, environment, read_log
@@ -66,8 +70,15 @@ def build_networks(
     processes: Processes,
     source: str,
     checkpoint: Mapping[str, Any] | None,
+    origin: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Networks:
     """Build the network, with its first weights, and its average.
+
+    Args:
+        checkpoint: that `source` holds and the training goes on from.
+        origin: the checkpoint that --finetune names.
+        class_names: of the data; a classifier for others is not taken from `origin`.
 
     The order matters: the average copies what is neither compiled nor sharded, and weights are
     loaded whole, before they are sharded.
@@ -75,13 +86,14 @@ def build_networks(
     seed_all(args.seed)  # the same weights on every rank
     model, notes = build_model(args, classes)
     if checkpoint is not None:
-        _load(model, checkpoint, source)
-    elif args.finetune:
-        with processes.main_first():
-            origin = read_checkpoint(args.finetune)
+        load_weights(model, checkpoint, source=source)
+    elif origin is not None:
         state = model_state(origin, source=args.finetune)
-        report = load_for_finetune(model, state, source=args.finetune)
-        notes.append(f"--finetune {args.finetune}: {report}")
+        theirs = origin.get("class_names")
+        others = bool(theirs and class_names) and list(theirs) != list(class_names)
+        report = load_for_finetune(model, state, source=args.finetune, new_classes=others)
+        which = which_weights(origin)
+        notes.append(f"--finetune {args.finetune}: {which}; {report}")
     if args.attn_only:
         freeze_all_but_attention(model)
     if args.distillation_type != "none":
@@ -92,7 +104,7 @@ def build_networks(
     if args.model_ema:
         ema = ModelEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
         if checkpoint is not None and isinstance(checkpoint.get("model_ema"), Mapping):
-            _load(ema.module, checkpoint, source, ema=True)
+            load_weights(ema.module, checkpoint, source=source, ema=True)
         elif checkpoint is not None:
             notes.append(f"{source} has no average, it starts as a copy of the weights")
     spread = args.fsdp and processes.world_size > 1
@@ -105,11 +117,6 @@ def build_networks(
     if ema is not None:
         shard(ema.module, processes)
     return Networks(model, shard(model, processes), ema, parameters, notes)
-
-
-def _load(model: nn.Module, checkpoint: Mapping[str, Any], source: str, ema: bool = False) -> None:
-    state = model_state(checkpoint, source=source, ema=ema)
-    load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))
 
 
 def build_state(
@@ -169,7 +176,13 @@ def build_learner(
     teacher = None
     if distil:
         with state.processes.main_first():
-            teacher = build_teacher(args.teacher_model, args.teacher_path, classes, device)
+            teacher = build_teacher(
+                args.teacher_model,
+                args.teacher_path,
+                classes,
+                device,
+                class_names=state.class_names,
+            )
     criterion = build_criterion(
         smoothing=args.smoothing,
         mixup=uses_mixup(args),
@@ -243,9 +256,21 @@ def build_val_loader(args: Namespace, dataset: ImageDataset, processes: Processe
 def build_run(args: Namespace, processes: Processes) -> Run:
     """Everything, at the start or where the checkpoint that `--resume` names was saved."""
     source, checkpoint = find_checkpoint(args, processes)
+    origin = None
+    if checkpoint is None and args.finetune:
+        with processes.main_first():
+            origin = read_checkpoint(args.finetune)
+    # Of a training that goes on all outputs are needed, of one to start from the data decide.
+    names = NETWORK if checkpoint is None else (*NETWORK, "nb_classes")
+    adopted = _adopt(args, source or args.finetune, checkpoint or origin, names)
     train_set, val_set = build_train_dataset(args), build_val_dataset(args)
-    classes = number_of_classes(args, val_set, train_set)
-    networks = build_networks(args, classes, processes, source, checkpoint)
+    check_same_classes(train_set, val_set)
+    adopted += _label(args, (train_set, val_set), source, checkpoint)
+    classes = number_of_classes(args, val_set)
+    networks = build_networks(
+        args, classes, processes, source, checkpoint, origin, val_set.class_names
+    )
+    networks.notes[:0] = adopted
     networks.notes += [data.note for data in (train_set, val_set) if data.note]
     if args.ThreeAugment and args.reprob > 0:
         networks.notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
@@ -285,6 +310,33 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     )
     _introduce(run, networks, source, (len(train_set), len(val_set), classes))
     return run
+
+
+def _adopt(
+    args: Namespace, source: str, checkpoint: Mapping[str, Any] | None, names: Sequence[str]
+) -> list[str]:
+    """Take from a checkpoint what the command line does not say of the network; remarks on it."""
+    if checkpoint is None:
+        return []
+    state = model_state(checkpoint, source=source)
+    return adopt(args, checkpoint, state, names, source=source)
+
+
+def _label(
+    args: Namespace,
+    data: Sequence[ImageDataset],
+    source: str,
+    checkpoint: Mapping[str, Any] | None,
+) -> list[str]:
+    """Number the classes as --class-map says, or as the training did that goes on."""
+    names = () if checkpoint is None else checkpoint.get("class_names") or ()
+    origin = source
+    if args.class_map:
+        names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
+    if not names:
+        return []
+    outputs = len(names) if args.nb_classes is None else args.nb_classes
+    return [match_classes(each, names, outputs, origin=origin) for each in data][-1]
 
 
 def build_reporter(

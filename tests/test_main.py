@@ -158,6 +158,7 @@ def test_eval_prints_the_scores_of_the_training(data, trained, capsys):
     last = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
+        f"note    {source}: the trained weights (model), not their average",
         f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} "
         f"loss {last['test_loss']:.3f}",
         f"Accuracy of the network on the {VAL_IMAGES} test images: {last['test_acc1']:.1f}%",

@@ -1,5 +1,6 @@
 """Data sets, transforms, loaders, mixup."""
 
+from deit.data.classes import match_classes, names_of_outputs, outputs_of, read_class_map
 from deit.data.datasets import DATA_SETS, build_dataset, check_same_classes
 from deit.data.images import ImageDataset
 from deit.data.loader import DeviceLoader, TrainLoader, build_eval_loader, build_train_loader
@@ -20,5 +21,9 @@ __all__ = [
     "build_train_loader",
     "check_same_classes",
     "eval_transform",
+    "match_classes",
+    "names_of_outputs",
+    "outputs_of",
+    "read_class_map",
     "train_transform",
 ]

@@ -85,9 +85,10 @@ def _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices) -> C
             kwargs[layer_scale] = kwargs.pop(given[0])
         if pretrained and not _has_weights(kwargs):
             raise RuntimeError(
-                f"no hosted weights exist for {name}: create it with pretrained=False and load a "
-                "file with checkpoint_path='weights.pth', or pass "
-                "pretrained_cfg_overlay=dict(file='weights.pth') along with pretrained=True"
+                f"no hosted weights exist for {name}: deit.load('weights.pth') builds the network "
+                "of a file with its trained weights (ema=True: their average); timm's own "
+                "checkpoint_path and pretrained_cfg_overlay=dict(file=...) take the average where "
+                "a file has one"
             )
         return build_model_with_cfg(
             model_cls,

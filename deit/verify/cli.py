@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from deit.cli import CommandLine, OptionGroup, add_kernels, number
+from deit.cli import CommandLine, OptionGroup, add_kernels, key_value, number
 from deit.errors import UserError, one_line
 from deit.verify import breaks
 from deit.verify.checkpoints import network_of
@@ -45,7 +45,13 @@ def get_parser() -> CommandLine:
     )  # fmt: skip
     what.add(
         "--checkpoint", str, None, "FILE",
-        "check these weights: a file, an address or hf-hub:owner/name",
+        "check the trained weights in it (not their average), in the network that it was trained "
+        "as: a file, an address or hf-hub:owner/name",
+    )  # fmt: skip
+    what.add(
+        "--model-kwargs", key_value, None, "KEY=VALUE",
+        "with --checkpoint: arguments of the network other than those that it was trained with",
+        nargs="+",
     )  # fmt: skip
     what.switch(
         "--self-test",
@@ -112,6 +118,8 @@ def _settings(args: argparse.Namespace) -> list[Settings]:
         raise UserError(f"--amp keeps parameters in float32: leave --dtype {args.dtype[0]} away")
     if args.checkpoint and args.model and len(args.model) > 1:
         raise UserError(f"--checkpoint holds one network, not {len(args.model)}: give one --model")
+    if args.model_kwargs and not args.checkpoint:
+        raise UserError("--model-kwargs is for the network of a --checkpoint, which is not given")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -131,7 +139,7 @@ def _networks(args: argparse.Namespace) -> list[tuple[NetworkCase, nn.Module | N
     """The cases, with the network itself where it comes from a checkpoint."""
     if args.checkpoint:
         name = args.model[0] if args.model else None
-        return [network_of(args.checkpoint, name, args.img_size)]
+        return [network_of(args.checkpoint, name, args.img_size, dict(args.model_kwargs or ()))]
     size = (args.img_size or SIZE,) * 2
     if args.model:
         cases = [NetworkCase(name, img_size=size) for name in choose(args.model)]

@@ -1,0 +1,144 @@
+"""Which output of a network stands for which class of the data.
+
+Data sets number their classes by themselves, folders in alphabetical order. A network has its own
+numbers, those of the data that it was trained on: labels must be those.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo
+
+from deit.data.images import ImageDataset
+from deit.errors import UserError
+
+__all__ = ["match_classes", "names_of_outputs", "outputs_of", "read_class_map"]
+
+_SYNSET = re.compile(r"n\d{8}")
+_SHOWN = 3
+
+
+def read_class_map(path: str | Path) -> list[str]:
+    """The classes that a network's outputs stand for, in their order, from a file.
+
+    Either a line for each output, with the class as the data call it (of lines that begin with
+    WordNet ids only these count), or JSON: a list of names, `{name: number}`, or
+    `{"number": name}`, where a list in place of a name counts by its first entry.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or has a name twice or a number without one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            names = _from_json(json.loads(text))
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+            words = [name.split()[0] for name in names]
+            names = words if all(map(_SYNSET.fullmatch, words)) else names
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(
+            f"--class-map {path} cannot be read: {error}; it needs the name of a class in each "
+            'line, in the order of the outputs, or JSON as {"name": number}'
+        ) from error
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice or not names:
+        raise UserError(
+            f"--class-map {path} " + (f"has {twice[0]!r} twice" if twice else "is empty")
+        )
+    return names
+
+
+def _from_json(content: Any) -> list[str]:
+    first = lambda value: value[0] if isinstance(value, list) else value  # noqa: E731
+    if isinstance(content, list):
+        return [str(first(value)) for value in content]
+    if all(key.isdigit() for key in content):
+        numbers = {int(key): str(first(value)) for key, value in content.items()}
+    else:
+        numbers = {int(value): key for key, value in content.items()}
+        if len(numbers) < len(content):
+            raise ValueError("two names have the same number")
+    if sorted(numbers) != list(range(len(numbers))):
+        raise ValueError(f"the numbers are not all of those from 0 to {len(numbers) - 1}")
+    return [numbers[n] for n in range(len(numbers))]
+
+
+@lru_cache
+def _imagenet() -> tuple[str, ...]:
+    """The WordNet ids of ImageNet-1K in the order of its labels."""
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def names_of_outputs(
+    classes: Sequence[str], outputs: int, *, source: str, saved: Sequence[str] = ()
+) -> tuple[Sequence[str], str]:
+    """What a network's outputs stand for, and where that is known from, for data of `classes`.
+
+    Args:
+        saved: the names that the network's checkpoint, `source`, holds.
+
+    Raises:
+        UserError: nothing says it, and the numbers of classes and outputs differ.
+    """
+    if saved:
+        return saved, source
+    if outputs == len(_imagenet()) and set(classes) <= set(_imagenet()):
+        return _imagenet(), "ImageNet-1K"
+    if outputs == len(classes):
+        return classes, source
+    raise UserError(
+        f"the data have {len(classes)} classes, the network in {source} has {outputs} outputs, and "
+        "nothing says which output is which class: give --class-map FILE with the name of a class "
+        "in each line, in the order of the outputs"
+    )
+
+
+def outputs_of(
+    classes: Sequence[str], names: Sequence[str], outputs: int, *, origin: str
+) -> list[int]:
+    """The output of each of `classes`, for a network whose outputs stand for `names`.
+
+    Args:
+        outputs: that the network has; those beyond `names` stand for nothing.
+        origin: where the names are from, for messages.
+
+    Raises:
+        UserError: there are more names than outputs, or a class is not among them.
+    """
+    if len(names) > outputs:
+        raise UserError(
+            f"{origin} names {len(names)} classes, but the network has {outputs} outputs"
+        )
+    place = {name: number for number, name in enumerate(names)}
+    unknown = [name for name in classes if name not in place]
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} classes of the data ({_some(unknown)}) are not among the {len(names)} "
+            f"of {origin} ({_some(names)}): --class-map FILE can say what the outputs are called "
+            "in these data"
+        )
+    return [place[name] for name in classes]
+
+
+def match_classes(
+    data: ImageDataset, names: Sequence[str], outputs: int, *, origin: str
+) -> list[str]:
+    """Number the classes of `data` as a network does (`outputs_of`); remarks for the user."""
+    present = data.num_classes
+    data.renumber(names, outputs_of(data.class_names, names, outputs, origin=origin))
+    if present == len(names):
+        return []
+    return [f"the data have {present} of the {len(names)} classes of {origin}"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

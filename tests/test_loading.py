@@ -1,0 +1,256 @@
+"""Commands that take a checkpoint build the network in it, and say which weights they take."""
+
+import pathlib
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from training_runs import load, make_images, train
+
+import deit
+from deit.args import parse_args
+from deit.data import build_dataset, build_eval_loader, eval_transform
+from deit.errors import UserError, one_line_errors
+from deit.loading import NETWORK, adopt, build_as_trained
+from deit.main import main
+from deit.teacher import build_teacher
+from deit.verify import cli as verify
+
+MODEL = "d2_deit_tiny_patch16_LS"
+KWARGS = ("depth=1", "embed_dim=16", "num_heads=2")
+OPTIONS = ("--model", MODEL, "--input-size", "16", "--patch-size", "8", "--attn-mixer",
+           "--model-kwargs", *KWARGS, "--epochs", "1", "--model-ema-decay", "0.5")  # fmt: skip
+FEW = ("--device", "cpu", "--num-workers", "0", "--threads", "1", "--batch-size", "4")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def file(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    assert train(*OPTIONS, data=data, out=out) == 0
+    return out / "checkpoint.pth"
+
+
+def run(*argv: str) -> int:
+    return one_line_errors(lambda: main(parse_args([*FEW, *argv])))
+
+
+def assert_holds(network, state):
+    own = network.state_dict()
+    assert own.keys() == state.keys()
+    assert all(torch.equal(own[key], value) for key, value in state.items())
+
+
+def test_load(file):
+    saved = torch.load(file)  # with torch's defaults
+    assert not torch.equal(saved["model"]["head.weight"], saved["model_ema"]["head.weight"])
+    network = deit.load(file)
+    assert_holds(network, saved["model"])
+    assert network.class_names == ["class0", "class1", "class2"]
+    assert not network.training
+    assert network(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+    assert_holds(deit.load(str(file), ema=True), saved["model_ema"])
+
+
+def test_timms_own_loader_takes_the_average(file):
+    """As the README says."""
+    kwargs = {"img_size": 16, "patch_size": 8, "use_attn_mixer": True, "num_classes": 3}
+    kwargs |= {"depth": 1, "embed_dim": 16, "num_heads": 2}
+    network = timm.create_model(MODEL, checkpoint_path=str(file), **kwargs)
+    assert_holds(network, load(file)["model_ema"])
+
+
+def test_load_for_other_images_and_classes(file):
+    network = deit.load(file, img_size=32, num_classes=5)
+    assert network(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    assert network.class_names is None
+
+
+def test_load_of_older_and_bare_files(file, tmp_path):
+    saved = load(file)
+    args = Namespace(**saved["args"])
+    args.output_dir = pathlib.PosixPath("/data/run")
+    args.model_kwargs = [tuple(pair) for pair in args.model_kwargs]
+    torch.save({"model": saved["model"], "args": args}, tmp_path / "old.pth")
+    assert_holds(deit.load(tmp_path / "old.pth"), saved["model"])
+    save_file(saved["model"], tmp_path / "bare.safetensors")
+    bare = deit.load(tmp_path / "bare.safetensors", model=MODEL, depth=1, embed_dim=16, num_heads=2)
+    assert_holds(bare, saved["model"])  # patches, mixer, image size and classes from the shapes
+    assert bare.class_names is None
+    with pytest.raises(UserError, match="does not say which model it is"):
+        deit.load(tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="no 'model_ema'"):
+        deit.load(tmp_path / "old.pth", ema=True)
+    with pytest.raises(UserError, match="does not fit"):
+        deit.load(file, depth=2)
+
+
+def test_evaluation_needs_nothing_but_the_file(file, data, capsys):
+    assert run("--eval", "--resume", str(file)) == 0
+    printed = capsys.readouterr().out
+    scores = load(file)["progress"]["history"][-1]
+    assert f"Acc@1 {scores['test_acc1']:.3f}" in printed
+    taken = f"--model {MODEL} --input-size 16 --patch-size 8 --attn-mixer --model-kwargs depth=1"
+    assert taken in printed
+    assert f"--data-path {data}" in printed
+
+
+def test_differences_are_named(file, data, capsys):
+    assert run("--eval", "--resume", str(file), "--input-size", "32") == 2
+    assert "--input-size 32 (there: --input-size 16)" in capsys.readouterr().err
+    assert run("--eval", "--resume", str(file), "--model-kwargs", "depth=2") == 2
+    assert "--model-kwargs depth=2 (there: 1)" in capsys.readouterr().err
+    assert run("--eval", "--resume", str(file), "--model", "resmlp_12", "--input-size", "16") == 2
+    assert f"--model resmlp_12, but {file} was saved from {MODEL}" in capsys.readouterr().err
+    assert run("--eval", "--resume", str(file), "--nb-classes", "7") == 2
+    assert "has 3 outputs: omit it" in capsys.readouterr().err
+    # the default value, but given: it counts
+    assert run("--eval", "--resume", str(file), "--input-size", "224") == 2
+    assert "--input-size 224 (there: --input-size 16)" in capsys.readouterr().err
+
+
+def test_training_goes_on_and_starts_with_the_network_of_the_file(file, data, tmp_path, capsys):
+    common = ("--data-path", str(data), "--warmup-epochs", "0")
+    assert run("--resume", str(file), *common, "--epochs", "2", "--output-dir", str(tmp_path)) == 0
+    assert f"--model {MODEL} --input-size 16" in capsys.readouterr().out
+    assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
+    assert run("--finetune", str(file), *common, "--epochs", "1", "--nb-classes", "5") == 0
+    printed = capsys.readouterr().out
+    assert "the trained weights (model), not their average" in printed
+    assert "initialised anew (head" in printed
+
+
+def test_the_check_of_equivariance_builds_the_network_of_the_file(file, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "LAYER_CASES", [])
+    run = lambda *argv: one_line_errors(lambda: verify.main([*argv, "--device", "cpu"]))  # noqa: E731
+    assert run("--checkpoint", str(file)) == 0
+    assert f"{MODEL}, checkpoint" in capsys.readouterr().out
+    assert run("--checkpoint", str(file), "--model-kwargs", "depth=3") == 2
+    assert "missing keys" in capsys.readouterr().err
+
+
+def test_a_namespace_without_a_command_line():
+    """What differs from the defaults counts as given."""
+    args = Namespace(model="test_vit", input_size=32, patch_size=None, model_kwargs=None)
+    checkpoint = {"args": Namespace(model="test_vit", input_size=48, patch_size=8)}
+    notes = adopt(args, checkpoint, {}, NETWORK, source="c.pth")
+    assert (args.input_size, args.patch_size) == (32, 8)
+    assert notes == ["taken from c.pth: --patch-size 8",
+                     "other than in c.pth: --input-size 32 (there: --input-size 48)"]  # fmt: skip
+
+
+def test_another_models_options_are_not_taken(file):
+    with pytest.raises(UserError, match="does not fit"):
+        build_as_trained({"model": load(file)["model"], "args": Namespace(model=MODEL)},
+                         source="c", model="test_vit")  # fmt: skip
+
+
+def test_the_teachers_outputs_are_put_in_the_students_order(file):
+    classes = ["class2", "class0"]
+    teacher = build_teacher(MODEL, str(file), 2, "cpu", mean=(0.5,) * 3, std=(0.2,) * 3,
+                            class_names=classes)  # fmt: skip
+    images = torch.randn(2, 3, 16, 16)
+    whole = build_teacher(MODEL, str(file), 3, "cpu", mean=(0.5,) * 3, std=(0.2,) * 3,
+                          class_names=["class0", "class1", "class2"])  # fmt: skip
+    assert torch.equal(teacher(images), whole(images)[:, [2, 0]])
+    with pytest.raises(UserError, match=r"1 classes of the data \(cat\)"):
+        build_teacher(MODEL, str(file), 2, "cpu", class_names=["class0", "cat"])
+
+
+# labels
+
+
+def test_folders_of_some_of_the_classes(file, data, tmp_path, capsys):
+    for name in ("class1", "class2"):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / name).symlink_to(data / "val" / name)
+    argv = ("--eval", "--data-path", str(tmp_path), "--resume")
+    assert run(*argv, str(file)) == 0
+    named = capsys.readouterr().out
+    assert "the data have 2 of the 3 classes" in named
+    images = build_dataset("val", root=data, transform=eval_transform(16))
+    network = deit.load(file)
+    right = [
+        bool(network(image).argmax() == label)
+        for image, label in build_eval_loader(images, batch_size=1, device="cpu")
+        if label > 0
+    ]
+    assert f"Acc@1 {100 * sum(right) / len(right):.3f} " in named
+
+    nameless = load(file)
+    del nameless["class_names"]
+    torch.save(nameless, tmp_path / "nameless.pth")
+    assert run(*argv, str(tmp_path / "nameless.pth"), "--nb-classes", "3") == 2
+    assert "2 classes" in (error := capsys.readouterr().err)
+    assert "--class-map FILE" in error
+    (tmp_path / "map.txt").write_text("class0\nclass1\nclass2\n")
+    mapped = ("--class-map", str(tmp_path / "map.txt"))
+    assert run(*argv, str(tmp_path / "nameless.pth"), *mapped) == 0
+    assert scores(capsys.readouterr().out) == scores(named)
+    (tmp_path / "val" / "other").symlink_to(data / "val" / "class0")
+    assert run(*argv, str(file)) == 2
+    assert "1 classes of the data (other)" in capsys.readouterr().err
+
+
+def scores(printed: str) -> str:
+    return next(line for line in printed.splitlines() if line.startswith("*"))
+
+
+def test_a_classifier_for_other_classes_is_not_taken(file, data, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number, name in enumerate(("cat", "dog", "owl")):
+            (tmp_path / split / name).symlink_to(data / split / f"class{number}")
+    argv = ("--data-path", str(tmp_path), "--epochs", "1", "--warmup-epochs", "0")
+    assert run("--finetune", str(file), *argv) == 0
+    assert "initialised anew (head" in capsys.readouterr().out
+    assert run("--resume", str(file), *argv) == 2
+    assert "3 classes of the data (cat, dog, owl)" in capsys.readouterr().err
+
+
+# what cannot be scored
+
+
+def test_weights_that_are_not_finite(file, data, tmp_path, capsys):
+    broken = load(file)
+    broken["model"]["head.weight"][0, 0] = float("nan")
+    torch.save(broken, tmp_path / "nan.pth")
+    for option in ("--resume", "--finetune"):
+        assert run("--eval", option, str(tmp_path / "nan.pth")) == 2
+        error = capsys.readouterr().err
+        assert "weights that are infinite or NaN, in 1 tensor (head.weight)" in error
+        assert error.count("\n") == 1
+
+
+def test_logits_that_are_not_finite(file, data, monkeypatch, capsys):
+    from deit import evaluation
+
+    def overflow(*args, **kwargs):
+        model, *rest = build(*args, **kwargs)
+        model.register_forward_hook(lambda module, inputs, logits: logits / 0)
+        return model, *rest
+
+    build = evaluation._resumed
+    monkeypatch.setattr(evaluation, "_resumed", overflow)
+    assert run("--eval", "--resume", str(file)) == 2
+    assert "the logits of 17 of 17 images are infinite or NaN" in capsys.readouterr().err
+
+
+# mirrored images
+
+
+def test_flop_eval(file, data, tmp_path, capsys):
+    """A mirror-invariant network gives each image and its mirror image the same answer."""
+    assert run("--eval", "--resume", str(file), "--flop-eval") == 0
+    line = scores(capsys.readouterr().out)
+    accuracy = line.split("Acc@1 ")[1].split()[0]
+    assert line.endswith(f"mirrored Acc@1 {accuracy} same answer 100.000")
+    ordinary = ("--model", "test_vit", "--input-size", "32", "--data-path", str(data))
+    assert run("--eval", *ordinary, "--flop-eval") == 0
+    assert float(scores(capsys.readouterr().out).split()[-1]) < 100
