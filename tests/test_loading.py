@@ -16,7 +16,6 @@ from deit.errors import UserError, one_line_errors
 from deit.loading import NETWORK, adopt, build_as_trained
 from deit.main import main
 from deit.teacher import build_teacher
-from deit.verify import cli as verify
 
 MODEL = "d2_deit_tiny_patch16_LS"
 KWARGS = ("depth=1", "embed_dim=16", "num_heads=2")
@@ -127,6 +126,8 @@ def test_training_goes_on_and_starts_with_the_network_of_the_file(file, data, tm
 
 
 def test_the_check_of_equivariance_builds_the_network_of_the_file(file, monkeypatch, capsys):
+    from deit.verify import cli as verify
+
     monkeypatch.setattr(verify, "LAYER_CASES", [])
     run = lambda *argv: one_line_errors(lambda: verify.main([*argv, "--device", "cpu"]))  # noqa: E731
     assert run("--checkpoint", str(file)) == 0
