@@ -98,9 +98,10 @@ class MirrorKernel(FixedBuffers):
 class MirrorConv2d(nn.Module):
     """A dense convolution of an image (B, C_in, H, W), or of parts with channels last.
 
-    It gives parts with channels last, (B, H', W', C_out / 2). s' = k_ss * s + k_as * a + b and a' = k_sa * s + k_aa * a, where the first index is the input.
-    Flopping commutes with it if it maps the kernel's positions to one another, that is if a stride
-    leaves out no column on the right.
+    It gives parts with channels last, (B, H', W', C_out / 2): s' = k_ss * s + k_as * a + b and
+    a' = k_sa * s + k_aa * a, where the first index is the input. Flopping commutes with it if it
+    maps the kernel's positions to one another, that is if a stride leaves out no column on the
+    right.
 
     Args:
         in_rep: representation of the input channels; colours are `Rep(FLOP, free=0, fixed=3)`.

@@ -1,8 +1,8 @@
 """ConvNeXt: equivariant, isotropic (one resolution) and hierarchical (four stages).
 
 Inside, features are parts with channels last, s and a of (B, H, W, C/2). Maps leave the network
-(`forward_intermediates`, `features_only=True`, `forward_features`) packed, as (B, C, H, W). Flopping
-the image flips them, leaves channels [0, C/2) alone and negates channels [C/2, C);
+packed, as (B, C, H, W) (`forward_intermediates`, `features_only=True`, `forward_features`).
+Flopping the image flips them, leaves channels [0, C/2) alone and negates channels [C/2, C);
 `feature_info[i]["symmetric_channels"]` says how many are left alone. The head classifies means of
 s, and with `use_symmetrized_asym_feats` of |a| too.
 

@@ -277,9 +277,8 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     def _finish(self, x: Feature, depth: int) -> Tensor:
         """Tokens after so many blocks to the invariant features that are classified."""
         x = self._normalize(x, depth)
-        if self.bridge is not None:
-            return x
-        return x[0] if self.invariants is None else self.invariants(x)
+        x = pack(x) if self.invariants is None else self.invariants(x)
+        return x[..., : self.num_features]
 
     def _to_image_order(self, x: Tensor, grid: MirrorGrid) -> Tensor:
         """Patch tokens from mirror order to row-major order; prefix tokens stay first."""
