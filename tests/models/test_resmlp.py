@@ -103,7 +103,8 @@ def test_options(family):
     assert model.head_drop.p == 0.2
     rates = {m.drop_prob for m in model.modules() if isinstance(m, DropPath)}
     assert rates == {0.4}  # constant over depth
-    assert model.blocks[0].mlp.drop1.p == model.blocks[0].mlp.drop2.p == 0.3
+    mlp = model.blocks[0].mlp
+    assert mlp.drop1.p == mlp.drop2.p == 0.3
     for unknown in ("attn_drop_rate", "use_attn_mixer", "use_fused_attn", "no_such_option"):
         with pytest.raises(TypeError, match=unknown):
             create(family, **{unknown: True})
