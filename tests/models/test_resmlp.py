@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock, checkpoint_filter_fn
 from tiny import create, create_random, images
 
