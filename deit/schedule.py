@@ -95,6 +95,30 @@ class PlateauScheduler(Scheduler):
         return {name: getattr(self, name) for name in ("factor", "best", "bad", "waiting")}
 
 
+class ConvNeXtScheduler(Scheduler):
+    """The course of the published ConvNeXt runs, which looks its values up in a table.
+
+    The warm-up is a line from 0 that reaches the learning rate in its last update, and not one
+    after it; the cosine fills the updates that are left, and starts with the learning rate again.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, *, warmup_updates: int, total_updates: int, lr_min: float
+    ) -> None:
+        super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
+        self.warmup_updates = warmup_updates
+        self.total_updates = total_updates
+        self.lr_min = lr_min
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t < self.warmup_updates:
+            done = t / max(self.warmup_updates - 1, 1)
+            return [base * done for base in self.base_values]
+        done = (t - self.warmup_updates) / (self.total_updates - self.warmup_updates)
+        factor = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        return [self.lr_min + (base - self.lr_min) * factor for base in self.base_values]
+
+
 class TrainingSchedule:
     """Sets `lr` and, where it changes, `weight_decay` of an optimizer's parameter groups.
 
@@ -102,21 +126,31 @@ class TrainingSchedule:
         lr_scheduler: a timm scheduler that counts updates.
         weight_decay: its start, its end, and the updates that the cosine between them takes;
             None if it is constant. Groups are given it times their `wd_scale`.
+        late_epochs: None, or the updates of an epoch for the course of the published DeiT runs:
+            the scheduler then counts epochs, and is told of each after its end, so that the first
+            two have the same learning rate.
     """
 
     def __init__(
-        self, lr_scheduler: Scheduler, weight_decay: tuple[float, float, int] | None = None
+        self,
+        lr_scheduler: Scheduler,
+        weight_decay: tuple[float, float, int] | None = None,
+        late_epochs: int | None = None,
     ) -> None:
         self.optimizer = lr_scheduler.optimizer
         self.lr_scheduler = lr_scheduler
         self.weight_decay = weight_decay
+        self.late_epochs = late_epochs
         self.updates = 0
         self.step_update(0)
 
     def step_update(self, num_updates: int) -> None:
         """Set the values for the update that follows the first `num_updates`."""
         self.updates = num_updates
-        self.lr_scheduler.step_update(num_updates)
+        late = self.late_epochs
+        self.lr_scheduler.step_update(
+            num_updates if late is None else max(num_updates // late - 1, 0)
+        )
         if self.weight_decay is not None:
             start, end, total = self.weight_decay
             done = min(num_updates / total, 1.0)
@@ -170,6 +204,7 @@ def build_scheduler(
     seed: int = 0,
     weight_decay: float = 0.0,
     weight_decay_end: float | None = None,
+    as_published: str | None = None,
 ) -> TrainingSchedule:
     """The schedule that the options ask for; see the help of the command line.
 
@@ -182,9 +217,11 @@ def build_scheduler(
         updates_per_epoch: optimizer updates, not steps: gradients may be accumulated over steps.
         lr_noise: start, or start and end, of the noise, as fractions of the course.
         seed: of the noise, which depends on it and on the number of the update alone.
+        as_published: `deit` for the course of the published DeiT runs (see `TrainingSchedule`),
+            `convnext` for that of the ConvNeXt runs (see `ConvNeXtScheduler`).
 
     Raises:
-        UserError: an unknown `sched`, or no update to make.
+        UserError: an unknown `sched`, one that has no such published course, or no update to make.
     """
     if sched != "plateau" and sched not in _TIMM_NAMES:
         known = [*_TIMM_NAMES, "plateau"]
@@ -196,13 +233,25 @@ def build_scheduler(
             f"an epoch has {updates_per_epoch} updates: the data do not fill one global batch; "
             "use a smaller --batch-size or --update-freq"
         )
+    if as_published == "convnext" and sched != "cosine":
+        raise UserError(f"--sched-as-published convnext is a cosine, not --sched {sched}")
+    if as_published == "deit" and sched == "plateau":
+        raise UserError("--sched-as-published deit is for courses by epochs, not --sched plateau")
+    warmup_prefix = warmup_prefix or as_published == "convnext"
     course_epochs = epochs - warmup_epochs if warmup_prefix else epochs
     if course_epochs <= 0:
         raise UserError(f"a warm-up of {warmup_epochs:g} epochs leaves none of the {epochs}")
     noise = {"noise_pct": lr_noise_pct, "noise_std": lr_noise_std, "noise_seed": seed}
-    if sched == "plateau":
+    if as_published == "convnext":
+        scheduler: Scheduler = ConvNeXtScheduler(
+            optimizer,
+            warmup_updates=round(warmup_epochs * updates_per_epoch),
+            total_updates=epochs * updates_per_epoch,
+            lr_min=min_lr,
+        )
+    elif sched == "plateau":
         span = [x * epochs * updates_per_epoch for x in lr_noise] if lr_noise else None
-        scheduler: Scheduler = PlateauScheduler(
+        scheduler = PlateauScheduler(
             optimizer,
             decay_rate=decay_rate,
             patience=patience_epochs,
@@ -226,10 +275,11 @@ def build_scheduler(
             warmup_prefix=warmup_prefix,
             noise=list(lr_noise) if lr_noise else None,
             step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch,
+            updates_per_epoch=1 if as_published == "deit" else updates_per_epoch,
             **noise,
         )
     ends = None
     if weight_decay_end is not None:
         ends = (weight_decay, weight_decay_end, epochs * updates_per_epoch)
-    return TrainingSchedule(scheduler, ends)
+    late = updates_per_epoch if as_published == "deit" else None
+    return TrainingSchedule(scheduler, ends, late)

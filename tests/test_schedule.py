@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -58,6 +59,37 @@ def test_cosine_that_starts_after_the_warm_up():
     assert rates[2 * UPDATES] == pytest.approx(BASE), "the whole learning rate is reached"
     for t in range(2 * UPDATES, TOTAL):
         assert rates[t] == pytest.approx(cosine(t - 2 * UPDATES, TOTAL - 2 * UPDATES, 1e-6))
+
+
+def test_published_deit_course_is_an_epoch_late():
+    """The scheduler is told of an epoch after its end, by timm's formula in epochs."""
+    settings = {"warmup_epochs": 3, "warmup_lr": 1e-3, "min_lr": 1e-2}
+    rates = course(sched="cosine", as_published="deit", **settings)
+    for t in range(TOTAL):
+        epoch = max(t // UPDATES - 1, 0)
+        if epoch < 3:
+            expected = 1e-3 + epoch * (BASE - 1e-3) / 3
+        else:
+            expected = cosine(epoch, EPOCHS, 1e-2)
+        assert rates[t] == pytest.approx(expected)
+    assert rates[: 2 * UPDATES] == [1e-3] * (2 * UPDATES)
+    stepped = course(sched="step", as_published="deit", decay_epochs=2)
+    assert stepped[:TOTAL] == pytest.approx(
+        [BASE * 0.1 ** (max(t // UPDATES - 1, 0) // 2) for t in range(TOTAL)]
+    )
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 0.05])
+def test_published_convnext_course_is_a_table(warmup):
+    """Its warm-up is numpy's linspace from 0, ends included; the cosine takes the rest."""
+    settings = {"warmup_epochs": warmup, "warmup_lr": 1e-3, "min_lr": 1e-2}
+    rates = course(sched="cosine", as_published="convnext", **settings)
+    start = round(warmup * UPDATES)
+    after = range(TOTAL - start)
+    table = [*np.linspace(0, BASE, start)] if start else []
+    table += [1e-2 + 0.5 * (BASE - 1e-2) * (1 + math.cos(math.pi * i / len(after))) for i in after]
+    assert rates[:TOTAL] == pytest.approx(table)
+    assert rates[TOTAL:] == pytest.approx([1e-2] * 5), "no second cosine"
 
 
 def test_step_constant_tanh_and_poly():
@@ -142,8 +174,12 @@ def rates_of_a_run(settings, metrics, stop_at=None):
 @pytest.mark.parametrize("stop_at", [7, 73, 100, 161])
 @pytest.mark.parametrize(
     "settings",
-    [PLATEAU, {"sched": "cosine", "warmup_epochs": 2, "lr_noise": [0.1, 0.9]}],
-    ids=["plateau", "cosine"],
+    [
+        PLATEAU,
+        {"sched": "cosine", "warmup_epochs": 2, "lr_noise": [0.1, 0.9]},
+        {"sched": "cosine", "warmup_epochs": 2, "as_published": "convnext"},
+    ],
+    ids=["plateau", "cosine", "convnext"],
 )
 def test_resuming_changes_nothing(settings, stop_at):
     metrics = [0, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3]
@@ -164,6 +200,10 @@ def test_a_published_state_is_passed_over():
 def test_wrong_settings():
     with pytest.raises(UserError, match=r"unknown schedule 'cosin'.*did you mean cosine"):
         course(sched="cosin")
+    with pytest.raises(UserError, match="convnext is a cosine, not --sched step"):
+        course(sched="step", as_published="convnext")
+    with pytest.raises(UserError, match="not --sched plateau"):
+        course(sched="plateau", as_published="deit")
     with pytest.raises(UserError, match="0 updates"):
         build_scheduler(make_optimizer(), epochs=1, updates_per_epoch=0)
     with pytest.raises(UserError, match="warm-up of 10 epochs leaves none of the 10"):
