@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -145,7 +146,7 @@ class Learner:
     train_mode: bool = True
 
     def __post_init__(self) -> None:
-        self._second_order = bool(getattr(self.optimizer, "is_second_order", False))
+        self._second_order = needs_second_order(self.optimizer)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         wrapped = isinstance(self.model, DistributedDataParallel)
         self._bare = self.model.module if wrapped else self.model
@@ -162,7 +163,7 @@ class Learner:
                 images, targets = self.mixup(images, targets)
             images = self.criterion.network_input(images)
             with unsynchronised(self.model, last=turn == self.accumulation - 1):
-                with self.precision.autocast():
+                with self.precision.autocast(), twice_differentiable(self._second_order):
                     outputs = self.model(images)
                     loss = self.criterion(outputs, targets, images)
                 running.add(loss, len(targets), number)
@@ -182,9 +183,19 @@ class Learner:
                 f"the optimizer {name} cannot update sharded weights (--fsdp)"
             ) from error
         scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # apex's takes no argument
         if self.ema is not None:
             self.ema.update(self._bare)
+
+
+def needs_second_order(optimizer: Optimizer) -> bool:
+    """Whether the optimizer differentiates the gradients it is given, as AdaHessian does."""
+    return bool(getattr(optimizer, "is_second_order", False))
+
+
+def twice_differentiable(wanted: bool) -> AbstractContextManager[None]:
+    """Compute attention by its formula where fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
 
 
 def train_one_epoch(

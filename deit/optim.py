@@ -20,6 +20,8 @@ _logger = logging.getLogger(__name__)
 
 # The batch size that learning rates are quoted for.
 REFERENCE_BATCH = 512
+# timm's names of the optimizers of torch that have a fused form.
+_FUSED = frozenset({"adam", "adamw"})
 # Embeddings are positions in feature space, not maps: shrinking them has no meaning. The parts of
 # an equivariant embedding are pos_embed.0, pos_embed.1, ...
 _TOKENS = frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
@@ -65,14 +67,30 @@ def decays(name: str, parameter: torch.Tensor, exempt: Collection[str] = ()) -> 
     )
 
 
+def decays_as_compiled(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applied to a parameter in the published runs that were compiled.
+
+    They looked parameters up under the names that compilation gives (`_orig_mod.pos_embed`), which
+    no list of exceptions knows: all but vectors and biases decayed, position embeddings and class
+    tokens too.
+    """
+    return parameter.ndim > 1 and not name.endswith(".bias")
+
+
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    as_compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups of equal weight decay and learning rate.
 
     A group has `weight_decay` (0 where `decays` says no), `wd_scale` (1 or 0, for schedules), and
     `lr_scale`, which timm's schedulers multiply the learning rate by: layer_decay^k for the k-th
     layer from the output, layers being those of the network's `group_matcher`.
+
+    Args:
+        as_compiled: decide by `decays_as_compiled` in place of `decays`.
 
     Raises:
         UserError: nothing is trainable, or a layer decay for a network without `group_matcher`.
@@ -85,7 +103,11 @@ def parameter_groups(
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        layer, decay = depth.get(name, 0), decays(name, parameter, exempt)
+        layer = depth.get(name, 0)
+        if as_compiled:
+            decay = decays_as_compiled(name, parameter)
+        else:
+            decay = decays(name, parameter, exempt)
         group = groups.setdefault(
             (layer, decay),
             {
@@ -99,6 +121,20 @@ def parameter_groups(
     if not groups:
         raise UserError(f"{type(network).__name__} has no trainable parameter")
     return list(groups.values())
+
+
+def freeze_shift(model: nn.Module) -> str:
+    """Keep the shifts of equivariant ResMLPs (`beta_sym`, `beta_asym`) at what they are.
+
+    The published networks hold them, and never add them: they stayed at zero.
+
+    Returns:
+        A remark for the user, if the network has none.
+    """
+    shifts = [p for name, p in named_parameters(model) if name.split(".")[-1].startswith("beta_")]
+    for parameter in shifts:
+        parameter.requires_grad_(False)
+    return "" if shifts else "--freeze-shift has no effect: this network has no such shift"
 
 
 def _layers_from_output(
@@ -125,12 +161,14 @@ def build_optimizer(
     betas: Collection[float] | None = None,
     momentum: float = 0.9,
     layer_decay: float = 1.0,
+    decay_as_compiled: bool = False,
 ) -> Optimizer:
     """The optimizer `opt` over `parameter_groups(model, ...)`.
 
-    `lamb` is `deit.lamb.Lamb`. `fusedlamb` is apex's where that is installed and the network is on
-    a GPU and not sharded, else `Lamb` too, which makes the same updates; the log says which.
-    Everything else is timm's; what an optimizer has no use for (betas, eps, momentum) is ignored.
+    Adam and AdamW are torch's fused ones where the network is on a GPU. `lamb` is
+    `deit.lamb.Lamb`. `fusedlamb` is apex's where that is installed and the network is on a GPU and
+    not sharded, else `Lamb` too, which makes the same updates; the log says which. Everything else
+    is timm's; what an optimizer has no use for (betas, eps, momentum) is ignored.
 
     Args:
         eps, betas: None for the optimizer's own.
@@ -138,7 +176,7 @@ def build_optimizer(
     Raises:
         UserError: an unknown optimizer, or one that does not take these settings.
     """
-    groups = parameter_groups(model, weight_decay, layer_decay)
+    groups = parameter_groups(model, weight_decay, layer_decay, decay_as_compiled)
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     if eps is not None:
         settings["eps"] = eps
@@ -146,9 +184,12 @@ def build_optimizer(
         settings["betas"] = tuple(betas)
     name = opt.lower()
     known = list_optimizers()
-    if name.split("_")[-1] not in known:
+    inner = name.removeprefix("lookahead_")
+    if inner not in known:
         raise UserError(f"unknown optimizer {opt!r}{suggest(name, known)}")
-    info = get_optimizer_info(name.split("_")[-1])
+    info = get_optimizer_info(inner)
+    if inner in _FUSED and _on_gpu(groups):
+        settings["fused"] = True
     if betas is not None and info.has_betas and len(betas) != info.num_betas:
         raise UserError(f"optimizer {opt!r} takes {info.num_betas} betas, got {len(betas)}")
     try:
@@ -174,7 +215,10 @@ def _build_lamb(groups: list[dict[str, Any]], settings: dict[str, Any], fused: b
     return Lamb(groups, **settings)
 
 
+def _on_gpu(groups: list[dict[str, Any]]) -> bool:
+    return groups[0]["params"][0].is_cuda
+
+
 def _on_one_gpu(groups: list[dict[str, Any]]) -> bool:
     """Whether apex's kernels can have the parameters: on a GPU, and not sharded."""
-    first = groups[0]["params"][0]
-    return first.is_cuda and not hasattr(first, "to_local")
+    return _on_gpu(groups) and not hasattr(groups[0]["params"][0], "to_local")

@@ -67,6 +67,9 @@ def _add_run(parser: ArgumentParser) -> None:
             "checkpoint to go on from, or to evaluate: a file, 'auto' (the last one in "
             "--output-dir, or a fresh start if there is none), an https:// address, or "
             "hf-hub:OWNER/NAME (default: start afresh)")
+    run.switch("--resume-weights-only",
+               "take the weights and their average from the checkpoint that --resume names, and "
+               "its epoch, but not the state of its optimizer")
     run.add("--start-epoch", NATURAL, 0, "N",
             "first epoch, counted from 0; a resumed checkpoint brings its own")
     run.switch("--eval",
@@ -108,6 +111,9 @@ def _add_model(parser: ArgumentParser) -> None:
     model.switch("--attn-mixer",
                  "learn the weights of the symmetric and the antisymmetric attention logits; "
                  "equivariant ViTs only, not with --fused-attn")
+    model.switch("--freeze-shift",
+                 "keep the shifts of equivariant ResMLPs at zero: the published runs stored them "
+                 "but never used them")
     model.switch("--fused-attn",
                  "use PyTorch's fused attention kernels; ViTs only", default=None)
     model.add("--layer-scale-init-value", NON_NEGATIVE, None, "X",
@@ -167,6 +173,10 @@ def _add_optimizer(parser: ArgumentParser) -> None:
     optimizer.add("--weight-decay-end", NON_NEGATIVE, None, "X",
                   "weight decay at the end of the training, reached by a cosine over its "
                   "updates (default: constant)")
+    optimizer.switch("--decay-as-compiled",
+                     "let position embeddings and class tokens decay too, and have LAMB's trust "
+                     "ratio: compiled names hid them from the list of exceptions in all published "
+                     "ViT runs")
     optimizer.add("--layer-decay", FRACTION, 1.0, "X",
                   "factor on the learning rate for every layer further from the output")
     optimizer.add("--update-freq", COUNT, 1, "STEPS",
@@ -190,6 +200,11 @@ def _add_schedule(parser: ArgumentParser) -> None:
     schedule.switch("--warmup-prefix",
                     "start the course where the warm-up ends (ConvNeXt's way); without it the "
                     "course counts from epoch 0 and the warm-up hides its beginning (DeiT's)")
+    schedule.add("--sched-as-published", str, None, None,
+                 "the course of the published runs. deit: a step an epoch and one epoch late, so "
+                 "that the first two stay at --warmup-lr; convnext: a warm-up from 0, then the "
+                 "cosine (default: by the options above, at every update)",
+                 choices=("deit", "convnext"))
     schedule.add("--min-lr", NON_NEGATIVE, 1e-5, "LR",
                  "learning rate that cosine, tanh, poly and plateau go down to, never scaled")
     schedule.add("--decay-epochs", POSITIVE, 30, "EPOCHS",

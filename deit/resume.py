@@ -5,6 +5,7 @@ On top of the published checkpoint format (`model`, `model_ema`, `optimizer`, `l
 `epoch`, `scaler`, `args`) a checkpoint has
 
     step        optimizer updates done in the epoch after `epoch`; 0 unless stopped in mid-epoch
+    parameters  the names of the parameters in `optimizer`, in its order
     class_names the classes that the outputs stand for, in their order
     progress    images seen and time spent in that epoch, best result, the lines of log.txt
     processes   for every rank: the states of all random generators, the running loss
@@ -29,19 +30,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from deit.args import config_dict
-from deit.distributed import Processes, like_sharded
+from deit.distributed import Processes
 from deit.engine import Precision, RunningLoss
 from deit.errors import UserError
-from deit.schedule import TrainingSchedule
-
-# What the command line and the device decide about a parameter group. Everything else in it (step
-# counts, estimated distances, ...) is state of the optimizer.
-_FROM_THIS_RUN = frozenset(
-    {"params", "lr", "initial_lr", "lr_scale", "weight_decay", "wd_scale", "betas", "eps"}
-    | {"momentum", "max_grad_norm", "foreach", "fused", "capturable", "differentiable"}
+from deit.moments import (
+    REMEDY,
+    load_optimizer,
+    optimizer_names,
+    optimizer_state,
+    positions_of,
+    published_names,
 )
-# Other entries (factors of moments, step counts) have shapes of their own.
-_SHAPED_LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+from deit.schedule import TrainingSchedule
 
 
 @dataclass
@@ -65,6 +65,54 @@ class Progress:
         """The epoch under way is over, with `record` as its line in log.txt."""
         self.history.append(dict(record))
         self.epoch, self.step, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
+
+
+# What may differ without changing what is trained.
+_PLACE = frozenset(
+    {"resume", "resume_weights_only", "output_dir", "overwrite", "start_epoch", "eval", "dist_eval"}
+    | {"device", "threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_interval"}
+    | {"log_dir", "save_freq", "wandb", "kernels", "download"}
+)
+
+
+def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
+    """One sentence for each option that is not what it was in the run that is gone on with."""
+    if saved is None:
+        return []
+    before, now = config_dict(saved), config_dict(args)
+    names = [name for name in now if name in before and name not in _PLACE]
+    return [
+        f"--{name.replace('_', '-')} is {_shown(now[name])}, it was {_shown(before[name])}"
+        for name in names
+        if now[name] != before[name] and not {now[name], before[name]} <= _SAME.get(name, set())
+    ]
+
+
+# Two names of one optimizer.
+_SAME = {"opt": {"lamb", "fusedlamb"}}
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value in (None, "", []) else f"{value}"
+
+
+def _epoch(checkpoint: Mapping[str, Any], start_epoch: int, source: str) -> int:
+    """The last epoch that was completed.
+
+    Raises:
+        UserError: it is a word, as in the best files of ConvNeXt's authors, and the command line
+            does not say it.
+    """
+    epoch = checkpoint.get("epoch", start_epoch - 1)
+    try:
+        return int(epoch)
+    except (TypeError, ValueError):
+        if start_epoch > 0:
+            return start_epoch - 1
+        raise UserError(
+            f"{source!r} does not say which epoch it is of (epoch is {epoch!r}): give the one to "
+            "go on with by --start-epoch"
+        ) from None
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -116,44 +164,6 @@ def whole(value: Any, keep: bool) -> Any:
     return value
 
 
-def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], source: str) -> None:
-    """Load a whole optimizer state dict into `optimizer`, sharded as its parameters are.
-
-    Raises:
-        UserError: it belongs to another optimizer or to other parameters.
-    """
-    own_groups = optimizer.state_dict()["param_groups"]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    saved_groups = saved["param_groups"]
-    sizes = [len(group["params"]) for group in own_groups]
-    if [len(group["params"]) for group in saved_groups] != sizes:
-        raise UserError(
-            f"the optimizer in {source!r} has other parameter groups than this run: use the same "
-            "model, --opt, --layer-decay and --weight-decay, or start from it with --finetune"
-        )
-    order = {index: n for n, index in enumerate(i for g in saved_groups for i in g["params"])}
-    state: dict[int, dict[str, Any]] = {}
-    for index, values in saved["state"].items():
-        param = params[order[index]]
-        if any(key in values and values[key].shape != param.shape for key in _SHAPED_LIKE_WEIGHTS):
-            raise UserError(
-                f"the optimizer state in {source!r} is of tensors of other shapes than this run's: "
-                "use the same model and --opt, or start from it with --finetune"
-            )
-        state[order[index]] = {key: _place(value, param) for key, value in values.items()}
-    groups = [
-        dict(theirs) | {k: v for k, v in own.items() if k in _FROM_THIS_RUN}
-        for own, theirs in zip(own_groups, saved_groups, strict=True)
-    ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _place(value: Any, param: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return like_sharded(value, param) if value.shape == param.shape else value.clone()
-
-
 @dataclass
 class TrainingState:
     """Everything that changes while training, gathered for saving and restoring."""
@@ -181,7 +191,8 @@ class TrainingState:
         }
         checkpoint = {
             "model": whole(self.model.state_dict(), keep),
-            "optimizer": whole(self.optimizer.state_dict(), keep),
+            "optimizer": whole(optimizer_state(self.optimizer), keep),
+            "parameters": optimizer_names(self.model, self.optimizer),
             "lr_scheduler": self.schedule.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.progress.epoch - 1,
@@ -206,27 +217,82 @@ class TrainingState:
         Returns:
             What could not be restored exactly, in sentences for the user; none if all was.
         """
-        notes = []
-        if isinstance(checkpoint.get("optimizer"), Mapping):
+        notes = changed_options(checkpoint.get("args"), self.args)
+        if self.args.resume_weights_only:
+            notes.append("--resume-weights-only: the optimizer's moments start at zero")
+        elif isinstance(checkpoint.get("optimizer"), Mapping):
             self._check_optimizer(checkpoint.get("args"), source)
-            load_optimizer(self.optimizer, checkpoint["optimizer"], source)
+            notes += self._restore_optimizer(checkpoint, source)
+            if checkpoint.get("scaler") and self.precision.scaler.is_enabled():
+                self.precision.scaler.load_state_dict(checkpoint["scaler"])
         else:
             notes.append("it has no optimizer state, so the moments start at zero")
         if isinstance(checkpoint.get("lr_scheduler"), Mapping):
             self.schedule.load_state_dict(checkpoint["lr_scheduler"])
-        if checkpoint.get("scaler") and self.precision.scaler.is_enabled():
-            self.precision.scaler.load_state_dict(checkpoint["scaler"])
+        if self.ema is None and isinstance(checkpoint.get("model_ema"), Mapping):
+            notes.append("its average (model_ema) is dropped, as this run keeps none: --model-ema")
         known = {f.name for f in fields(Progress)}
         saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
         started = self.progress.epoch  # --start-epoch, for a file that does not say
         self.progress = Progress(**saved)
-        self.progress.epoch = int(checkpoint.get("epoch", started - 1)) + 1
+        self.progress.epoch = _epoch(checkpoint, started, source) + 1
         self.progress.step = int(checkpoint.get("step", 0))
         if self.progress.step and self.progress.images != self.progress.step * global_batch:
             self.progress.step, rest = divmod(self.progress.images, global_batch)
             self.progress.images -= rest
             notes.append("its global batch was another one, so the rest of the epoch differs")
         notes += self._restore_processes(checkpoint.get("processes"))
+        return notes
+
+    def _restore_optimizer(self, checkpoint: Mapping[str, Any], source: str) -> list[str]:
+        saved, order = checkpoint["optimizer"], None
+        own = optimizer_names(self.model, self.optimizer)
+        published = "processes" not in checkpoint  # our own code has always written it
+        names = checkpoint.get("parameters")
+        if published:
+            names = published_names(self.model, checkpoint["model"], saved)
+            if names is None:
+                raise UserError(
+                    f"the optimizer state in {source!r} cannot be told apart: no grouping of the "
+                    f"published code fits this network; use the same model, {REMEDY}"
+                )
+        if names is not None:
+            order = positions_of(names, own)
+        new = load_optimizer(self.optimizer, saved, source, order)
+        notes = []
+        if new:
+            notes.append(
+                f"it has no moments of {own[new[0]]}"
+                + (f" and {len(new) - 1} other parameters" if len(new) > 1 else "")
+                + ", which start at zero"
+            )
+        if published:
+            notes += self._published_differences(saved, names, own, "lr_scheduler" in checkpoint)
+        return notes
+
+    def _published_differences(
+        self, saved: Mapping[str, Any], names: list[str], own: list[str], by_epoch: bool
+    ) -> list[str]:
+        """What the published run did otherwise than this one, unless the options ask for it."""
+        notes = []
+        decayed = [bool(g["weight_decay"]) for g in saved["param_groups"] for _ in g["params"]]
+        theirs = dict(zip(names, decayed, strict=True))
+        groups = self.optimizer.param_groups
+        ours = dict(
+            zip(own, [bool(g["weight_decay"]) for g in groups for _ in g["params"]], strict=True)
+        )
+        other = [name for name in own if theirs.get(name) and not ours[name]]
+        if other and any(ours.values()):
+            notes.append(
+                f"it was trained with weight decay on {', '.join(other[:3])}: "
+                "--decay-as-compiled goes on so"
+            )
+        course = "deit" if by_epoch else "convnext"
+        if self.args.sched_as_published != course:
+            notes.append(
+                f"its learning rates may be the published ones: --sched-as-published {course} "
+                "goes on with them"
+            )
         return notes
 
     def _check_optimizer(self, saved: Any, source: str) -> None:
@@ -236,7 +302,7 @@ class TrainingState:
         if theirs and theirs != ours and {theirs, ours} != lamb:
             raise UserError(
                 f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
-                "same, or start from it with --finetune"
+                f"same, {REMEDY}"
             )
 
     def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:

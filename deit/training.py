@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from deit.args import config_dict, uses_mixup
 from deit.build import (
@@ -33,12 +34,12 @@ from deit.data import (
 )
 from deit.distributed import Processes, blocks_of, shard, wrap_ddp
 from deit.ema import ModelEma
-from deit.engine import Learner, Precision, count_parameters
+from deit.engine import Learner, Precision, count_parameters, needs_second_order
 from deit.errors import UserError
 from deit.finetune import freeze_all_but_attention, load_for_finetune
 from deit.loading import NETWORK, adopt
 from deit.losses import build_criterion, prepare_student
-from deit.optim import build_optimizer, scaled_lr
+from deit.optim import build_optimizer, freeze_shift, scaled_lr
 from deit.reporting import Reporter, environment, read_log
 from deit.resume import Progress, RunningLoss, TrainingState, seed_all
 from deit.run import LAST, Run, find_checkpoint, prepare_folder
@@ -96,6 +97,8 @@ def build_networks(
         notes.append(f"--finetune {args.finetune}: {which}; {report}")
     if args.attn_only:
         freeze_all_but_attention(model)
+    if args.freeze_shift and (note := freeze_shift(model)):
+        notes.append(note)
     if args.distillation_type != "none":
         prepare_student(model)
     model.to(processes.device)
@@ -133,7 +136,9 @@ def build_state(
         betas=args.opt_betas,
         momentum=args.momentum,
         layer_decay=args.layer_decay,
+        decay_as_compiled=args.decay_as_compiled,
     )
+    check_second_order(optimizer, args, processes)
     schedule = build_scheduler(
         optimizer,
         sched=args.sched,
@@ -153,6 +158,7 @@ def build_state(
         seed=args.seed,
         weight_decay=args.weight_decay,
         weight_decay_end=args.weight_decay_end,
+        as_published=args.sched_as_published,
     )
     return TrainingState(
         model=networks.model,
@@ -165,6 +171,16 @@ def build_state(
         ema=None if networks.ema is None else networks.ema.module,
         progress=Progress(epoch=args.start_epoch),
     )
+
+
+def check_second_order(optimizer: Optimizer, args: Namespace, processes: Processes) -> None:
+    """Raise `UserError` where the gradients cannot be differentiated, as this optimizer does."""
+    if needs_second_order(optimizer) and (args.compile or processes.world_size > 1):
+        what = "--compile" if args.compile else "several processes"
+        raise UserError(
+            f"--opt {args.opt} needs second derivatives, which {what} cannot give: "
+            f"{'omit it' if args.compile else 'use one process'}, or use another optimizer"
+        )
 
 
 def build_learner(

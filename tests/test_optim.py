@@ -1,9 +1,11 @@
 """Which parameters decay, how fast layers learn, which implementation is built."""
 
+import copy
 import logging
 import sys
-import types
+from argparse import Namespace
 
+import apex_double
 import pytest
 import timm
 import timm.optim
@@ -11,10 +13,22 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+import deit.models  # noqa: F401 - registers the networks
 from deit import optim
+from deit.engine import Learner, Precision, RunningLoss
 from deit.errors import UserError
 from deit.lamb import Lamb
-from deit.optim import build_optimizer, decays, named_parameters, parameter_groups, scaled_lr
+from deit.losses import build_criterion
+from deit.moments import load_optimizer, optimizer_state
+from deit.optim import (
+    build_optimizer,
+    decays,
+    freeze_shift,
+    named_parameters,
+    parameter_groups,
+    scaled_lr,
+)
+from deit.training import check_second_order
 
 
 def tiny_vit(**kwargs):
@@ -115,14 +129,114 @@ def test_learning_rate_rule():
     assert scaled_lr(5e-4, 512) == 5e-4
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd", "lion", "muon", "adafactor", "lookahead_adamw"])
-def test_timms_optimizers_train(opt):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    before = [p.clone() for p in model.parameters()]
-    optimizer = build_optimizer(model, opt=opt, lr=0.1, weight_decay=0.1, eps=1e-8)
-    model(torch.ones(2, 3)).square().sum().backward()
-    optimizer.step()
-    assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+def learner(model, optimizer, **kwargs):
+    precision = Precision(torch.device("cpu"), None)
+    schedule = lambda updates: None  # noqa: E731
+    return Learner(model, build_criterion(), optimizer, schedule, precision, **kwargs)
+
+
+def two_updates(model, optimizer, size=32, **kwargs):
+    """Two updates of the training loop, with random images."""
+    torch.manual_seed(0)
+    images = [torch.randn(2, 3, size, size) for _ in range(2)]
+    batches = [(x, torch.tensor([0, 1])) for x in images]
+    running = RunningLoss.on(torch.device("cpu"))
+    step = learner(model, optimizer, **kwargs)
+    for number, batch in enumerate(batches):
+        step.update(iter([batch]), running, number)
+
+
+# The names of networks of each family, at their smallest.
+FAMILIES = {
+    "d2_deit_tiny_patch16_LS": {"img_size": 32, "depth": 1},
+    "hybrid_deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
+    "deit_tiny_patch16_LS": {"img_size": 32, "depth": 1},
+    "resmlp_equi_d2_12": {"img_size": 32, "depth": 1},
+    "resmlp_12": {"img_size": 32, "depth": 1},
+    "d2_convnext_isotropic_small": {"img_size": 32, "depth": 1},
+    "convnext_isotropic_small": {"img_size": 32, "depth": 1},
+    "d2_convnext_tiny": {"img_size": 32, "depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)},
+}
+
+
+def small_for(opt):
+    """Parameters of every number of axes, for images of 4 pixels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 2, 2), nn.GELU(), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3)
+    )
+    optimizer = build_optimizer(model, opt=opt, lr=1e-3, weight_decay=0.1, eps=1e-8)
+    return model, optimizer
+
+
+@pytest.fixture
+def _no_compiler():
+    """kron compiles its own steps, which takes a minute."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("_no_compiler")
+@pytest.mark.parametrize("opt", [*timm.optim.list_optimizers(), "lookahead_adamw"])
+def test_every_name_trains_or_is_refused_in_one_line(opt):
+    """Two updates; and what is saved then goes on with the same bits."""
+    if opt.startswith(("bnb", "fused")) and opt != "fusedlamb" and not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"^[^\n]*CUDA[^\n]*$"):
+            small_for(opt)
+        return
+    model, optimizer = small_for(opt)
+    start = [p.detach().clone() for p in model.parameters()]
+    two_updates(model, optimizer, size=4)
+    moved = [bool((a != b).any()) for a, b in zip(start, model.parameters(), strict=True)]
+    assert all(moved)
+    assert all(p.isfinite().all() for p in model.parameters())
+    saved = copy.deepcopy((model.state_dict(), optimizer_state(optimizer)))
+    two_updates(model, optimizer, size=4)
+    again, resumed = small_for(opt)
+    again.load_state_dict(saved[0])
+    load_optimizer(resumed, saved[1], "a.pth")
+    two_updates(again, resumed, size=4)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_second_derivatives_of_every_family(name):
+    model = timm.create_model(name, num_classes=3, **FAMILIES[name])
+    optimizer = build_optimizer(model, opt="adahessian", lr=1e-3)
+    two_updates(model, optimizer, clip_grad=1.0, accumulation=1)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("compiled", "processes", "words"),
+    [(True, 1, "--compile cannot give: omit it"), (False, 2, "several processes cannot give")],
+)
+def test_second_derivatives_are_refused_where_there_are_none(compiled, processes, words):
+    optimizer = build_optimizer(nn.Linear(3, 4), opt="adahessian", lr=0.1)
+    args = Namespace(opt="adahessian", compile=compiled)
+    with pytest.raises(UserError, match=words):
+        check_second_order(optimizer, args, Namespace(world_size=processes))
+    check_second_order(optimizer, Namespace(compile=False), Namespace(world_size=1))
+
+
+@pytest.mark.parametrize("opt", ["adam", "adamw", "lookahead_adamw"])
+def test_fused_on_a_gpu_and_resumed_without_one(opt, monkeypatch):
+    monkeypatch.setattr(optim, "_on_gpu", lambda groups: True)
+    model, optimizer = small_for(opt)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    two_updates(model, optimizer, size=4)
+    saved = copy.deepcopy((model.state_dict(), optimizer_state(optimizer)))
+    monkeypatch.undo()
+    plain, resumed = small_for(opt)
+    assert not any(group.get("fused") for group in resumed.param_groups)
+    plain.load_state_dict(saved[0])
+    load_optimizer(resumed, saved[1], "a.pth")
+    assert not any(group.get("fused") for group in resumed.param_groups)
+    two_updates(model, optimizer, size=4)
+    two_updates(plain, resumed, size=4)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_settings_reach_the_optimizer():
@@ -147,36 +261,95 @@ def test_lamb_is_ours_without_a_gpu(opt, caplog):
 
 
 def test_fusedlamb_is_apexs_where_it_is_installed(monkeypatch, caplog):
-    """apex and a GPU are stood in for; the point is who is asked, with what, and what if not."""
-
-    class FusedLAMB(torch.optim.SGD):
-        def __init__(self, params, lr, weight_decay, eps):
-            super().__init__(params, lr=lr, weight_decay=weight_decay)
-            self.eps = eps
-
     class Broken:
         def __init__(self, *args, **kwargs):
             raise RuntimeError("apex.optimizers.FusedLAMB requires cuda extensions")
 
-    apex = types.SimpleNamespace(FusedLAMB=FusedLAMB)
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
-    groups = optim.parameter_groups(nn.Linear(3, 4), 0.1)
-    monkeypatch.setattr(optim, "_on_one_gpu", lambda groups: True)
+    theirs = apex_double.install(monkeypatch)
     settings = {"lr": 0.1, "weight_decay": 0.1, "eps": 1e-8}
     with caplog.at_level(logging.INFO):
-        assert type(optim._build_lamb(groups, settings, fused=True)) is FusedLAMB
+        assert type(build_optimizer(nn.Linear(3, 4), opt="fusedlamb", **settings)) is theirs
         assert "apex's FusedLAMB" in caplog.text
-        assert type(optim._build_lamb(groups, settings, fused=False)) is Lamb
-        apex.FusedLAMB = Broken
-        assert type(optim._build_lamb(groups, settings, fused=True)) is Lamb
+        assert type(build_optimizer(nn.Linear(3, 4), opt="lamb", **settings)) is Lamb
+        sys.modules["apex.optimizers"].FusedLAMB = Broken
+        assert type(build_optimizer(nn.Linear(3, 4), opt="fusedlamb", **settings)) is Lamb
     assert "requires cuda extensions" in caplog.text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_apex_can_update_every_family_as_ours_does(name, monkeypatch):
+    """It takes what the training loop hands it: calls, dtypes, layouts, numbers."""
+    theirs = apex_double.install(monkeypatch)
+    trained = {}
+    for opt in ("fusedlamb", "lamb"):
+        torch.manual_seed(1)
+        model = timm.create_model(name, num_classes=3, **FAMILIES[name])
+        optimizer = build_optimizer(model, opt=opt, lr=0.01, weight_decay=0.02, eps=1e-4)
+        two_updates(model, optimizer)
+        trained[opt] = model.state_dict()
+        assert (type(optimizer) is theirs) == (opt == "fusedlamb")
+        assert all(p.grad is None for p in model.parameters())
+    assert all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(trained["lamb"].values(), trained["fusedlamb"].values(), strict=True)
+    )
+
+
+def test_the_stand_in_refuses_what_apex_refuses(monkeypatch):
+    theirs = apex_double.install(monkeypatch)
+    p = nn.Parameter(torch.ones(2, 3))
+    with pytest.raises(TypeError):
+        theirs([p]).zero_grad(set_to_none=True)
+    with pytest.raises(TypeError):
+        theirs([p], capturable=True)
+    double = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    double.grad = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="only support"):
+        theirs([double]).step()
+    p.grad = torch.ones(3, 2).t()
+    with pytest.raises(RuntimeError, match="contiguous"):
+        theirs([p]).step()
+
+
+def test_decay_as_in_compiled_published_runs():
+    """Published: vectors and biases by shape and name; `_orig_mod.` hid the rest of the list."""
+    model = timm.create_model("d2_deit_tiny_patch16_LS", img_size=32, depth=1)
+    exceptions = {"pos_embed", "cls_token"}
+    wanted = set()
+    for name, p in torch.compile(model).named_parameters():
+        if p.ndim > 1 and not name.endswith(".bias") and name not in exceptions:
+            wanted.add(name.removeprefix("_orig_mod."))
+    assert {"pos_embed.0", "pos_embed.1", "cls_token.0"} <= wanted
+    assert names_with_decay(model, as_compiled=True) == wanted
+    assert wanted - names_with_decay(model) == {"pos_embed.0", "pos_embed.1", "cls_token.0"}
+    lamb = build_optimizer(model, opt="lamb", lr=0.1, weight_decay=0.1, decay_as_compiled=True)
+    position = model.get_parameter("pos_embed.0")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = position.detach().clone()
+    lamb.step()
+    # with the trust ratio the step is lr times the norm of the weights
+    assert (position.detach() - before).norm().item() == pytest.approx(
+        0.1 * before.norm().item(), rel=1e-5
+    )
+
+
+def test_published_shifts_stay_at_zero():
+    model = timm.create_model("resmlp_equi_d2_12", img_size=32, depth=1, num_classes=3)
+    assert freeze_shift(model) == ""
+    two_updates(model, build_optimizer(model, opt="adamw", lr=0.1))
+    shifts = {n: p for n, p in model.named_parameters() if n.endswith(("beta_sym", "beta_asym"))}
+    assert len(shifts) == 4
+    assert all((p == 0).all() and p.grad is None for p in shifts.values())
+    assert (model.norm.beta != 0).all(), "published too, the ordinary shift is trained"
+    assert "no effect" in freeze_shift(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"opt": "adamww"}, r"unknown optimizer 'adamww'; did you mean .*adamw"),
+        ({"opt": "fast_adamw"}, "unknown optimizer 'fast_adamw'"),
         ({"opt": "fusedadam"}, r"'fusedadam' cannot be built: .*(CUDA|apex)"),
         ({"opt": "adan", "betas": [0.9, 0.99]}, "'adan' takes 3 betas, got 2"),
         ({"opt": "lamb", "betas": [0.9, 1.5]}, "'lamb' cannot be built: betas must be two"),

@@ -18,8 +18,9 @@ import deit.main
 import deit.run
 from deit.checkpoint import read_checkpoint
 from deit.errors import UserError
+from deit.moments import load_optimizer
 from deit.reporting import Reporter
-from deit.resume import load_optimizer, random_state, seed_all, set_random_state
+from deit.resume import random_state, seed_all, set_random_state
 from deit.stopping import request_stop
 
 # Three epochs of three updates of two batches; workers, fp32, every random augmentation.

@@ -1,0 +1,290 @@
+"""Checkpoints that the published code's trainings wrote go on here, with every moment in its place.
+
+Its networks are stood in for by their parameters alone, in the order of registration, which
+`fixtures/networks.json` has; its optimizers' groups are written out here once more.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import apex_double
+import pytest
+import timm
+import torch
+from torch import nn
+from training_runs import load, make_images, train
+
+import deit.models  # noqa: F401 - registers the networks
+from deit.moments import load_optimizer, optimizer_names, positions_of, published_names
+from deit.optim import build_optimizer, freeze_shift
+
+FAMILIES = json.loads((Path(__file__).parent / "fixtures" / "networks.json").read_text())[
+    "families"
+]
+# The published networks hold these as parameters without gradients.
+FROZEN = ("permutation", "left_idx", "right_idx", "zero_center", "cls_token.1")
+NETWORKS = {
+    "d2_deit_tiny_patch16_LS": ("d2_deit", {"img_size": 32, "depth": 2}),
+    "hybrid_deit_tiny_patch16_LS": ("hybrid_deit", {"img_size": 32, "depth": 2}),
+    "deit_tiny_patch16_LS": ("deit", {"img_size": 32, "depth": 2}),
+    "resmlp_equi_d2_12": ("resmlp_equi_d2", {"img_size": 32, "depth": 2}),
+    "resmlp_12": ("resmlp", {"img_size": 32, "depth": 2}),
+    "d2_convnext_isotropic_small": ("d2_convnext_isotropic", {"depth": 2}),
+    "d2_convnext_tiny": ("d2_convnext", {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)}),
+    "convnext_isotropic_small": ("convnext_isotropic", {"depth": 2}),
+}
+CONVNEXT_TINY = {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)}
+
+
+def published_keys(family: str, own: dict[str, torch.Tensor]) -> list[str]:
+    """The published keys of a network of this family, of the depth of `own`, in their order."""
+    templates, keys = list(FAMILIES[family]), []
+    while templates:
+        match = re.match(r"(.*\.)([ij])\.", templates[0])
+        if match is None:
+            keys.append(templates.pop(0))
+            continue
+        prefix = match.group()
+        block = [t for t in templates if t.startswith(prefix)]
+        templates = [t for t in templates if t not in block]
+        for number in range(10):
+            named = [t.replace(prefix, f"{match.group(1)}{number}.", 1) for t in block]
+            keys += named if set(named) <= set(own) else []
+    assert sorted(keys) == sorted(own), "the stand-in has the keys of the network"
+    return keys
+
+
+def published_parameters(name: str, prefix: str = "") -> dict[str, nn.Parameter]:
+    """What `named_parameters` of the published network gives, with random values."""
+    family, kwargs = NETWORKS[name]
+    own = timm.create_model(name, num_classes=3, **kwargs).state_dict()
+    parameters = {}
+    for key in published_keys(family, own):
+        fixed = key.endswith(FROZEN)
+        value = own[key] if fixed else torch.randn(own[key].shape)
+        parameters[prefix + key] = nn.Parameter(value.clone(), requires_grad=not fixed)
+    return parameters
+
+
+def timm_groups(parameters, decay, exceptions):
+    """`param_groups_weight_decay` of timm 1.0.12."""
+    kept, free = [], []
+    for name, p in parameters.items():
+        if p.requires_grad:
+            (free if p.ndim <= 1 or name.endswith(".bias") or name in exceptions else kept).append(
+                p
+            )
+    return [{"params": free, "weight_decay": 0.0}, {"params": kept, "weight_decay": decay}]
+
+
+def convnext_groups(parameters, decay, exceptions):
+    """`get_parameter_groups` of ConvNeXt's authors: the kind that comes first is first."""
+    groups = {}
+    for name, p in parameters.items():
+        if p.requires_grad:
+            free = len(p.shape) == 1 or name.endswith(".bias") or name in exceptions
+            groups.setdefault(free, []).append(p)
+    return [{"params": g, "weight_decay": 0.0 if f else decay} for f, g in groups.items()]
+
+
+def never_used(name: str) -> bool:
+    return name.endswith(("beta_sym", "beta_asym"))
+
+
+def gradients(parameters, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(parameters, key=lambda n: n.removeprefix("_orig_mod.")):
+        p = parameters[name]
+        if p.requires_grad and not never_used(name):
+            # by numbers of values, as shapes may have axes of length 1 more
+            p.grad = torch.randn(p.numel(), generator=generator).reshape(p.shape)
+
+
+def train_published(parameters, optimizer, seeds) -> None:
+    for seed in seeds:
+        gradients(parameters, seed)
+        optimizer.step()
+        for p in parameters.values():
+            p.grad = None
+
+
+OPTIMIZERS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, eps=1e-8),
+    "fusedlamb": lambda groups: apex_double.FusedLAMB(groups, lr=0.01, eps=1e-8),
+    "lamb": lambda groups: timm.optim.Lamb(groups, lr=0.01, eps=1e-8),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
+}
+CASES = [
+    # network, prefix of compiled names, groups, the list of exceptions, optimizer
+    ("d2_deit_tiny_patch16_LS", "_orig_mod.", timm_groups, {"pos_embed", "cls_token"}, "fusedlamb"),
+    ("d2_deit_tiny_patch16_LS", "", timm_groups, {"pos_embed", "cls_token"}, "adamw"),
+    ("d2_deit_tiny_patch16_LS", "", timm_groups, {"pos_embed.0", "pos_embed.1", "cls_token.0"},
+     "adamw"),
+    ("hybrid_deit_tiny_patch16_LS", "_orig_mod.", timm_groups, {"pos_embed"}, "lamb"),
+    ("deit_tiny_patch16_LS", "_orig_mod.", timm_groups, {"pos_embed", "cls_token"}, "fusedlamb"),
+    ("deit_tiny_patch16_LS", "", timm_groups, {"pos_embed", "cls_token"}, "sgd"),
+    ("resmlp_equi_d2_12", "", timm_groups, set(), "fusedlamb"),
+    ("resmlp_equi_d2_12", "_orig_mod.", timm_groups, set(), "adamw"),
+    ("resmlp_12", "", timm_groups, set(), "fusedlamb"),
+    ("d2_convnext_isotropic_small", "_orig_mod.", convnext_groups, set(), "adamw"),
+    ("d2_convnext_tiny", "", convnext_groups, set(), "adamw"),
+    ("convnext_isotropic_small", "", convnext_groups, set(), "adamw"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "prefix", "groups", "exceptions", "opt"), CASES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_goes_on_with_the_published_updates(name, prefix, groups, exceptions, opt, frozen):
+    """After two updates there, the third and the fourth are the same on both sides."""
+    torch.manual_seed(0)
+    theirs = published_parameters(name, prefix)
+    optimizer = OPTIMIZERS[opt](groups(theirs, 0.1, exceptions))
+    train_published(theirs, optimizer, (1, 2))
+    state = {key: p.detach().clone() for key, p in theirs.items()}
+    saved = copy.deepcopy(optimizer.state_dict())
+    train_published(theirs, optimizer, (3, 4))
+
+    model = timm.create_model(name, num_classes=3, **NETWORKS[name][1])
+    model.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})
+    if frozen:
+        freeze_shift(model)
+    compiled = prefix != "" or ("cls_token" in exceptions and "d2" in name)
+    ours = build_optimizer(
+        model, opt=opt, lr=0.01, weight_decay=0.1, eps=1e-8, decay_as_compiled=compiled
+    )
+    if opt == "sgd":
+        ours.param_groups[0]["nesterov"] = ours.param_groups[1]["nesterov"] = True
+    names = published_names(model, state, saved)
+    order = positions_of(names, optimizer_names(model, ours))
+    assert load_optimizer(ours, saved, "published.pth", order) == []
+    train_published(dict(model.named_parameters()), ours, (3, 4))
+    for key, value in model.state_dict().items():
+        reference = theirs[prefix + key].detach()
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6, msg=key)
+        moved = (reference - state[prefix + key]).abs().max()
+        assert (moved > 1e-4) == (not key.endswith(FROZEN) and not never_used(key)), key
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+ARGS = Namespace(model="d2_deit_tiny_patch16_LS", opt="fusedlamb", lr=1e-3, epochs=3, gpu=0)
+RUN = ("--model-kwargs", "depth=2", "--mixup", "0", "--cutmix", "0", "--epochs", "3")
+# What the learning rate and the decay were.
+AS_PUBLISHED = ("--weight-decay", "0.1", "--decay-as-compiled", "--sched-as-published")
+
+
+def save_published(path, name, *, layout, opt, prefix="", epoch=0):
+    """A file as DeiT's or ConvNeXt's script writes it after an epoch of three updates."""
+    torch.manual_seed(0)
+    theirs = published_parameters(name, prefix)
+    groups = timm_groups if layout == "deit" else convnext_groups
+    optimizer = OPTIMIZERS[opt](groups(theirs, 0.1, {"pos_embed", "cls_token"}))
+    train_published(theirs, optimizer, (1, 2, 3))
+    state = {key: p.detach().clone() for key, p in theirs.items()}
+    average = {
+        key: value / 2 if value.is_floating_point() else value for key, value in state.items()
+    }
+    checkpoint = {
+        "model": state,
+        "model_ema": average,
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "scaler": {"scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5,
+                   "growth_interval": 2000, "_growth_tracker": 7},
+        "args": Namespace(**(vars(ARGS) | {"model": name, "opt": opt})),
+    }  # fmt: skip
+    if layout == "deit":
+        checkpoint["lr_scheduler"] = {"t_initial": 3, "warmup_t": 5, "base_values": [9.0, 9.0]}
+    torch.save(checkpoint, path)
+    return checkpoint
+
+
+def resume(data, out, path, name, *argv):
+    return train("--model", name, *RUN, "--resume", str(path), *argv, data=data, out=out)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "opt", "prefix"),
+    [
+        ("deit", "d2_deit_tiny_patch16_LS", "fusedlamb", "_orig_mod."),
+        ("convnext", "d2_convnext_isotropic_small", "adamw", "_orig_mod."),
+    ],
+)
+def test_a_published_file_is_gone_on_with(
+    layout, name, opt, prefix, data, tmp_path, capsys, monkeypatch
+):
+    """Weights, average, moments, count, epoch: nothing is left to tell but the random states."""
+    path = tmp_path / "published.pth"
+    theirs = save_published(path, name, layout=layout, opt=opt, prefix=prefix)
+    # Nothing is trained: what is saved is what was read.
+    monkeypatch.setattr("deit.main.train", lambda run: run.save(["checkpoint.pth"]))
+    options = (*AS_PUBLISHED, layout, "--opt", opt)
+    assert resume(data, tmp_path / "out", path, name, *options) == 0
+    told = capsys.readouterr().out
+    assert "moments" not in told
+    assert "--decay-as-compiled" not in told
+    assert "--sched-as-published" not in told
+    assert "no states of random generators" in told
+    ours = load(tmp_path / "out" / "checkpoint.pth")
+    assert ours["epoch"] == 0
+    assert ours["lr_scheduler"]["updates"] == 6
+    for key in ("model", "model_ema"):
+        assert {prefix + k for k in ours[key]} == set(theirs[key])
+        assert all(torch.equal(v, theirs[key][prefix + k]) for k, v in ours[key].items())
+    state, groups = ours["optimizer"]["state"], ours["optimizer"]["param_groups"]
+    assert {group.get("step", 3) for group in groups} == {3}
+    assert len(state) == len(theirs["optimizer"]["state"])
+    names = [k for k in theirs["model"] if not k.endswith(FROZEN)]
+    decay = [k for k in names if theirs["model"][k].ndim > 1 and not k.endswith(".bias")]
+    free = [k for k in names if k not in decay]
+    first = theirs["optimizer"]["param_groups"][0]["weight_decay"]
+    positions = dict(enumerate(free + decay if first == 0 else decay + free))
+    where = {prefix + name: n for n, name in enumerate(ours["parameters"])}
+    for position, name in positions.items():
+        for key, value in theirs["optimizer"]["state"][position].items():
+            assert torch.equal(state[where[name]][key].reshape(value.shape), value), (name, key)
+
+
+def test_what_a_published_run_did_otherwise_is_told(data, tmp_path, capsys):
+    name, path = "d2_deit_tiny_patch16_LS", tmp_path / "published.pth"
+    save_published(path, name, layout="deit", opt="fusedlamb", prefix="_orig_mod.")
+    options = ("--opt", "lamb", "--weight-decay", "0.1", "--no-model-ema", "--lr", "5e-4")
+    assert resume(data, tmp_path / "out", path, name, *options) == 0
+    told = capsys.readouterr().out
+    assert "weight decay on cls_token.0, pos_embed.0, pos_embed.1: --decay-as-compiled" in told
+    assert "--sched-as-published deit" in told
+    assert "average (model_ema) is dropped" in told
+    assert "--lr is 0.0005, it was 0.001" in told
+    assert "--opt is" not in told, "lamb and fusedlamb are one optimizer"
+    assert "--gpu" not in told
+    assert load(tmp_path / "out" / "checkpoint.pth")["epoch"] == 2
+
+
+def test_weights_alone_where_the_moments_cannot_be_placed(data, tmp_path, capsys):
+    name, path = "d2_convnext_isotropic_small", tmp_path / "published.pth"
+    checkpoint = save_published(path, name, layout="convnext", opt="adamw", epoch="best")
+    assert resume(data, "", path, name) == 2
+    assert (
+        "epoch is 'best'): give the one to go on with by --start-epoch" in capsys.readouterr().err
+    )
+    groups = checkpoint["optimizer"]["param_groups"]
+    groups[0]["params"].append(groups[1]["params"].pop())
+    torch.save(checkpoint | {"epoch": 1}, path)
+    assert resume(data, "", path, name) == 2
+    told = capsys.readouterr().err
+    assert "cannot be told apart" in told
+    assert "--resume-weights-only" in told
+    out = tmp_path / "out"
+    assert resume(data, out, path, name, "--resume-weights-only") == 0
+    assert "the optimizer's moments start at zero" in capsys.readouterr().out
+    ours = load(out / "checkpoint.pth")
+    assert ours["epoch"] == 2
+    assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {6}
