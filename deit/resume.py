@@ -80,19 +80,28 @@ def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
     if saved is None:
         return []
     before, now = config_dict(saved), config_dict(args)
-    names = [name for name in now if name in before and name not in _PLACE]
+    given = getattr(args, "given", now)
+    # What nobody asked for, then and now, was settled from the network.
+    names = [
+        name
+        for name in now
+        if name in before and name not in _PLACE and (name in given or before[name] is not None)
+    ]
     return [
         f"--{name.replace('_', '-')} is {_shown(now[name])}, it was {_shown(before[name])}"
         for name in names
-        if now[name] != before[name] and not {now[name], before[name]} <= _SAME.get(name, set())
+        if _shown(now[name]) != _shown(before[name])
+        and not (now[name] in _SAME.get(name, ()) and before[name] in _SAME.get(name, ()))
     ]
 
 
 # Two names of one optimizer.
-_SAME = {"opt": {"lamb", "fusedlamb"}}
+_SAME = {"opt": ("lamb", "fusedlamb")}
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return "not given" if value in (None, "", []) else f"{value}"
 
 

@@ -219,6 +219,44 @@ def test_more_epochs_and_another_rate_win_over_the_checkpoint(data, tmp_path):
     assert read_log(tmp_path)[1]["train_lr"] == pytest.approx(5e-4)
 
 
+def test_each_option_that_changed_is_told(data, whole, tmp_path, capsys):
+    """One line for each, and none for what says where and how it is run."""
+    source = str(whole / "checkpoint.pth")
+    same = (*OPTIONS, "--resume", source, "--num-workers", "1", "--log-interval", "7")
+    assert train(*same, data=data, out=tmp_path / "same") == 0
+    assert " it was " not in capsys.readouterr().out
+    changed = ("--lr", "0.05", "--drop-path", "0.2", "--epochs", "4", "--no-model-ema")
+    assert train(*OPTIONS, *changed, "--resume", source, data=data, out=tmp_path / "new") == 0
+    output = capsys.readouterr().out
+    notes = [line.removeprefix("note    ") for line in output.splitlines() if " it was " in line]
+    assert sorted(notes) == [
+        "--drop-path is 0.2, it was 0.1",
+        "--epochs is 4, it was 3",
+        "--lr is 0.05, it was 0.001",
+        "--model-ema is off, it was on",
+    ]
+    assert "its average (model_ema) is dropped" in output
+
+
+def test_groups_may_change_where_names_are_known(data, tmp_path):
+    """Decay by another rule: every moment stays with its parameter."""
+    model = ("--model", "d2_deit_tiny_patch16_LS", "--model-kwargs", "depth=1", "--epochs", "1")
+    assert train(*model, data=data, out=tmp_path / "one") == 0
+    before = load(tmp_path / "one" / "checkpoint.pth")
+    source = ("--resume", str(tmp_path / "one" / "checkpoint.pth"), "--save-freq", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deit.main.train", lambda run: run.save(["checkpoint.pth"]))
+        other = (*model, *source, "--decay-as-compiled")
+        assert train(*other, data=data, out=tmp_path / "two") == 0
+    after = load(tmp_path / "two" / "checkpoint.pth")
+    assert after["parameters"] != before["parameters"]
+    moments = [
+        {c["parameters"][index]: state for index, state in c["optimizer"]["state"].items()}
+        for c in (before, after)
+    ]
+    assert differences(*moments) == []
+
+
 def test_resume_from_a_published_checkpoint(data, tmp_path, capsys):
     """It has weights, an epoch and arguments, and perhaps nothing else."""
     assert train("--epochs", "1", "--no-model-ema", data=data, out=tmp_path) == 0
