@@ -289,7 +289,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     if hasattr(model, "blocks"):
         return list(model.blocks)
     if hasattr(model, "stages"):
-        return [block for stage in model.stages for block in getattr(stage, "blocks", [stage])]
+        return [block for stage in model.stages for block in getattr(stage, "blocks", stage)]
     raise UserError(f"--fsdp: {type(model).__name__} has neither 'blocks' nor 'stages' to shard")
 
 

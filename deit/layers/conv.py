@@ -33,7 +33,7 @@ class MirrorKernel(FixedBuffers):
     kernel stores its centre column too, last; an antisymmetric one has zero there and keeps that
     column as `zero_center`, (out, in, height, 1). And `bias` (out,) if asked for.
 
-    The layers below call it for the whole kernel.
+    The layers below call it for the whole kernel and the bias.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MirrorKernel(FixedBuffers):
         """
         requires_grad = self.weight.requires_grad
         with torch.no_grad():
-            self._set_whole(resample_patch_embed(self(), list(kernel_size)))
+            self._set_whole(resample_patch_embed(self()[0], list(kernel_size)))
         self.weight.requires_grad_(requires_grad)
 
     def reset_parameters(self) -> None:
@@ -85,14 +85,14 @@ class MirrorKernel(FixedBuffers):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self) -> Tensor:
-        """The whole kernel, (out, in, height, width)."""
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """The whole kernel, (out, in, height, width), and the bias."""
         left = self.weight
         if self.sign > 0:
-            return torch.cat([left, left[..., : left.shape[-1] - self.odd].flip(-1)], -1)
-        if self.odd:
-            return torch.cat([left, self.zero_center, -left.flip(-1)], -1)
-        return torch.cat([left, -left.flip(-1)], -1)
+            columns = [left, left[..., : left.shape[-1] - self.odd].flip(-1)]
+        else:
+            columns = [left, *([self.zero_center] if self.odd else []), -left.flip(-1)]
+        return torch.cat(columns, -1), self.bias
 
 
 class MirrorConv2d(nn.Module):
@@ -151,24 +151,25 @@ class MirrorConv2d(nn.Module):
             )
             self.add_module(name, kernel)
 
-    def kernel(self) -> Tensor:
-        """All kernels as one of packed channels, (C_out, C_in, height, width)."""
-        rows = []
+    def kernel(self) -> tuple[Tensor, Tensor | None]:
+        """All kernels as one of packed channels, (C_out, C_in, height, width), and the shift of all
+        output channels, zero on a; (C_out,)."""
+        rows, biases = [], []
         for sigma in FLOP.irreps:
             row = [getattr(self, name)() for name in self.names[sigma.name]]
-            rows.append(torch.cat(row, 1))
-        return torch.cat(rows, 0)
-
-    def bias(self) -> Tensor | None:
-        """The shift of all output channels, zero on a; (C_out,)."""
-        bias = getattr(self, self.names[SYM.name][0]).bias
-        return None if bias is None else F.pad(bias, (0, self.out_rep.size - bias.shape[0]))
+            kernels, shifts = zip(*row, strict=True)
+            rows.append(torch.cat(kernels, 1))
+            biases.append(shifts[0])
+        bias = biases[0]
+        if bias is not None:
+            bias = F.pad(bias, (0, self.out_rep.multiplicity(ASYM)))
+        return torch.cat(rows, 0), bias
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.in_rep.free:
             x = torch.cat(x, -1).permute(0, 3, 1, 2)
         tracing.check_stride(x.shape[-1], self.kernel_size[1], self.stride[1], self.padding[1])
-        kernel, bias = self.kernel(), self.bias()
+        kernel, bias = self.kernel()
         if self.scale != 1.0:  # on the weights, which are smaller than the output
             kernel, bias = kernel * self.scale, None if bias is None else bias * self.scale
         y = F.conv2d(x, kernel, bias, self.stride, self.padding)
@@ -225,9 +226,15 @@ class MirrorDepthwiseConv2d(nn.Module):
 
     def _convolve(self, inputs: list[Tensor], kernels: list[MirrorKernel]) -> Tensor:
         """Both inputs by their kernels: the two halves of one part, channels last."""
-        kernel = torch.cat([part() for part in kernels])
-        bias = None if kernels[0].bias is None else torch.cat([part.bias for part in kernels])
-        y = F.conv2d(torch.cat(inputs, 1), kernel, bias, padding=self.padding, groups=len(kernel))
+        (first, first_bias), (second, second_bias) = (kernel() for kernel in kernels)
+        bias = None if first_bias is None else torch.cat([first_bias, second_bias])
+        y = F.conv2d(
+            torch.cat(inputs, 1),
+            torch.cat([first, second]),
+            bias,
+            padding=self.padding,
+            groups=self.channels // 2,
+        )
         return y.permute(0, 2, 3, 1)
 
 

@@ -206,4 +206,6 @@ class PrefixToken(FixedBuffers):
 
     def forward(self, batch: int) -> tuple[Tensor, Tensor]:
         """The tokens of a batch, two parts (batch, count, C/2)."""
-        return getattr(self, "0").expand(batch, -1, -1), getattr(self, "1").expand(batch, -1, -1)
+        # sizes as one tuple: symbolic tracers stand in for parameters, and not for buffers
+        size = (batch, -1, -1)
+        return getattr(self, "0").expand(size), getattr(self, "1").expand(size)

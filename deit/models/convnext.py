@@ -306,10 +306,12 @@ class ConvNeXt(_ConvNeXt):
         return self.downsample_layers[0](images)
 
     def _steps(self) -> list[list[nn.Module]]:
-        return [
-            [self.downsample_layers[i], *stage] if i > 0 else list(stage)
-            for i, stage in enumerate(self.stages)
-        ]
+        steps = []
+        for i, stage in enumerate(self.stages):
+            # called whole, for hooks and wrappers, unless each block is recomputed by itself
+            modules = list(stage) if self.grad_checkpointing else [stage]
+            steps.append([self.downsample_layers[i], *modules] if i > 0 else modules)
+        return steps
 
     def _truncate(self, steps: int) -> None:
         self.downsample_layers = self.downsample_layers[:steps]

@@ -154,9 +154,10 @@ def _crossed_logits(attention: L.Attention) -> None:
 
 
 def _unmirrored(module: L.MirrorConv2d) -> None:
-    kernel = _noise(module.kernel())
+    original = module.kernel
+    kernel = _noise(original()[0])
     kernel = kernel / kernel[0].numel() ** 0.5
-    module.kernel = lambda: kernel.to(next(module.parameters()))
+    module.kernel = lambda: (kernel.to(next(module.parameters())), original()[1])
 
 
 class RowMajor(L.MirrorGrid):
@@ -176,8 +177,8 @@ def _left_half(network: nn.Module) -> None:
 
 def _unmirrored_depthwise(conv: L.MirrorDepthwiseConv2d) -> None:
     part = conv.sym_to_sym
-    kernel = _noise(part.kernel()) / 7
-    part.kernel = lambda: kernel.to(part.weight)
+    kernel = _noise(part()[0]) / 7
+    part.forward = lambda: (kernel.to(part.weight), part.bias)
 
 
 def _filled_centre(conv: L.MirrorDepthwiseConv2d) -> None:
@@ -186,7 +187,7 @@ def _filled_centre(conv: L.MirrorDepthwiseConv2d) -> None:
 
 def _wrong_sign(conv: L.MirrorConv2d) -> None:
     part = conv.sym_to_asym
-    part.kernel = lambda: torch.cat([part.weight, part.weight.flip(-1)], -1)
+    part.forward = lambda: (torch.cat([part.weight, part.weight.flip(-1)], -1), part.bias)
 
 
 BREAKS = (

@@ -40,7 +40,7 @@ def mirrored(left: torch.Tensor, sign: int, centre: bool) -> torch.Tensor:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_kernel_is_its_own_mirror_image(width, sign):
     part = random_layer(MirrorKernel(4, 2, (3, width), sign))
-    kernel = part()
+    kernel, _ = part()
     assert kernel.shape == (4, 2, 3, width)
     assert torch.equal(kernel.flip(-1), sign * kernel)
     assert torch.equal(kernel[..., : width // 2], part.weight[..., : width // 2])
@@ -159,7 +159,8 @@ def test_broken_twins_are_found():
     x, action, rep = features(3, 5, 6, 8), on_maps(8), FLOP.regular(8)
     layer = random_layer(MirrorDepthwiseConv2d(8))
     # a kernel that is not mirrored
-    layer.sym_to_sym.forward = lambda: features(2, 1, 7, 7, seed=1)
+    part = layer.sym_to_sym
+    part.forward = lambda: (features(2, 1, 7, 7, seed=1), part.bias)
     breaks(Packed(layer, rep), x, action, action)
     # the wrong sign of the mirror image
     layer = MirrorDepthwiseConv2d(8)
@@ -180,7 +181,7 @@ def test_a_width_that_breaks_equivariance_is_refused():
     random_layer(layer)
 
     def unchecked(x):
-        return last(F.conv2d(x.permute(0, 3, 1, 2), layer.kernel(), layer.bias(), 2))
+        return last(F.conv2d(x.permute(0, 3, 1, 2), *layer.kernel(), 2))
 
     breaks(unchecked, features(2, 4, 7, 4), on_maps(4), on_maps(4))
 

@@ -196,8 +196,8 @@ def test_a_broken_twin_is_found(family):
     model = create_random(family)
     block = model.stages[2][0] if family == "d2_convnext" else model.blocks[1]
     part = block.dwconv.sym_to_sym
-    kernel = torch.randn(part().shape, generator=torch.Generator().manual_seed(0))
-    part.forward = lambda: kernel.double()
+    kernel = torch.randn(part()[0].shape, generator=torch.Generator().manual_seed(0))
+    part.forward = lambda: (kernel.double(), part.bias)
     assert equivariance_error(model, FLOP, images(), image(FLOP), invariant).error > 1e-4
 
 
