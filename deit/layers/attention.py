@@ -87,7 +87,7 @@ class Attention(nn.Module):
     def split_heads(self, qkv: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Parts of (B, N, 3C) to q, k, v, each (B, heads, N, C/heads), all irreps in a head."""
         heads = []
-        for part, irrep in zip(qkv, self.qkv.group.irreps, strict=True):
+        for part, irrep in zip(qkv, self.rep.group.irreps, strict=True):
             if irrep.dim == 1:  # (B, N, 3, heads, width)
                 heads.append(part.unflatten(-1, (3, self.num_heads, -1)))
             else:  # (B, N, d, 3, heads, width) -> (B, N, 3, heads, d * width)

@@ -30,7 +30,9 @@ def add(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class Block(nn.Module):
     """x + gamma_1(attn(norm1 x)), then x + gamma_2(mlp(norm2 x)), on parts (B, N, C / 2).
 
-    Forward hooks on it, and on the layers inside, are given tuples of parts.
+    Hooks on it, and on the equivariant layers inside, are given tuples of parts. torch gives full
+    backward hooks the gradients of outputs, but none of an argument that is a tuple; hooks on the
+    `nn.Linear` of each irrep get both. With fused attention `attn_drop` is not called, as in timm.
     """
 
     def __init__(

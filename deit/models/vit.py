@@ -308,13 +308,13 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
-        grid = self._grid(x)
-        x, _ = self._run(self._embed(x))
+        images = x
+        x, _ = self._run(self._embed(images))
         if self.global_pool == "token":  # the head sees no other token, so no other is normalised
             x = tuple(part[:, :1] for part in x) if isinstance(x, tuple) else x[:, :1]
         x = self._finish(x, len(self.blocks))
         if not self.global_pool:  # only then the order of the tokens is seen outside
-            x = self._to_image_order(x, grid)
+            x = self._to_image_order(x, self._grid(images))
         return self.forward_head(x)
 
     def forward_intermediates(

@@ -1,0 +1,20 @@
+"""Tools of PyTorch's users, each tried on one tiny network of every equivariant family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import NETWORKS
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request) -> str:
+    """A key of `NETWORKS`."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
