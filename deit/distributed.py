@@ -13,7 +13,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -285,16 +285,36 @@ def wrap_ddp(model: nn.Module, processes: Processes) -> nn.Module:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a network (`model.blocks`, or `blocks` of each of `model.stages`)."""
+    """The repeated blocks of a network: those of `model.blocks`, or of each of `model.stages`.
+
+    They are modules whose forward is called. A stage, or a group of blocks, that is a container
+    may be run module by module.
+    """
     if hasattr(model, "blocks"):
-        return list(model.blocks)
+        return _called(model.blocks)
     if hasattr(model, "stages"):
-        return [block for stage in model.stages for block in getattr(stage, "blocks", stage)]
+        return [
+            block for stage in model.stages for block in _called(getattr(stage, "blocks", [stage]))
+        ]
     raise UserError(f"--fsdp: {type(model).__name__} has neither 'blocks' nor 'stages' to shard")
 
 
-def shard(model: nn.Module, processes: Processes) -> nn.Module:
+def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    containers = (nn.Sequential, nn.ModuleList)
+    return [
+        block
+        for module in modules
+        for block in (_called(module) if isinstance(module, containers) else [module])
+    ]
+
+
+def shard(model: nn.Module, processes: Processes, dtype: torch.dtype | None = None) -> nn.Module:
     """Shard `model` in place with FSDP2, block by block. All ranks hold equal weights before.
+
+    Args:
+        dtype: what autocast computes in, None for none. Blocks then gather their weights in it,
+            half the bytes; what surrounds them keeps the residual stream in float32, as without
+            sharding, and gradients are summed in float32.
 
     Raises:
         UserError: this version of torch cannot do it on this device.
@@ -302,8 +322,13 @@ def shard(model: nn.Module, processes: Processes) -> nn.Module:
     if processes.device.type == "cpu" and not SHARDS_ON_CPU:
         raise UserError(f"--fsdp: torch {torch.__version__} shards on GPUs only; use a later one")
     mesh = dist.device_mesh.init_device_mesh(processes.device.type, (processes.world_size,))
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)
 
 

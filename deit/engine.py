@@ -231,13 +231,17 @@ def train_one_epoch(
     learner.model.train(learner.train_mode)
     learner.criterion.train()
     look_every = 1 if processes.device.type == "cpu" else _LOOK_EVERY
-    for number in range(start, updates):
-        learner.update(batches, running, number)
-        done = number + 1
-        learner.schedule(done_before + done)
-        look = done % look_every == 0 or done == updates
-        on_update(done, mean_loss(running, processes) if look else None)
-        agreement.poll()
+    try:
+        for number in range(start, updates):
+            learner.update(batches, running, number)
+            done = number + 1
+            learner.schedule(done_before + done)
+            look = done % look_every == 0 or done == updates
+            on_update(done, mean_loss(running, processes) if look else None)
+            agreement.poll()
+    finally:
+        if learner.ema is not None:
+            learner.ema.flush()
     return mean_loss(running, processes)
 
 

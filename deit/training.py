@@ -117,9 +117,10 @@ def build_networks(
                 part.compile()  # in place: the keys get no prefix
     if not spread:
         return Networks(model, wrap_ddp(model, processes), ema, parameters, notes)
+    dtype = Precision.choose(processes.device, args.use_amp, args.amp_dtype).dtype
     if ema is not None:
-        shard(ema.module, processes)
-    return Networks(model, shard(model, processes), ema, parameters, notes)
+        shard(ema.module, processes, dtype)
+    return Networks(model, shard(model, processes, dtype), ema, parameters, notes)
 
 
 def build_state(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deit.distributed import Place, Processes
-from deit.ema import ModelEma
+from deit.ema import ModelEma, Pairs
 from deit.engine import (
     Learner,
     NonFiniteLossError,
@@ -89,6 +89,44 @@ def test_epoch_by_hand():
     for name, value in twin.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
         torch.testing.assert_close(ema.module.state_dict()[name], average[name])
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_average_with_and_without_copies(copies):
+    """A copy is taken in once, and what the network becomes meanwhile does not matter."""
+    own = [torch.zeros(2), torch.zeros(3, 4), torch.tensor(0)]
+    other = [torch.ones(2), torch.full((3, 4), 2.0), torch.tensor(5)]
+    pairs = Pairs(own, other, copies)
+    pairs.fetch()
+    if copies:
+        for tensor in other:
+            tensor.mul_(9)
+    pairs.average(0.5)
+    pairs.average(0.5)
+    assert own[0].tolist() == [0.5, 0.5]
+    assert (own[1] == 1.0).all()
+    assert own[2] == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_average_in_host_memory_waits_for_nothing():
+    net = make_net().cuda()
+    near, far = ModelEma(net, 0.9), ModelEma(net, 0.9, "cpu")
+    far.update(net)
+    far.flush()
+    near.update(net)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            net[1].weight.add_(1)
+        far.update(net)
+        near.update(net)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    far.flush()
+    for a, b in zip(near.module.parameters(), far.module.parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
 
 
 def test_clipping_limits_the_gradient():

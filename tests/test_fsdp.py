@@ -1,0 +1,145 @@
+"""FSDP2 around every family: whole blocks, inner layers, mixed precision, on top of compilation."""
+
+import copy
+import functools
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from training_runs import run_processes
+
+import deit.models  # noqa: F401 - registers the networks
+from deit.distributed import SHARDS_ON_CPU, Place, Processes, blocks_of, shard
+from deit.errors import UserError
+
+FAMILIES = {
+    "d2_deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
+    "hybrid_deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
+    "deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
+    "resmlp_equi_d2_12": {"img_size": 32, "depth": 2},
+    "resmlp_12": {"img_size": 32, "depth": 2},
+    "d2_convnext_isotropic_small": {"depth": 2},
+    "convnext_isotropic_small": {"depth": 2},
+    "d2_convnext_tiny": {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)},
+    "convnext_tiny": {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)},
+    "regnety_002": {},
+}
+shards_on_cpu = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=3, **FAMILIES[name])
+
+
+def test_blocks_are_modules_that_are_called():
+    for name in [name for name in FAMILIES if name != "regnety_002"]:
+        model = build(name)
+        blocks, called = blocks_of(model), set()
+        for block in blocks:
+            block.register_forward_hook(lambda module, *_, called=called: called.add(module))
+        model(torch.zeros(1, 3, 32, 32))
+        assert called == set(blocks), name
+        assert len(blocks) == sum(FAMILIES[name].get("depths", (2,))), name
+    with pytest.raises(UserError, match="RegNet has neither 'blocks' nor 'stages'"):
+        blocks_of(build("regnety_002"))
+
+
+def images(rank: int) -> torch.Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))[rank::2]
+
+
+def gradients(model: nn.Module, x: torch.Tensor, dtype: torch.dtype | None = None) -> dict:
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    named = {name.replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters()}
+    return {
+        name: grad.full_tensor() if isinstance(grad, DTensor) else grad
+        for name, grad in named.items()
+        if grad is not None
+    }
+
+
+def close(ours: dict, reference: dict, tolerance: float, name: str) -> None:
+    assert ours.keys() == reference.keys(), name
+    for key, value in reference.items():
+        error = (ours[key] - value).norm() / (value.norm() + 1e-4)
+        assert error < tolerance, (name, key, error)
+
+
+def in_two_processes(body, folder: Path) -> None:
+    def_body = functools.partial(joined, body, str(folder / "rendezvous"))
+    for status, output in run_processes([def_body] * 2, (), folder):
+        assert status == 0, output
+
+
+def joined(body, rendezvous: str) -> None:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    body(rank, Processes(Place(rank, 2), torch.device("cpu")))
+    dist.destroy_process_group()
+
+
+def shard_every_family(rank: int, processes: Processes) -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for name in [name for name in FAMILIES if name != "regnety_002"]:
+        model = build(name)
+        reference = gradients(copy.deepcopy(model), torch.cat([images(0), images(1)]))
+        inner, compiled = copy.deepcopy(model), copy.deepcopy(model)
+        shard(model, processes)
+        assert all(isinstance(block, FSDPModule) for block in blocks_of(model))
+        close(gradients(model, images(rank)), reference, 1e-4, name)
+        for module in inner.modules():
+            if isinstance(module, nn.Linear):
+                fully_shard(module, mesh=mesh)
+        close(gradients(fully_shard(inner, mesh=mesh), images(rank)), reference, 1e-4, name)
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph
+
+        for block in blocks_of(compiled):
+            block.compile(backend=backend)
+        close(gradients(shard(compiled, processes), images(rank)), reference, 1e-4, name)
+        assert graphs, f"nothing of {name} was compiled"
+
+
+@shards_on_cpu
+def test_gradients_of_every_family(tmp_path):
+    in_two_processes(shard_every_family, tmp_path)
+
+
+def note_dtype(seen: set, module: nn.Module, inputs: tuple) -> None:
+    seen.add(module.weight.dtype)
+
+
+def shard_in_bfloat16(rank: int, processes: Processes) -> None:
+    for name in ("d2_deit_tiny_patch16_LS", "d2_convnext_tiny", "resmlp_equi_d2_12"):
+        model = build(name)
+        whole = torch.cat([images(0), images(1)])
+        reference = gradients(copy.deepcopy(model), whole)
+        seen = set()
+        note = functools.partial(note_dtype, seen)
+        for module in blocks_of(model)[0].modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(note)
+        model.head.register_forward_pre_hook(functools.partial(note_dtype, head := set()))
+        shard(model, processes, torch.bfloat16)
+        close(gradients(model, images(rank), torch.bfloat16), reference, 0.1, name)
+        assert (seen, head) == ({torch.bfloat16}, {torch.float32}), name
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@shards_on_cpu
+def test_mixed_precision_gathers_what_autocast_computes_in(tmp_path):
+    in_two_processes(shard_in_bfloat16, tmp_path)
