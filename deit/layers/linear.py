@@ -95,8 +95,12 @@ def _weight_keys(module: Linear, prefix: str) -> list[str]:
 
 def _show_as_convolutions(module: Linear, state: dict, prefix: str, metadata: Any) -> None:
     for key in _weight_keys(module, prefix):
-        if key in state and state[key].ndim == 2:
-            state[key] = state[key][..., None, None]
+        # with keep_vars=True callers, such as torch.jit.trace, look for the parameters themselves
+        if key in state and state[key].ndim == 2 and not isinstance(state[key], nn.Parameter):
+            try:
+                state[key] = state[key][..., None, None]
+            except NotImplementedError:  # quantised tensors keep their shape
+                continue
 
 
 def _read_convolutions(module: Linear, state: dict, prefix: str, *_: Any) -> None:

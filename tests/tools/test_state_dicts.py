@@ -1,0 +1,92 @@
+"""State dicts of networks: whole, copied, pickled, and with weights shown as 1x1 convolutions."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint.state_dict as dcp
+from networks import create, images, inner_linears
+from torch.nn.utils import prune
+
+COPIES = {
+    "itself": lambda model: model,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+def flat(state: dict) -> dict:
+    """The same with all weights of linear maps as matrices."""
+    linear = "_sym.weight", "_asym.weight"
+    return {k: v.flatten(1) if k.endswith(linear) and v.shape[2:] == (1, 1) else v.clone()
+            for k, v in state.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_both_shapes_load_strictly(network, copied, assign):
+    model, x = create(network), images()
+    y, state = model(x), model.state_dict()
+    shown = {name: state[f"{name}.weight"].ndim for name in inner_linears(model)}
+    assert set(shown.values()) == ({4} if "convnext" in network else {2})
+    for loaded in (state, flat(state)):
+        device = "meta" if assign else "cpu"
+        other = COPIES[copied](create(network, device=device) if assign else create(network))
+        if not assign:
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.zero_()
+        before = {k: v.clone() for k, v in loaded.items()}
+        other.load_state_dict(loaded, assign=assign)
+        assert not any(p.is_meta for p in other.parameters())
+        torch.testing.assert_close(other(x), y)
+        assert {k: v.shape for k, v in other.state_dict().items()} == {
+            k: v.shape for k, v in state.items()
+        }
+        # what was given is left as it was
+        assert {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in before.items()}
+    assert all(module.weight.ndim == 2 for module in inner_linears(other).values())
+
+
+def test_a_state_dict_shares_memory_with_the_network(network):
+    model, x = create(network), images()
+    before = model(x)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.mul_(1.5)
+    assert not torch.allclose(model(x), before, rtol=1e-2)
+    kept = model.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters():
+        assert kept[name] is parameter
+
+
+def test_a_pruned_network_keeps_the_shapes_that_torch_gives_it():
+    model = create("isotropic convnext")
+    layer = model.blocks[0].pwconv1
+    prune.l1_unstructured(layer.linear_sym, "weight", 0.5)
+    shapes = {name: value.shape for name, value in layer.state_dict().items()}
+    assert shapes == {
+        "linear_sym.bias": (32,),
+        "linear_sym.weight_orig": (32, 8),
+        "linear_sym.weight_mask": (32, 8),
+        "linear_asym.weight": (32, 8, 1, 1),
+    }
+
+
+def test_the_state_dicts_of_distributed_checkpoints(network):
+    model, x = create(network), images()
+    options = dcp.StateDictOptions(full_state_dict=True)
+    state = dcp.get_model_state_dict(model, options=options)
+    assert {k: v.shape for k, v in state.items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    other = create(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    dcp.set_model_state_dict(other, state, options=options)
+    torch.testing.assert_close(other(x), model(x))
