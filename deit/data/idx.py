@@ -43,12 +43,3 @@ def read_idx(path: str | Path) -> np.ndarray:
             f"it holds {len(content) - header}"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
-
-
-def write_idx(path: str | Path, array: np.ndarray) -> None:
-    """Write a uint8 array as a gzip-compressed idx file: the same bytes for the same array."""
-    if array.dtype != np.uint8:
-        raise ValueError(f"idx files here hold uint8, not {array.dtype}")
-    header = bytes([0, 0, UNSIGNED_BYTE, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    content = header + np.ascontiguousarray(array).tobytes()
-    Path(path).write_bytes(gzip.compress(content, compresslevel=9, mtime=0))

@@ -1,12 +1,10 @@
-"""Mixup and CutMix: timm's, built from the options of the command line."""
+"""Mixup and CutMix: timm's, built from the options of the command line, which are checked there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from timm.data import Mixup
-
-from deit.errors import UserError
 
 
 def build_mixup(
@@ -25,14 +23,6 @@ def build_mixup(
     It turns a batch (B, 3, H, W), B even, and class indices (B,) into mixed images and dense
     targets (B, num_classes), label smoothing included.
     """
-    if cutmix_minmax is not None and (
-        len(cutmix_minmax) != 2 or not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1
-    ):
-        raise UserError(
-            f"cutmix-minmax takes two ratios, 0 <= min < max <= 1, not {tuple(cutmix_minmax)}"
-        )
-    if mode not in ("batch", "pair", "elem"):
-        raise UserError(f"unknown mixup mode {mode!r}: batch, pair or elem")
     if not (mixup > 0 or cutmix > 0 or cutmix_minmax is not None):
         return None
     return Mixup(

@@ -21,8 +21,9 @@ from torchvision import datasets as tv
 
 from deit.data import build_dataset, check_same_classes
 from deit.data.datasets import SAMPLE_FOLDER
-from deit.data.idx import read_idx, write_idx
+from deit.data.idx import read_idx
 from deit.errors import UserError
+from experiments.make_sample import write_idx
 
 
 def contents(dataset) -> list[tuple[bytes, int]]:

@@ -1,7 +1,7 @@
 """Make deit/data/sample/ from the full Fashion-MNIST: the first images of each class of each split.
 
     apt-get install dataset-fashion-mnist        # or any folder with the four idx(.gz) files
-    python deit/data/make_sample.py --source /usr/share/datasets/fashion-mnist
+    python experiments/make_sample.py --source /usr/share/datasets/fashion-mnist
 
 The same source gives the same images in the same order, so the committed files can be checked
 against it.
@@ -10,19 +10,30 @@ against it.
 from __future__ import annotations
 
 import argparse
+import gzip
+import struct
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
 from deit.data.datasets import DEBIAN_FASHION_MNIST, SAMPLE_FOLDER, find_idx_pair
-from deit.data.idx import read_idx, write_idx
+from deit.data.idx import UNSIGNED_BYTE, read_idx
 from deit.errors import one_line_errors
 
 IMAGES_PER_CLASS = {"train": 500, "val": 100}
+
+
+def write_idx(path: str | Path, array: np.ndarray) -> None:
+    """Write a uint8 array as a gzip-compressed idx file: the same bytes for the same array."""
+    if array.dtype != np.uint8:
+        raise ValueError(f"idx files here hold uint8, not {array.dtype}")
+    header = bytes([0, 0, UNSIGNED_BYTE, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    content = header + np.ascontiguousarray(array).tobytes()
+    Path(path).write_bytes(gzip.compress(content, compresslevel=9, mtime=0))
 
 
 def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
