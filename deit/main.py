@@ -26,7 +26,7 @@ if __package__ in (None, ""):
 
 from deit.args import parse_args
 from deit.build import set_precision
-from deit.data.loader import is_worker_death, worker_death
+from deit.data.workers import is_worker_death, worker_death
 from deit.distributed import choose_device, connect, find_place
 from deit.engine import (
     Batches,

@@ -4,283 +4,48 @@ A training loader is ONE stream over all epochs: workers start once, and the fir
 epoch are under way while the last ones of the epoch before are trained on. Every sample is seeded
 by its position (`deit.data.stream`), so that 0, 2 or 20 workers give the same bits. No global
 random state of the main process is touched.
-
-Random erasing acts on normalised images, and so on the device. timm's loader draws it there, image
-by image, from the generators of the process. Here the worker draws it by timm's own code, under the
-seed of the sample, and sends the pixels that change: on the device a batch takes one assignment.
-The distribution is timm's; which part of which image is erased differs from a run of timm's, and is
-the same on every device.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import signal
-import sys
-import time
-import traceback
+import atexit
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from types import FrameType
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader
 
+from deit.data.batches import BatchDataset, RawBatch, WorkerError, erase
 from deit.data.images import ImageDataset
-from deit.data.stream import (
-    EpochStream,
-    Sample,
-    preserve_generators,
-    sample_seeds,
-    seed_everything,
-)
+from deit.data.stream import EpochStream
+from deit.data.workers import end_workers, is_worker_death, starting_workers, worker_death
 from deit.errors import UserError
-
-# Seconds in which the threads of torch.distributed come to rest after a collective.
-REST = 0.1
-# Signals that mean the whole job: the main process acts on them, workers do not.
-JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@dataclass
-class RawBatch:
-    """What a worker sends."""
-
-    images: Tensor
-    """uint8 (B, 3, H, W)"""
-    targets: Tensor
-    """int64 (B,)"""
-    erased: Tensor | None = None
-    """Which of the B H W pixels random erasing replaces: int64 (E,), each of them once."""
-    noise: Tensor | None = None
-    """What it puts there: float32 (E, 3), normalised values."""
-
-    def pin_memory(self) -> RawBatch:
-        """Called by the DataLoader's pinning thread."""
-        tensors = (self.images, self.targets, self.erased, self.noise)
-        return RawBatch(*(None if tensor is None else tensor.pin_memory() for tensor in tensors))
-
-
-@dataclass
-class Failure:
-    """A UserError on its way out of a worker: raised there, its text would hold a traceback."""
-
-    message: str
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    """uint8 images (3, H, W) as one batch (B, 3, H, W), in shared memory if this is a worker.
-
-    PIL's images are (H, W, 3) in memory. The batch keeps that layout, so that an image is copied in
-    one run of bytes; the conversion to float on the device reorders it.
-    """
-    channels, height, width = images[0].shape
-    out = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is not None:
-        count = len(images) * channels * height * width
-        out = out.new(out._typed_storage()._new_shared(count, device="cpu"))
-    out = out.resize_(len(images), height, width, channels)
-    for target, image in zip(out, images, strict=True):
-        target.copy_(image.permute(1, 2, 0))
-    return out.permute(0, 3, 1, 2)
-
-
-def build_erasing(probability: float, mode: str, count: int) -> RandomErasing | None:
-    """timm's random erasing of at most `count` parts (None for probability 0), on the CPU."""
-    if mode not in ("const", "rand", "pixel"):
-        raise UserError(f"unknown random-erasing mode {mode!r}: pixel, rand or const")
-    if probability <= 0:
-        return None
-    return RandomErasing(probability, mode=mode, max_count=count, device="cpu")
-
-
-def draw_erasing(
-    erasing: RandomErasing, shape: Sequence[int], seeds: Sequence[int | None]
-) -> tuple[Tensor, Tensor]:
-    """`erased` and `noise` of a RawBatch of images of `shape` (3, H, W), one seed an image.
-
-    An image without a seed stays whole.
-    """
-    area = shape[1] * shape[2]
-    erased, noise = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, shape[0])]
-    for number, seed in enumerate(seeds):
-        if seed is not None:
-            seed_everything(seed)
-            canvas = erasing(torch.full(shape, torch.nan)).flatten(1)
-            (pixels,) = torch.where(~canvas[0].isnan())
-            erased.append(pixels + number * area)
-            noise.append(canvas[:, pixels].T)
-    return torch.cat(erased), torch.cat(noise)
-
-
-def erase(images: Tensor, erased: Tensor, noise: Tensor) -> None:
-    """Put `noise` into the pixels `erased` of normalised `images` (B, 3, H, W), in place."""
-    area = images.shape[2] * images.shape[3]
-    images.flatten(2)[erased // area, :, erased % area] = noise
-
-
-class BatchDataset(Dataset):
-    """Makes whole batches (`DataLoader` hands `__getitems__` what the batch sampler yields).
-
-    For training, items are `Sample`s and every image is made under its own seed; for evaluation
-    they are indices. Positions that are multiples of `first_clean` are not erased (0: none).
-    """
-
-    def __init__(
-        self,
-        images: ImageDataset,
-        seed: int | None = None,
-        erasing: RandomErasing | None = None,
-        first_clean: int = 0,
-    ) -> None:
-        self.images = images
-        self.seed = seed
-        self.erasing = erasing
-        self.first_clean = first_clean
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, items: list[Sample] | list[int]) -> RawBatch | Failure:
-        try:
-            if self.seed is None:
-                return self._collate([self.images[index] for index in items])
-            with preserve_generators() if get_worker_info() is None else nullcontext():
-                return self._seeded(items)
-        except UserError as error:
-            return Failure(str(error))
-
-    def _seeded(self, items: list[Sample]) -> RawBatch:
-        seeds = [sample_seeds(self.seed, item.epoch, item.position) for item in items]
-        made = []
-        for item, seed in zip(items, seeds, strict=True):
-            seed_everything(seed.transform)
-            made.append(self.images[item.index])
-        batch = self._collate(made)
-        if self.erasing is not None:
-            clean = [self.first_clean and item.position % self.first_clean == 0 for item in items]
-            drawn = [None if c else s.erasing for c, s in zip(clean, seeds, strict=True)]
-            batch.erased, batch.noise = draw_erasing(self.erasing, batch.images.shape[1:], drawn)
-        return batch
-
-    def _collate(self, made: list[tuple[Tensor, int]]) -> RawBatch:
-        return RawBatch(
-            _stack([image for image, _ in made]),
-            torch.tensor([target for _, target in made], dtype=torch.int64),
-        )
-
-
-def _identity(batch: RawBatch | Failure) -> RawBatch | Failure:
-    return batch
-
-
-def _init_worker(stopping: ctypes.c_bool, worker_id: int) -> None:
-    """Leave signals to the main process, which saves a checkpoint and then stops its workers.
-
-    Ctrl-C and cluster managers signal all processes of a job. But SIGTERM is also how
-    multiprocessing ends a worker that hangs, so that it counts once the loader is `stopping`.
-    """
-
-    def on_sigterm(signum: int, frame: FrameType | None) -> None:
-        if stopping.value:
-            os._exit(0)
-
-    for number in JOB_SIGNALS:
-        signal.signal(number, on_sigterm if number == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)  # see hold_job_signals
-
-
-def is_worker_death(error: BaseException) -> bool:
-    """Whether `error` says that a worker was killed.
-
-    Torch reports it from a SIGCHLD handler, so that it can come up in the middle of any statement
-    of the main process, not only in the loader. A main process that was just receiving a batch
-    finds the connection closed before that.
-    """
-    if isinstance(error, (ConnectionError, EOFError)):
-        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        return any("multiprocessing" in Path(file).parts for file in files)
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-
-
-def worker_death(error: BaseException) -> UserError:
-    """The one line to print for it. No report of torch's can come after this call."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if not isinstance(error, RuntimeError):
-        error = f"DataLoader worker (pid unknown) is gone: {error}."
-    return UserError(
-        f"{error} Often the machine ran out of memory (fewer --num-workers help) or shared memory "
-        "(in a container: a larger /dev/shm)."
-    )
-
-
-def let_threads_rest() -> None:
-    """Call before forking workers: among several processes, wait for threads that end a collective.
-
-    Such a thread enters Python to drop tensors. Up to Python 3.11 a process that is forked while it
-    does hangs in `os.fork` for ever: the child takes the lock on the list of threads before it is
-    made anew.
-    """
-    if sys.version_info < (3, 12) and dist.is_available() and dist.is_initialized():
-        time.sleep(REST)
-
-
-@contextmanager
-def hold_job_signals() -> Iterator[None]:
-    """Hold JOB_SIGNALS back while workers are started; `_init_worker` lets them through.
-
-    A worker is born with what its parent holds back. Else a signal to the whole job would kill the
-    workers that are not set up yet.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Forget what variables held there: workers live on for as long as anything holds them."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 class DeviceLoader:
     """Yields (images float32 (B, 3, H, W) normalised, targets int64 (B,)), both on `device`.
 
     On CUDA the next batch is copied and normalised on a side stream while the current one is in
-    use, as in timm's PrefetchLoader. `batches` yields RawBatches. A Failure among them is raised as
-    UserError. A pass that fails ends the workers and closes the loader.
+    use, as in timm's PrefetchLoader. `batches` yields RawBatches. A WorkerError among them is
+    raised as UserError. A pass that fails ends the workers and closes the loader.
     """
 
     def __init__(
         self,
         batches: DataLoader,
         *,
-        stopping: ctypes.c_bool,
         device: torch.device,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
         self._batches: DataLoader | None = batches
         self._running: Iterator | None = None
-        self._forked = batches.num_workers == 0
-        self._stopping = stopping
+        self._passes: list[Iterator] = []
         self.device = device
         self._compute = device if device.type == "cuda" else torch.device("cpu")
         self._mean, self._std = (
@@ -288,8 +53,8 @@ class DeviceLoader:
             for values in (mean, std)
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # at exit this runs before multiprocessing terminates the workers and waits for them
-        weakref.finalize(self, setattr, stopping, "value", True)
+        # registered after torch's own, it runs at exit while workers can still be asked to end
+        atexit.register(weakref.finalize(self, end_workers, self._passes))
 
     def __len__(self) -> int:
         """The number of batches of one pass."""
@@ -303,35 +68,33 @@ class DeviceLoader:
 
     def close(self) -> None:
         """End the pass under way, if any, and the workers."""
-        self._stopping.value = True
         if self._running is not None:
             self._running.close()
+        end_workers(self._passes)
         self._running = self._batches = None
 
     def _raw(self) -> Iterator[RawBatch]:
-        if not self._forked:
-            let_threads_rest()
-        starts_workers = not (self._forked and self._batches.persistent_workers)
-        self._forked = True
-        batches = None
+        loader, reused = self._batches, bool(self._passes)
+        with starting_workers() if loader.num_workers and not reused else nullcontext():
+            batches = iter(loader)
+        if not reused or not loader.persistent_workers:
+            self._passes.append(batches)
         try:
-            with hold_job_signals() if starts_workers else nullcontext():
-                batches = iter(self._batches)
             for batch in batches:
-                if isinstance(batch, Failure):
+                if isinstance(batch, WorkerError):
                     raise UserError(batch.message)
                 yield batch
         except Exception as error:
-            self._stopping.value = True
-            is_death = is_worker_death(error)
-            if self._batches.num_workers > 0:
-                _clear_frames(error)
-            self._batches = None  # a DataLoader holds an iterator of persistent workers
-            if is_death:
-                raise worker_death(error) from error
+            failure = worker_death(error) if is_worker_death(error) else None
+            end_workers(self._passes)
+            self._batches = None
+            if failure is not None:
+                raise failure from error
             raise
         finally:
-            batches = None
+            if not loader.persistent_workers and batches in self._passes:
+                self._passes.remove(batches)
+                end_workers([batches])
 
     def _on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._raw():
@@ -412,15 +175,13 @@ def build_train_loader(
         rank=rank,
         repeats=repeats,
     )
-    source = BatchDataset(
-        dataset,
-        seed,
-        erasing=build_erasing(re_prob, re_mode, re_count),
-        first_clean=repeats if resplit and repeats > 1 else 0,
-    )
-    stopping = multiprocessing.RawValue(ctypes.c_bool, False)
-    loader = _data_loader(source, stream, num_workers, pin_memory, device, stopping, False)
-    return TrainLoader(stream, loader, stopping=stopping, device=device, mean=mean, std=std)
+    erasing = None
+    if re_prob > 0:
+        erasing = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu")
+    first_clean = repeats if resplit and repeats > 1 else 0
+    source = BatchDataset(dataset, seed, erasing, first_clean)
+    loader = _data_loader(source, stream, num_workers, pin_memory, device)
+    return TrainLoader(stream, loader, device=device, mean=mean, std=std)
 
 
 def build_eval_loader(
@@ -445,9 +206,8 @@ def build_eval_loader(
         list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)
     ]
     source = BatchDataset(dataset)
-    stopping = multiprocessing.RawValue(ctypes.c_bool, False)
-    loader = _data_loader(source, batches, num_workers, pin_memory, device, stopping, True)
-    return DeviceLoader(loader, stopping=stopping, device=device, mean=mean, std=std)
+    loader = _data_loader(source, batches, num_workers, pin_memory, device, persistent=True)
+    return DeviceLoader(loader, device=device, mean=mean, std=std)
 
 
 def _data_loader(
@@ -456,16 +216,18 @@ def _data_loader(
     num_workers: int,
     pin_memory: bool,
     device: torch.device,
-    stopping: ctypes.c_bool,
-    persistent: bool,
+    persistent: bool = False,
 ) -> DataLoader:
     return DataLoader(
         source,
         batch_sampler=batch_sampler,
         num_workers=num_workers,
-        collate_fn=_identity,
+        collate_fn=_identity,  # the source makes batches
         pin_memory=pin_memory and device.type == "cuda",
-        worker_init_fn=partial(_init_worker, stopping),
         persistent_workers=persistent and num_workers > 0,
         generator=torch.Generator(),  # by default the DataLoader draws its seed from the global one
     )
+
+
+def _identity(batch: RawBatch | WorkerError) -> RawBatch | WorkerError:
+    return batch

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from itertools import islice, product
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data._utils import worker as torch_worker
 
 from deit.data import (
     build_dataset,
@@ -30,15 +32,10 @@ from deit.data import (
     eval_transform,
     train_transform,
 )
+from deit.data.batches import erase
 from deit.data.images import ArrayImages
-from deit.data.loader import (
-    REST,
-    _init_worker,
-    erase,
-    is_worker_death,  # noqa: F401 (for the scripts below)
-    let_threads_rest,
-)
 from deit.data.stream import preserve_generators, sample_seeds, seed_everything
+from deit.data.workers import REST, is_worker_death  # noqa: F401 (the latter for scripts below)
 from deit.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -182,10 +179,6 @@ class TestErasing:
         erased = [b for b, _ in train_loader(epochs=1, re_prob=1, resplit=True)]
         assert (torch.cat(clean) != torch.cat(erased)).flatten(1).any(1).all()
 
-    def test_unknown_mode(self):
-        with pytest.raises(UserError, match="'noise': pixel, rand or const"):
-            train_loader(re_prob=1, re_mode="noise")
-
 
 class TestEvaluation:
     @pytest.mark.parametrize(
@@ -299,53 +292,75 @@ class TestFailures:
         assert result.returncode == 7, result.stderr
         assert result.stdout.startswith("True DataLoader worker (pid")
 
-    @pytest.mark.parametrize(("num_workers", "rests"), [(0, 0), (1, 1)])
-    def test_threads_rest_once_before_workers_are_forked(self, num_workers, rests, monkeypatch):
-        calls = []
-        monkeypatch.setattr("deit.data.loader.let_threads_rest", lambda: calls.append(children()))
-        loader = build_eval_loader(
-            images(transform=eval_transform(16)),
-            batch_size=7,
-            num_workers=num_workers,
-            device="cpu",
-        )
-        children = multiprocessing.active_children
-        before = children()
-        for _ in range(2):
-            list(loader)
-        loader.close()
-        assert len(calls) == rests
-        assert all(set(found) <= set(before) for found in calls)
-
-    def test_only_among_several_processes_threads_are_waited_for(self, monkeypatch):
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_threads_rest_once_before_workers_are_forked(self, num_workers, monkeypatch):
+        """Among several processes only."""
+        dataset = images(transform=eval_transform(16))
         naps = []
-        monkeypatch.setattr("deit.data.loader.time", SimpleNamespace(sleep=naps.append))
-        let_threads_rest()
-        assert naps == []
-        monkeypatch.setattr("deit.data.loader.dist.is_initialized", lambda: True)
-        let_threads_rest()
-        assert naps == ([REST] if sys.version_info < (3, 12) else [])
+        monkeypatch.setattr("deit.data.workers.time", SimpleNamespace(sleep=naps.append))
+        for distributed in (False, True):
+            group = SimpleNamespace(
+                is_available=lambda: True, is_initialized=lambda answer=distributed: answer
+            )
+            monkeypatch.setattr("deit.data.workers.dist", group)
+            loader = build_eval_loader(dataset, batch_size=7, num_workers=num_workers, device="cpu")
+            for _ in range(2):
+                list(loader)
+            loader.close()
+            needed = distributed and num_workers and sys.version_info < (3, 12)
+            assert naps == ([REST] if needed else [])
 
-    @pytest.mark.parametrize("starting", [0, 0.5], ids=["running", "starting"])
+    @pytest.mark.parametrize("starting", [False, True])
     def test_signals_are_left_to_the_main_process(self, starting, monkeypatch):
         """Even by workers that have not set up anything yet."""
 
-        def init_slowly(stopping, worker_id):
-            time.sleep(starting * worker_id)
-            _init_worker(stopping, worker_id)
+        def strike():
+            while len(workers := set(multiprocessing.active_children()) - before) < 2:
+                time.sleep(0.01)
+            for worker in workers:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                    os.kill(worker.pid, number)
 
-        monkeypatch.setattr("deit.data.loader._init_worker", init_slowly)
+        def start_late(*args):
+            time.sleep(1)
+            work(*args)
+
         expected = train_loader()
         before = set(multiprocessing.active_children())
         held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        loader = train_loader(num_workers=2)
-        batches = iter(loader)
-        got = [next(batches)]
+        batches = iter(train_loader(num_workers=2))
+        if starting:
+            work = torch_worker._worker_loop
+            monkeypatch.setattr(torch_worker, "_worker_loop", start_late)
+            striking = threading.Thread(target=strike)
+            striking.start()
+            got = [next(batches)]
+            striking.join()
+        else:
+            got = [next(batches)]
+            strike()
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == held
-        for worker in set(multiprocessing.active_children()) - before:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-                os.kill(worker.pid, number)
         assert_same(expected, got + list(batches))
+
+    def test_a_worker_that_hangs_is_killed(self, monkeypatch):
+        """It does not hear SIGTERM."""
+        monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+        before = set(multiprocessing.active_children())
+        slow = images(transform=lambda image: time.sleep(1000))
+        loader = build_eval_loader(slow, batch_size=1, num_workers=2, device="cpu")
+        striking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
+
+        def stop(*_):
+            raise TimeoutError
+
+        previous = signal.signal(signal.SIGUSR1, stop)
+        try:
+            striking.start()
+            with pytest.raises(TimeoutError):
+                list(loader)
+        finally:
+            signal.signal(signal.SIGUSR1, previous)
+        assert not set(multiprocessing.active_children()) - before
 
     @pytest.mark.parametrize("ending", ["sys.exit(3)", "raise ValueError('x')", "os.kill(0, 15)"])
     def test_leaving_in_the_middle_ends_the_workers(self, ending):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deit.data.loader import is_worker_death, worker_death
+from deit.data.workers import is_worker_death, worker_death
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,83 @@
+"""The life of a loader's workers: how they start, what they leave alone, how they end or die."""
+
+from __future__ import annotations
+
+import multiprocessing.process
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from deit.errors import UserError
+
+# Signals that mean the whole job: the main process acts on them, workers do not.
+JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Seconds in which the threads of torch.distributed come to rest after a collective.
+REST = 0.1
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Start workers in here: they are born with JOB_SIGNALS blocked, and keep them blocked.
+
+    Ctrl-C and cluster managers signal all processes of a job; the main process then saves a
+    checkpoint, for which it may need its workers, and ends them itself.
+
+    Among several processes it first waits for threads that end a collective. Such a thread enters
+    Python to drop tensors. Up to Python 3.11 a process that is forked while it does hangs in
+    `os.fork` for ever: the child takes the lock on the list of threads before it is made anew.
+    """
+    if sys.version_info < (3, 12) and dist.is_available() and dist.is_initialized():
+        time.sleep(REST)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_workers(passes: list[Iterator]) -> None:
+    """End the workers of the DataLoader's iterators in `passes`, and empty it.
+
+    Torch asks them to leave and waits for five seconds. Those that hang are killed: they do not
+    hear the SIGTERM by which torch, and multiprocessing at exit, would end them.
+    """
+    while passes:
+        running = passes.pop()
+        workers: list[multiprocessing.process.BaseProcess] = getattr(running, "_workers", [])
+        if workers:
+            running._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether `error` says that a worker was killed.
+
+    Torch reports it from a SIGCHLD handler, so that it can come up in the middle of any statement
+    of the main process, not only in the loader. A main process that was just receiving a batch
+    finds the connection closed before that.
+    """
+    if isinstance(error, (ConnectionError, EOFError)):
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        return any("multiprocessing" in Path(file).parts for file in files)
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def worker_death(error: BaseException) -> UserError:
+    """The one line to print for it. No report of torch's can come after this call."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if not isinstance(error, RuntimeError):
+        error = f"DataLoader worker (pid unknown) is gone: {error}."
+    return UserError(
+        f"{error} Often the machine ran out of memory (fewer --num-workers help) or shared memory "
+        "(in a container: a larger /dev/shm)."
+    )
