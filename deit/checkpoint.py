@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.errors import UserError, one_line
+from deit.models.published import adapt_state
 
 _SHOWN_KEYS = 3
 _HUB_PREFIX = "hf-hub:"
@@ -232,7 +233,7 @@ def load_model(
     source: str | Path,
     trained_as: str | None = None,
 ) -> None:
-    """Load `state` into `model`; every key must fit.
+    """Load `state` into `model`; every key must fit, by the published names or the model's own.
 
     Args:
         trained_as: the model name in the checkpoint's `args`, for the error message.
@@ -243,8 +244,9 @@ def load_model(
     mismatched: list[str] = []
     missing: list[str] = []
     unexpected: list[str] = []
+    state = adapt_state(state, model)
     try:
-        missing, unexpected = model.load_state_dict(dict(state), strict=False)
+        missing, unexpected = model.load_state_dict(state, strict=False)
     except ValueError as error:  # a model's own check, such as a different token order
         raise UserError(f"checkpoint {str(source)!r} does not fit: {one_line(error)}") from error
     except RuntimeError as error:

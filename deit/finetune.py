@@ -11,6 +11,7 @@ from typing import get_type_hints
 from torch import Tensor, nn
 
 from deit.errors import UserError, one_line
+from deit.models.published import adapt_state
 
 Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
@@ -75,6 +76,7 @@ def load_for_finetune(
         UserError: a tensor other than the classifier's has another shape, or less than half of
             the network is in the checkpoint. Nothing has been loaded then.
     """
+    state = adapt_state(state, model)
     translate = _filter_of(model)
     try:
         fitted = translate(dict(state), model) if translate else dict(state)

@@ -72,9 +72,10 @@ def decays_as_compiled(name: str, parameter: torch.Tensor) -> bool:
 
     They looked parameters up under the names that compilation gives (`_orig_mod.pos_embed`), which
     no list of exceptions knows: all but vectors and biases decayed, position embeddings and class
-    tokens too.
+    tokens too, and the LayerScale of ordinary ConvNeXts, which they store with four axes.
     """
-    return parameter.ndim > 1 and not name.endswith(".bias")
+    leaf = name.split(".")[-1]
+    return leaf == "gamma" or (parameter.ndim > 1 and leaf != "bias")
 
 
 def parameter_groups(

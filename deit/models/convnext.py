@@ -37,6 +37,7 @@ from deit.layers import (
     tracing,
 )
 from deit.models.base import Feature, Pool, PooledClassifier, pack
+from deit.models.published import adapt_state
 from deit.models.registry import register_sizes
 
 __all__ = ["ConvNeXt", "IsotropicConvNeXt"]
@@ -347,6 +348,7 @@ for _family, _equivariant in {"d2_convnext_isotropic": True, "convnext_isotropic
             "pool_size": (14, 14),
         },
         layer_scale="layer_scale_init_value",
+        filter_fn=adapt_state,
     )
 register_sizes(
     __name__,
