@@ -77,6 +77,20 @@ def _with_dashes(arg: str) -> str:
     return option.replace("_", "-") + equals + value
 
 
+class WordSwitch(argparse.BooleanOptionalAction):
+    """--x and --no-x, and --x WORD for some words, which are the value then."""
+
+    def __init__(self, option_strings, dest, words=(), **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+        self.nargs, self.choices = "?", words
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if values is None:
+            super().__call__(parser, namespace, values, option_string)
+        else:
+            setattr(namespace, self.dest, values)
+
+
 class OptionGroup:
     """Adds options to an argument group of a parser; each help text ends in its default."""
 
@@ -109,12 +123,17 @@ class OptionGroup:
             **kwargs,
         )
 
-    def switch(self, flag: str, help: str, default: bool | None = False) -> None:
-        """A switch --x with its --no-x; a default of None leaves the choice to the network."""
+    def switch(
+        self, flag: str, help: str, default: bool | None = False, words: tuple[str, ...] = ()
+    ) -> None:
+        """A switch --x with its --no-x; a default of None leaves the choice to the network.
+
+        `words` are values that it may have too, as in `--x both`.
+        """
         shown = {True: "on", False: "off", None: "the network's own"}[default]
-        action = self._group.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=default
-        )
+        kind = WordSwitch if words else argparse.BooleanOptionalAction
+        more = {"words": words} if words else {}
+        action = self._group.add_argument(flag, action=kind, default=default, **more)
         # Set afterwards: some Python versions append the default in words of their own.
         action.help = f"{help} (default: {shown})".replace("%", "%%")
 

@@ -328,10 +328,10 @@ def describe(scores: Scores) -> str:
     return text
 
 
-def as_log(scores: Scores) -> dict[str, Any]:
-    """The `test_*` entries of a line of log.txt."""
+def as_log(scores: Scores, suffix: str = "") -> dict[str, Any]:
+    """The `test_*` entries of a line of log.txt, with `suffix` at the end of their names."""
     log = {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
     if scores.mirrored is not None:
         log |= {"test_flop_acc1": scores.mirrored, "test_flop_same": scores.same}
     # JSON has no NaN
-    return {k: v if math.isfinite(v) else None for k, v in log.items()}
+    return {k + suffix: v if math.isfinite(v) else None for k, v in log.items()}

@@ -11,6 +11,7 @@ Ctrl-C. Other Python code calls `main(args)`, and may stop it by `request_stop`.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
@@ -23,6 +24,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from torch import nn
 
 from deit.args import parse_args
 from deit.build import set_precision
@@ -63,7 +66,11 @@ def main(args: Namespace) -> int:
     set_precision(args, device)
     with connect(place, device) as processes:
         if args.eval:
-            evaluate_once(args, processes)
+            both = args.model_ema_eval == "both"
+            for ema in (False, True) if both else (args.model_ema_eval,):
+                which = copy.copy(args)
+                which.model_ema_eval = ema
+                evaluate_once(which, processes)
             return 0
         with stop_on_signals(announce=processes.is_main):
             run = build_run(args, processes)
@@ -104,6 +111,8 @@ def train(run: Run) -> None:
     best = ""
     if progress.best_epoch >= 0:
         best = f"; best Acc@1 {progress.best_acc1:.3f} in epoch {progress.best_epoch + 1}"
+    if progress.best_ema_epoch >= 0:
+        best += f", of the average {progress.best_ema_acc1:.3f} in {progress.best_ema_epoch + 1}"
     spent = sum(record["time"] for record in progress.history) + progress.seconds
     reporter.say(f"{how}, {duration(spent)} of training{best}")
     if args.output_dir:
@@ -133,10 +142,13 @@ def train_epoch(run: Run, batches: Batches) -> None:
             on_update=run.note_update,
         )
         record = {"epoch": epoch, "train_loss": loss, "train_lr": run.learning_rate()}
-        scores = None
+        scores = ema_scores = None
         if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
-            scores = evaluate_run(run)
+            scores = evaluate_run(run, run.evaluated)
             record |= as_log(scores)
+            if run.also_evaluated is not None:
+                ema_scores = evaluate_run(run, run.also_evaluated)
+                record |= as_log(ema_scores, "_ema")
     finally:
         progress.seconds = before + time.perf_counter() - start
         reporter.stop()
@@ -145,22 +157,27 @@ def train_epoch(run: Run, batches: Batches) -> None:
     best = scores is not None and scores.acc1 > progress.best_acc1
     if best:
         progress.best_acc1, progress.best_epoch = scores.acc1, epoch
+    best_ema = ema_scores is not None and ema_scores.acc1 > progress.best_ema_acc1
+    if best_ema:
+        progress.best_ema_acc1, progress.best_ema_epoch = ema_scores.acc1, epoch
     state.schedule.step(epoch, None if scores is None else scores.acc1)
     record |= {"n_parameters": run.parameters, "time": round(progress.seconds, 3)}
     test = "" if scores is None else f"  {describe(scores)}  best {progress.best_acc1:.3f}"
+    if ema_scores is not None:
+        test += f"  average {describe(ema_scores)}  best {progress.best_ema_acc1:.3f}"
     reporter.say(f"{title}  train loss {loss:.4f}{test}  {duration(progress.seconds)}")
     reporter.end_epoch(record)
     progress.next_epoch(record)
     state.running.reset()
-    run.save(run.names_after_epoch(epoch, best))
+    run.save(run.names_after_epoch(epoch, best, best_ema))
 
 
-def evaluate_run(run: Run) -> Scores:
-    """Evaluate the network, or its average, of a training."""
+def evaluate_run(run: Run, network: nn.Module) -> Scores:
+    """Evaluate the network of a training, or its average."""
     args = run.args
     run.reporter.start("testing", len(run.val_loader))
     return evaluate(
-        run.evaluated,
+        network,
         run.val_loader,
         precision=run.state.precision,
         processes=run.processes,

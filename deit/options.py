@@ -132,7 +132,9 @@ def _add_model(parser: ArgumentParser) -> None:
     average.switch("--model-ema-force-cpu",
                    "hold the average in host memory: saves GPU memory, takes time")
     average.switch("--model-ema-eval",
-                   "evaluate the average in place of the weights, and choose the best by it")
+                   "evaluate the average in place of the weights, and choose the best by it; with "
+                   "'both' after it evaluate both, as ConvNeXt's script does, and keep the best of "
+                   "each, best_checkpoint.pth and best_checkpoint_ema.pth", words=("both",))
 
 
 def _add_speed(parser: ArgumentParser) -> None:

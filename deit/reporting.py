@@ -105,8 +105,13 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str = "
     from matplotlib.ticker import MaxNLocator
 
     panels = {
-        "loss": {"train_loss": "train", "test_loss": "test"},
-        "accuracy (%)": {"test_acc1": "top-1", "test_acc5": "top-5"},
+        "loss": {"train_loss": "train", "test_loss": "test", "test_loss_ema": "test, average"},
+        "accuracy (%)": {
+            "test_acc1": "top-1",
+            "test_acc5": "top-5",
+            "test_acc1_ema": "top-1, average",
+            "test_acc5_ema": "top-5, average",
+        },
         "learning rate": {"train_lr": None},
     }
     figure = Figure(figsize=(12, 3.6), layout="constrained")

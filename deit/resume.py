@@ -56,6 +56,9 @@ class Progress:
     """Images seen in it by all processes: `step` for another global batch."""
     best_acc1: float = -1.0
     best_epoch: int = -1
+    best_ema_acc1: float = -1.0
+    """That of the average, where both are evaluated."""
+    best_ema_epoch: int = -1
     seconds: float = 0.0
     """Time spent on it, in all sessions together."""
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -21,6 +21,7 @@ from deit.stopping import StopAgreement
 
 LAST = "checkpoint.pth"
 BEST = "best_checkpoint.pth"
+BEST_EMA = "best_checkpoint_ema.pth"
 EPOCH_COPY = "checkpoint_{:04d}.pth"
 
 
@@ -34,6 +35,8 @@ class Run:
     state: TrainingState
     evaluated: nn.Module
     """The network that is evaluated: the averaged one or the trained one."""
+    also_evaluated: nn.Module | None
+    """The averaged one, if both are."""
     train_loader: TrainLoader
     val_loader: DeviceLoader
     batches: int
@@ -67,10 +70,11 @@ class Run:
             if self.writer is not None:
                 self.writer.save(checkpoint, names)
 
-    def names_after_epoch(self, epoch: int, best: bool) -> list[str]:
+    def names_after_epoch(self, epoch: int, best: bool, best_ema: bool = False) -> list[str]:
         """The files that the end of `epoch` is saved under; the one for resuming is the last."""
         copy = self.args.save_freq and (epoch + 1) % self.args.save_freq == 0
-        return ([BEST] if best else []) + ([EPOCH_COPY.format(epoch)] if copy else []) + [LAST]
+        names = ([BEST] if best else []) + ([BEST_EMA] if best_ema else [])
+        return names + ([EPOCH_COPY.format(epoch)] if copy else []) + [LAST]
 
     def close(self) -> None:
         """End the loader's workers and wait for the last write; also after a failure."""

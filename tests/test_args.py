@@ -134,6 +134,20 @@ def test_what_options_imply():
     assert parse_args(["--cosub"]).smoothing == 0.1
 
 
+def test_the_average_is_evaluated_in_place_of_the_weights_or_too():
+    values = {
+        "--model-ema-eval": True,
+        "--no-model-ema-eval": False,
+        "--model-ema-eval=both": "both",
+    }
+    for text, value in values.items():
+        assert parse_args([text]).model_ema_eval == value
+    assert parse_args(["--model_ema_eval", "both", "--lr", "1"]).model_ema_eval == "both"
+    assert parse_args(["--model-ema-eval", "--lr", "1"]).model_ema_eval is True
+    with pytest.raises(UserError, match="'neither'"):
+        parse_args(["--model-ema-eval", "neither"])
+
+
 def test_odd_batches_are_allowed_without_mixing():
     assert parse_args(["--batch-size", "63", "--mixup", "0", "--cutmix", "0"]).batch_size == 63
     assert parse_args(["--batch-size", "63", "--eval"]).batch_size == 63

@@ -46,6 +46,34 @@ def test_log(trained):
     assert first["n_parameters"] == sum(value.numel() for value in state.values())
 
 
+def test_both_are_evaluated_and_the_best_of_each_is_kept(data, tmp_path, capsys):
+    """The columns of each are those of a training that evaluates it alone."""
+    options = ("--epochs", "3", "--model-ema-decay", "0.5", "--lr", "0.02")
+    logs, best = {}, {}
+    for how in ("--no-model-ema-eval", "--model-ema-eval", "--model-ema-eval=both"):
+        out = tmp_path / how
+        assert train(*options, how, data=data, out=out) == 0
+        logs[how] = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+        best[how] = load(out / "best_checkpoint.pth")["epoch"]
+    raw, average, both = logs.values()
+    keys = ("test_loss", "test_acc1", "test_acc5")
+    for one, other, two in zip(raw, average, both, strict=True):
+        assert [two[key] for key in keys] == [one[key] for key in keys]
+        assert [two[f"{key}_ema"] for key in keys] == [other[key] for key in keys]
+    assert [r["test_loss"] for r in raw] != [r["test_loss"] for r in average]
+    out = tmp_path / "--model-ema-eval=both"
+    assert load(out / "best_checkpoint.pth")["epoch"] == best["--no-model-ema-eval"]
+    kept = load(out / "best_checkpoint_ema.pth")
+    assert kept["epoch"] == best["--model-ema-eval"] == kept["progress"]["best_ema_epoch"]
+    assert not (tmp_path / "--model-ema-eval" / "best_checkpoint_ema.pth").exists()
+    capsys.readouterr()
+    last = ("--resume", str(out / "checkpoint.pth"), "--eval", "--model-ema-eval", "both")
+    assert train(*last, data=data) == 0
+    shown = re.findall(r"\* Acc@1 \S+ Acc@5 \S+ loss (\S+)", capsys.readouterr().out)
+    expected = [both[-1]["test_loss"], both[-1]["test_loss_ema"]]
+    assert [float(loss) for loss in shown] == pytest.approx(expected, abs=1e-3)
+
+
 def test_configuration_is_written_before_the_first_step(data, tmp_path, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt

@@ -109,7 +109,7 @@ FAMILIES = {
         "cutmix": 1.0,
         "model_ema": True,
         "model_ema_decay": 0.9999,
-        "model_ema_eval": True,
+        "model_ema_eval": "both",
         "bce_loss": False,
         "use_amp": True,
     },
