@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import DropPath as TensorDropPath
 from torch import Tensor, nn
 
@@ -21,7 +22,12 @@ class DropPath(TensorDropPath):
     def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.drop_prob == 0.0 or not self.training:
             return x
-        # timm's own draw, on ones: the mask of each sample, (B, 1, ...)
         first = x[0]
-        mask = super().forward(first.new_ones(first.shape[:1] + (1,) * (first.ndim - 1)))
-        return tuple(part * mask for part in x)
+        shape = first.shape[:1] + (1,) * (first.ndim - 1)
+        if torch.compiler.is_compiling() and self.drop_prob < 1.0:
+            # `bernoulli_` would fix the rate: like this one graph serves blocks of all rates
+            keep = 1.0 - self.drop_prob
+            mask = (torch.rand(shape, dtype=first.dtype, device=first.device) < keep) / keep
+        else:
+            mask = super().forward(first.new_ones(shape))  # timm's own draw
+        return tuple(part * mask.to(part.dtype) for part in x)
