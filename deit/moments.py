@@ -96,15 +96,20 @@ def published_names(
 
 
 def _fits(groups: Sequence[Sequence[tuple[str, str, Tensor]]], saved: Mapping[str, Any]) -> bool:
-    """Whether all moments have the shapes of the parameters at their positions."""
+    """Whether all moments have the shapes of the parameters at their positions, as far as it
+    matters: axes of length 1 do not."""
     positions = [index for group in saved["param_groups"] for index in group["params"]]
     shapes = [value.shape for group in groups for _, _, value in group]
     return all(
-        saved["state"][index][key].shape == shape
+        _without_ones(saved["state"][index][key].shape) == _without_ones(shape)
         for index, shape in zip(positions, shapes, strict=True)
         for key in _SHAPED_LIKE_WEIGHTS
         if key in saved["state"].get(index, ()) and saved["state"][index][key].ndim > 0
     )
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
 
 
 def load_optimizer(
@@ -194,7 +199,7 @@ def _place(key: str, value: Any, param: Tensor, source: str) -> Any:
         return value
     # Some optimizers keep one number for a whole tensor.
     if key in _SHAPED_LIKE_WEIGHTS and value.ndim > 0 and value.shape != param.shape:
-        if [n for n in value.shape if n != 1] != [n for n in param.shape if n != 1]:
+        if _without_ones(value.shape) != _without_ones(param.shape):
             raise UserError(
                 f"the optimizer state in {source!r} is of tensors of other shapes than this "
                 f"run's: use the same model and --opt, {REMEDY}"
