@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -147,6 +148,8 @@ class Learner:
 
     def __post_init__(self) -> None:
         self._second_order = needs_second_order(self.optimizer)
+        if self._second_order:  # `update` drops the gradients that the warning is about
+            warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         wrapped = isinstance(self.model, DistributedDataParallel)
         self._bare = self.model.module if wrapped else self.model

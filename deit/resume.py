@@ -302,8 +302,8 @@ class TrainingState:
         course = "deit" if by_epoch else "convnext"
         if self.args.sched_as_published != course:
             notes.append(
-                f"its learning rates may be the published ones: --sched-as-published {course} "
-                "goes on with them"
+                "its learning rates were those of the published code: --sched-as-published "
+                f"{course} goes on with them"
             )
         return notes
 

@@ -22,6 +22,7 @@ from training_runs import load, make_images, train
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.checkpoint import load_model, load_weights, read_checkpoint, strip_prefixes
+from deit.engine import Precision
 from deit.finetune import load_for_finetune
 from deit.models.published import own_name
 from deit.moments import load_optimizer, optimizer_names, positions_of, published_names
@@ -350,11 +351,13 @@ def resume(data, out, path, name, *argv):
 def test_a_published_file_is_gone_on_with(
     layout, name, opt, prefix, data, tmp_path, capsys, monkeypatch
 ):
-    """Weights, average, moments, count, epoch: nothing is left to tell but the random states."""
+    """Weights, average, moments, scaler, epoch: only the random states are left to tell."""
     path = tmp_path / "published.pth"
     theirs = save_published(path, name, layout=layout, opt=opt, prefix=prefix)
     # Nothing is trained: what is saved is what was read.
     monkeypatch.setattr("deit.main.train", lambda run: run.save(["checkpoint.pth"]))
+    half = classmethod(lambda cls, device, *_: cls(device, torch.float16))
+    monkeypatch.setattr(Precision, "choose", half)
     options = (*AS_PUBLISHED, layout, "--opt", opt)
     assert resume(data, tmp_path / "out", path, name, *options) == 0
     told = capsys.readouterr().out
@@ -365,6 +368,7 @@ def test_a_published_file_is_gone_on_with(
     ours = load(tmp_path / "out" / "checkpoint.pth")
     assert ours["epoch"] == 0
     assert ours["lr_scheduler"]["updates"] == 6
+    assert ours["scaler"] == theirs["scaler"]
     for key in ("model", "model_ema"):
         assert {prefix + k for k in ours[key]} == set(theirs[key])
         assert all(torch.equal(v, theirs[key][prefix + k]) for k, v in ours[key].items())
