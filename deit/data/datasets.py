@@ -148,7 +148,7 @@ def _find_archive(root: Path, split: Split) -> Path:
     own = root / f"{split}.zip"
     if own.is_file():
         return own
-    others = sorted(root.glob("*.zip"))
+    others = sorted(path for path in root.glob("*.zip") if not is_hidden(path.name))
     if len(others) != 1:
         raise UserError(
             f"no archive {own}, nor a single zip with {split}/ in it; "
