@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from deit.args import parse_args as training_options
+from deit.build import set_precision
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, number, output_file
 from deit.complexity.hardware import describe, measure_ceilings, versions
 from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
@@ -93,10 +95,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def make_settings(args: Namespace) -> Settings:
-    """How to run the networks. Sets the number of threads."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    """How to run the networks. Sets threads, and TF32 and cudnn as training does by default."""
     device = choose_device(args.device)
+    training = training_options([])
+    training.threads = args.threads
+    set_precision(training, device)
     name = args.dtype
     if name is None:
         # as in training: float16 on GPUs that only emulate bfloat16

@@ -76,7 +76,8 @@ class Subject:
         self.model.eval()
         self.peak_memory = self._peak(self.infer)
         if self.settings.train:
-            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
+            fused = True if self.settings.device.type == "cuda" else None  # as in training
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=fused)
             self.model.train()
             self.train_peak_memory = self._peak(self.train_step)
             self.model.eval()

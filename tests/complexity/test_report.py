@@ -11,6 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from deit.args import parse_args as training_options
+from deit.build import set_precision
+from deit.complexity import command
 from deit.complexity.command import main, make_settings, parse_args
 from deit.complexity.measure import Result
 from deit.complexity.plot import draw, make_figure
@@ -197,6 +200,23 @@ def test_options():
 def test_dtypes(arguments, dtype, storage):
     settings = make_settings(parse_args([*arguments, "--device", "cpu"]))
     assert (settings.dtype, settings.storage) == (dtype, storage)
+
+
+def test_arithmetic_is_that_of_training(monkeypatch):
+    """On a GPU: TF32 and the choice of convolutions, by one function with one set of defaults."""
+    seen = []
+    monkeypatch.setattr("torch.set_float32_matmul_precision", seen.append)
+    monkeypatch.setattr(command, "choose_device", torch.device)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        make_settings(parse_args(["--device", "cuda", "--dtype", "float32"]))
+        ours = (*seen, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
+    seen.clear()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        set_precision(training_options([]), torch.device("cuda"))
+        theirs = (*seen, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
+    assert ours == theirs
+    assert len(ours) == 3
+    assert ours[1], "cudnn tries its algorithms"
 
 
 def test_threads():
