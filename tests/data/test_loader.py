@@ -412,8 +412,8 @@ def test_memory_stays_flat_over_100_epochs(image_tree):
 class TestCuda:
     def test_same_as_on_the_cpu(self):
         for on_cpu, on_gpu in zip(
-            train_loader(repeats=3),
-            train_loader(repeats=3, device="cuda", num_workers=2),
+            train_loader(repeats=3, **ERASING),
+            train_loader(repeats=3, device="cuda", num_workers=2, **ERASING),
             strict=True,
         ):
             assert on_gpu[0].is_cuda
