@@ -24,10 +24,12 @@ class DropPath(TensorDropPath):
             return x
         first = x[0]
         shape = first.shape[:1] + (1,) * (first.ndim - 1)
-        if torch.compiler.is_compiling() and self.drop_prob < 1.0:
+        keep = 1.0 - self.drop_prob
+        if torch.compiler.is_compiling():
             # `bernoulli_` would fix the rate: like this one graph serves blocks of all rates
-            keep = 1.0 - self.drop_prob
-            mask = (torch.rand(shape, dtype=first.dtype, device=first.device) < keep) / keep
+            mask = torch.rand(shape, dtype=first.dtype, device=first.device) < keep
         else:
-            mask = super().forward(first.new_ones(shape))  # timm's own draw
+            mask = first.new_empty(shape).bernoulli_(keep)  # timm's own draw
+        # not in place as in timm, whose division is lost where tools drop results that nobody uses
+        mask = mask / keep if keep > 0.0 else mask
         return tuple(part * mask.to(part.dtype) for part in x)

@@ -3,7 +3,6 @@
 import copy
 import fnmatch
 import importlib.util
-import pickle
 
 import pytest
 import timm
@@ -15,7 +14,6 @@ from timm.models import (
     model_entrypoint,
     safe_model_name,
 )
-from timm.models import create_feature_extractor as fx_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import ModelEmaV3, reparameterize_model
 from tiny import FAMILIES, NAMES, TRANSFORMERS, create, create_random, images, registered
@@ -30,12 +28,6 @@ def own_fault(family: str) -> None:
     """Skip an ordinary twin where timm's own class, in older releases, does not do as tested."""
     if OLD_TIMM and family in ("deit", "resmlp"):
         pytest.skip("a fault of this timm's own class")
-
-
-def untraceable(family: str) -> None:
-    """Skip the ordinary ViT where torch cannot trace timm's own class symbolically."""
-    if family == "deit" and not hasattr(torch.compiler, "is_exporting"):
-        pytest.skip("torch 2.6 cannot trace timm's attention")
 
 
 def x32(count: int = 2) -> torch.Tensor:
@@ -221,42 +213,6 @@ def test_pruned_networks_give_the_same_features_and_use_all_they_keep(family):
         torch.testing.assert_close(y, maps[i])
         (y.sum() + pruned.train().forward_features(x).square().sum()).backward()
         assert [n for n, p in pruned.named_parameters() if p.grad is None] == []
-
-
-# tracing and scripting
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_symbolic_tracing(family):
-    untraceable(family)
-    model = create_random(family)
-    x = images()
-    head = "head" if family != "d2_convnext" else "head_drop"
-    nodes = {"blocks.1" if hasattr(model, "blocks") else "stages.1": "middle", head: "end"}
-    traced = fx_extractor(model, nodes)
-    outputs = traced(x)
-    torch.testing.assert_close(model(x), outputs["end"] if head == "head" else model(x))
-    with torch.no_grad():
-        traced(images(3, seed=1))
-    assert outputs["middle"].shape[0] == 2
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_scripting(family):
-    untraceable(family)
-    model = create(family, num_classes=3).eval()
-    scripted = torch.jit.script(model)
-    x = x32()
-    torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-5)
-    assert list(model.state_dict()) == list(create(family, num_classes=3).state_dict())
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_copies_and_pickles(family):
-    model = create_random(family)
-    x = images()
-    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
-    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 # optimizers

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import NETWORKS
+from networks import NETWORKS, ORDINARY
 
 
 @pytest.fixture(params=NETWORKS)
 def network(request) -> str:
     """A key of `NETWORKS`."""
+    return request.param
+
+
+@pytest.fixture(params=[*NETWORKS, *ORDINARY])
+def any_network(request) -> str:
+    """A key of `NETWORKS` or `ORDINARY`."""
     return request.param
 
 

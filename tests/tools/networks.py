@@ -43,20 +43,35 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+# the ordinary twins whose classes are at least in part ours
+ORDINARY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ordinary vit": ("deit_small_patch16_LS", VIT, RATES),
+    "ordinary resmlp": (
+        "resmlp_12",
+        dict(img_size=SIZE, patch_size=4, embed_dim=16, depth=2),
+        RATES,
+    ),
+    "ordinary isotropic convnext": (
+        "convnext_isotropic_small",
+        dict(patch_size=4, embed_dim=16, depth=2, layer_scale_init_value=0.1),
+        CONVNEXT_RATES,
+    ),
+}
+
 # of the last antisymmetric features of a ConvNeXt its classifier sees nothing
 UNSEEN = r"(blocks\.1|stages\.1\.1)\.pwconv2\.linear_asym"
 
 
 def create(network: str, **kwargs: Any) -> nn.Module:
     """A tiny network in float32, with all parameters random, in evaluation mode."""
-    name, tiny, _ = NETWORKS[network]
+    name, tiny, _ = (NETWORKS | ORDINARY)[network]
     model = timm.create_model(name, num_classes=CLASSES, **{**tiny, **kwargs})
     return randomize_(model).eval()
 
 
 def create_noisy(network: str) -> nn.Module:
     """The same with dropout and stochastic depth, in training mode."""
-    return create(network, **NETWORKS[network][2]).train()
+    return create(network, **(NETWORKS | ORDINARY)[network][2]).train()
 
 
 def images(count: int = 4, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compilers and exporters take every family whole: no graph breaks, no recompilation over batch
+"""Compilers take every family whole: no graph breaks, no recompilation over batch
 sizes, the same logits and gradients everywhere."""
 
 import pytest
@@ -6,7 +6,6 @@ import torch
 from tiny import NAMES, create, create_random, images
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.export import Dim
 
 from deit.layers import GELU, Attention, Linear
 
@@ -127,66 +126,6 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(
         gradients(model, compiled, x), gradients(model, model, x), rtol=1e-3, atol=1e-4
     )
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_exported_with_any_batch_size(family):
-    model = small(family)
-    program = torch.export.export(
-        model, (images(),), dynamic_shapes={"x": {0: Dim("batch", min=1, max=64)}}
-    )
-    for batch in (1, *BATCHES):
-        x = images(batch, seed=batch)
-        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-10)
-    static = torch.export.export(model, (images(),))
-    torch.testing.assert_close(static.module()(images()), model(images()))
-
-
-def test_an_exported_network_survives_a_file(tmp_path):
-    model = small("d2_deit")
-    torch.export.save(torch.export.export(model, (images(),)), tmp_path / "model.pt2")
-    loaded = torch.export.load(tmp_path / "model.pt2").module()
-    torch.testing.assert_close(loaded(images()), model(images()))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("family", NAMES)
-def test_onnx(family, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = trained(family)
-    path = str(tmp_path / "model.onnx")
-    torch.onnx.export(
-        model,
-        (x32(),),
-        path,
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: Dim("batch", min=1, max=64)},),
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in BATCHES:
-        x = x32(batch)
-        (logits,) = session.run(["logits"], {"images": x.numpy()})
-        expected = model(x).detach()
-        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_functional_transforms():
-    """Per-sample gradients, which need operations that batch and no hidden state."""
-    model = small("d2_deit", use_fused_attn=False)
-    parameters = dict(model.named_parameters())
-
-    def loss(parameters, x):
-        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
-
-    x = images(3)
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    for i in range(3):
-        torch.testing.assert_close(
-            each["head.weight"][i], torch.func.grad(loss)(parameters, x[i])["head.weight"]
-        )
 
 
 @pytest.mark.parametrize(

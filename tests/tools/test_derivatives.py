@@ -1,0 +1,95 @@
+"""Derivatives beyond the first, forward ones and batched ones, by autograd and by torch.func.
+
+torch's fused attention has a first derivative alone, so these take its plain form, which
+`use_fused_attn=False` or torch's own context chooses.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import create, create_noisy, images
+from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@pytest.fixture(autouse=True)
+def _plain_attention():
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.parametrize("build", [create, create_noisy], ids=["eval", "train"])
+def test_gradient_penalty(network, build):
+    """In float32: the gradient of the squared norm of a gradient reaches all parameters."""
+    model, x = build(network), images().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
+    penalty = gradient.square().sum()
+    penalty.backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # no second derivative depends on the last shift
+    assert {name for name in dead if name != "head.bias"} <= unused(model)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def unused(model: nn.Module) -> set[str]:
+    """Parameters without which the logits are the same."""
+    y = model(images()).square().mean()
+    gradients = torch.autograd.grad(y, list(model.parameters()), allow_unused=True)
+    return {
+        name
+        for (name, _), g in zip(model.named_parameters(), gradients, strict=True)
+        if g is None or not g.any()
+    }
+
+
+def test_second_derivatives_are_right(network):
+    """Against differences of first ones, in float64."""
+    model, x = create(network).double(), images(2).double().requires_grad_()
+    direction = torch.randn_like(x)
+
+    def gradient(z, create_graph=False):
+        return torch.autograd.grad(model(z).square().mean(), z, create_graph=create_graph)[0]
+
+    (product,) = torch.autograd.grad((gradient(x, True) * direction).sum(), x)
+    step = 1e-5 * direction
+    ahead, behind = (gradient((x + sign * step).detach().requires_grad_()) for sign in (1, -1))
+    torch.testing.assert_close(product, (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-7)
+
+
+def test_functional_transforms(network):
+    model, x = create(network), images(3)
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(parameters, image):
+        return functional_call(model, parameters, (image[None],)).square().sum()
+
+    # gradients of each sample, as differential privacy needs them
+    each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        model.zero_grad()
+        model(x[i : i + 1]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(each[name][i], parameter.grad, rtol=1e-3, atol=1e-3)
+
+    # forward derivatives agree with backward ones
+    tangents = {n: torch.randn_like(p) for n, p in parameters.items()}
+    y, derivative = jvp(lambda p: loss(p, x[0]), (parameters,), (tangents,))
+    torch.testing.assert_close(y, model(x[:1]).square().sum())
+    expected = sum((each[n][0] * tangents[n]).sum() for n in parameters)
+    torch.testing.assert_close(derivative, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_hessian_of_a_part(network):
+    """Forward over reverse mode, batched."""
+    model, x = create(network).double(), images(2).double()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    name = next(n for n in parameters if n.endswith("alpha_sym"))
+
+    def loss(alpha):
+        return functional_call(model, {**parameters, name: alpha}, (x,)).square().mean()
+
+    matrix = hessian(loss)(parameters[name])
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-6, atol=1e-9)
+    assert matrix.abs().max() > 1e-6
