@@ -1,0 +1,65 @@
+"""`fold`: which network is folded how."""
+
+from __future__ import annotations
+
+import copy
+from typing import get_args
+
+import torch
+from torch import nn
+
+from deit.deploy.convnext import fold_convnext
+from deit.deploy.pair import Target
+from deit.deploy.resmlp import FoldedResMLP
+from deit.deploy.vit import FoldedVisionTransformer
+from deit.errors import UserError
+from deit.models import ConvNeXt, IsotropicConvNeXt, ResMLP, VisionTransformer
+
+__all__ = ["fold"]
+
+
+@torch.no_grad()
+def fold(model: nn.Module, target: Target = "torch") -> nn.Module:
+    """A new module that computes what `model` does in evaluation mode, in fewer operations.
+
+    Args:
+        model: a network of this package. Ordinary networks and modules are copied as they are; of
+            a module that contains equivariant networks, those are folded. It is left untouched.
+        target: the runtime whose fastest form is chosen, "torch" or "onnx". Both forms run
+            everywhere and give the same results.
+
+    Returns:
+        the folded network, on the device and in the dtype of `model`, in evaluation mode. It takes
+        images and gives what `model` gives; it has none of its other methods, and no gradients.
+
+    Raises:
+        UserError: for another target, or if layers of `model` were replaced by others.
+    """
+    if target not in get_args(Target):
+        raise UserError(f"target {target!r} is not known: use {' or '.join(get_args(Target))}")
+    model = getattr(model, "_orig_mod", model)  # of a compiled network the one behind it
+    folded = _fold_network(model, target)
+    if folded is None:
+        found = {}
+        for name, child in model.named_modules():
+            if (new := _fold_network(child, target)) is not None:
+                found[name] = (child, new)
+        # copies share what is replaced in a moment, so that its weights are not copied first
+        folded = copy.deepcopy(model, {id(child): child for child, _ in found.values()})
+        for name, (_, new) in found.items():
+            folded.set_submodule(name, new)
+    return folded.eval()
+
+
+def _fold_network(model: nn.Module, target: Target) -> nn.Module | None:
+    """The folded form of one of our equivariant networks; None for anything else."""
+    if isinstance(model, VisionTransformer):
+        folded = FoldedVisionTransformer(model, target)
+    elif isinstance(model, ResMLP):
+        folded = FoldedResMLP(model, target)
+    elif isinstance(model, (IsotropicConvNeXt, ConvNeXt)) and model.equivariant:
+        folded = fold_convnext(model, target)
+    else:
+        return None
+    parameter = next(model.parameters())
+    return folded.to(parameter.device, parameter.dtype).requires_grad_(False)

@@ -1,0 +1,115 @@
+"""What folded networks have in common: layers of a pair (s, a), made of standard ones.
+
+Features are two tensors of half the channels each. Nothing here knows of a group any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from deit.deploy.weights import Weights
+from deit.layers import tracing
+
+__all__ = ["Pair", "PairMlp", "PairNorm", "Target", "fold_butterfly"]
+
+Pair = tuple[Tensor, Tensor]
+Target = Literal["torch", "onnx"]
+
+
+class PairNorm(nn.Module):
+    """Both parts divided by sqrt((mean s^2 + mean a^2 + eps) / 2), over the last axis.
+
+    That is the LayerNorm of features in parts without its scales and shift, which the next layer
+    has taken in. `centre` says of which parts the means are to be subtracted first; the others have
+    mean zero already.
+    """
+
+    def __init__(self, eps: float, centre: tuple[bool, bool] = (False, False), dim: int = -1):
+        super().__init__()
+        self.eps, self.centre, self.dim = eps, centre, dim
+
+    def forward(self, x: Pair) -> Pair:
+        dim = self.dim
+        wide = [tracing.widen(part) for part in x]
+        wide = [
+            part - part.mean(dim, keepdim=True) if centre else part
+            for part, centre in zip(wide, self.centre, strict=True)
+        ]
+        s, a = (part.square().mean(dim, keepdim=True) for part in wide)
+        rstd = torch.rsqrt((s + a + self.eps) * 0.5)
+        return tuple((part * rstd).to(own.dtype) for part, own in zip(wide, x, strict=True))
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, centre={self.centre}, dim={self.dim}"
+
+
+def fold_butterfly(
+    first: Sequence[Weights], second: Sequence[Weights], scale: float = 1.0, gain: float = 1.0
+) -> tuple[list[Weights], list[Weights]]:
+    """Take the factors of GELU's change of basis into the maps before and after it.
+
+    scale: as in `deit.layers.GELU`. gain: the argument of the nonlinearity is made so many times
+    larger, its value so many times smaller.
+    """
+    before, after = gain * sqrt(0.5) / scale, sqrt(0.5) * scale / gain
+    return [w.times(before) for w in first], [w.reading(after) for w in second]
+
+
+class PairMlp(nn.Module):
+    """Linear maps before and after a nonlinearity of (s + a, s - a); the factors are folded.
+
+    Args:
+        first, second: the maps of s and a.
+        act: the nonlinearity, a module.
+    """
+
+    # A CPU in eager mode runs so many rows at a time that the four hidden tensors of a piece stay
+    # in its cache; see docs/performance-log.md.
+    PIECE_BYTES = 1 << 20
+    LEAST_ROWS = 128
+
+    def __init__(self, first: Sequence[Weights], second: Sequence[Weights], act: nn.Module):
+        super().__init__()
+        self.fc1_s, self.fc1_a = (w.linear() for w in first)
+        self.fc2_s, self.fc2_a = (w.linear() for w in second)
+        self.act = act
+
+    def forward(self, x: Pair) -> Pair:  # parts (..., C/2)
+        s, a = x
+        if not runs_in_pieces(s):
+            return self.whole(s, a)
+        shape = s.shape
+        s, a = s.flatten(0, -2), a.flatten(0, -2)
+        row = self.fc2_s.in_features * s.element_size()
+        rows = max(self.PIECE_BYTES // row, self.LEAST_ROWS)
+        if len(s) <= rows:
+            ys, ya = self.whole(s, a)
+        else:
+            pieces = -(-len(s) // rows)
+            parts = [self.whole(*p) for p in zip(s.chunk(pieces), a.chunk(pieces), strict=True)]
+            ys, ya = (torch.cat(own) for own in zip(*parts, strict=True))
+        return ys.view(*shape[:-1], -1), ya.view(*shape[:-1], -1)
+
+    def whole(self, s: Tensor, a: Tensor) -> Pair:
+        """All rows at once."""
+        hs, ha = self.fc1_s(s), self.fc1_a(a)
+        plus, minus = self.act(hs + ha), self.act(hs - ha)
+        return self.fc2_s(plus + minus), self.fc2_a(plus - minus)
+
+
+def runs_in_pieces(x: Tensor) -> bool:
+    """Whether a layer may cut its input: in eager mode on a CPU, where it saves memory traffic.
+
+    Compilers, exporters and tracers work on stand-ins, and shall see one graph for all sizes.
+    """
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )

@@ -1,0 +1,221 @@
+"""A folded network computes what the original does, with all parameters random."""
+
+import copy
+import io
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from deit.deploy import fold
+from deit.deploy.pair import PairMlp
+from deit.equivariance import randomize_
+from deit.errors import UserError
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny import EQUIVARIANT_TRANSFORMERS, INVARIANT, NAMES, create_random, images
+
+TARGETS = ("torch", "onnx")
+FOLDED = [name for name in NAMES if "d2_" in name or "hybrid" in name]
+CONVNEXTS = ["d2_convnext_isotropic", "d2_convnext"]
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative to the norm; shapes must agree."""
+    assert ours.shape == theirs.shape
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def check(family: str, size: tuple[int, int] = (32, 32), **options) -> None:
+    model = create_random(family, **options)
+    x = images(3, size)
+    expected = model(x)
+    for target in TARGETS:
+        assert difference(fold(model, target)(x), expected) < 1e-12
+        single = fold(copy.deepcopy(model).float(), target)
+        assert difference(single(x.float()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family(family):
+    check(family)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((32, 32), dict(global_pool="avg", class_token=False)),
+        ((32, 32), dict(global_pool="", reg_tokens=2)),
+        ((32, 32), dict(num_classes=0, qkv_bias=False)),
+        ((32, 32), dict(use_attn_mixer=True)),
+        ((24, 40), dict(img_size=(24, 40), global_pool="")),
+        ((16, 8), dict(img_size=(16, 8))),
+        ((48, 40), dict(dynamic_img_size=True)),
+        ((24, 64), dict(dynamic_img_size=True, global_pool="")),
+        ((32, 32), dict(dynamic_img_size=True)),
+    ],
+)
+@pytest.mark.parametrize("family", EQUIVARIANT_TRANSFORMERS)
+def test_transformers(family, size, options):
+    check(family, size, depth=2, **options)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", ""])
+def test_absolute_antisymmetric_features(pool):
+    check("d2_deit", use_symmetrized_asym_feats=True, global_pool=pool)
+
+
+@pytest.mark.parametrize("family", ["hybrid_deit", "d2_inv_early_deit"])
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_bridges_in_other_places(family, depth):
+    check(family, break_layer=depth)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (16, 8)])
+@pytest.mark.parametrize("pool", ["avg", ""])
+@pytest.mark.parametrize(("absolute", "classes"), [(False, 0), (True, 7)])
+def test_resmlp(size, pool, absolute, classes):
+    options = dict(use_symmetrized_asym_feats=absolute, global_pool=pool, num_classes=classes)
+    check("resmlp_equi_d2", size, img_size=size, depth=2, **options)
+
+
+@pytest.mark.parametrize("family", CONVNEXTS)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((17, 80), {}),
+        ((32, 48), dict(layer_scale_init_value=0.0, num_classes=0)),
+        ((32, 48), dict(global_pool="", num_classes=0)),
+        ((32, 48), dict(global_pool="", use_symmetrized_asym_feats=True)),
+        ((32, 48), dict(use_symmetrized_asym_feats=True)),
+    ],
+)
+def test_convnexts(family, size, options):
+    check(family, size, **options)
+
+
+@pytest.mark.parametrize("family", FOLDED)
+def test_pruned(family):
+    """What stood behind the dropped blocks no longer removes anything."""
+    model = create_random(family)
+    model.prune_intermediate_layers([0], prune_norm=True)
+    randomize_(model)
+    x = images()
+    for target in TARGETS:
+        assert difference(fold(model, target)(x), model(x)) < 1e-12
+
+
+def test_other_image_and_patch_sizes():
+    model = create_random("d2_deit")
+    model.set_input_size((40, 60), (10, 10))
+    x = images(2, (40, 60))
+    assert difference(fold(model)(x), model(x)) < 1e-12
+
+
+@pytest.mark.parametrize("family", FOLDED)
+def test_the_original_stays_as_it_is(family):
+    model = create_random(family).train()
+    before = copy.deepcopy(model.state_dict())
+    folded = fold(model)
+    assert model.training and not folded.training
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in folded.parameters():
+        assert parameter.data_ptr() not in own
+        parameter.zero_()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("family", "target"), list(itertools.product(FOLDED, TARGETS)))
+def test_standard_layers_alone(family, target):
+    folded = fold(create_random(family), target)
+    ordinary = [id(m) for m in folded.blocks.modules()] if "deit" in family else []
+    leaves = [m for m in folded.modules() if not list(m.children()) and list(m.parameters())]
+    others = [m for m in leaves if id(m) not in ordinary]
+    assert {type(m) for m in others} <= {nn.Linear, nn.Conv2d, nn.Conv1d, nn.LayerNorm}
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
+@pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
+def test_pieces(family, monkeypatch):
+    """Cut into pieces or not, the numbers are the same; a last piece may be shorter."""
+    folded = fold(create_random(family))
+    x = images(3)
+    expected = folded(x)
+    monkeypatch.setattr(PairMlp, "PIECE_BYTES", 1)
+    monkeypatch.setattr(PairMlp, "LEAST_ROWS", 5)
+    seen = []
+    whole = PairMlp.whole
+    monkeypatch.setattr(PairMlp, "whole", lambda m, s, a: seen.append(len(s)) or whole(m, s, a))
+    assert difference(folded(x), expected) < 1e-13
+    assert max(seen) <= 5 and len(seen) > 10
+
+
+@pytest.mark.parametrize("family", FOLDED)
+def test_half_precision(family):
+    model = create_random(family).float()
+    x = images(2, dtype=torch.float32)
+    assert difference(fold(model).bfloat16()(x.bfloat16()), model(x)) < 0.1
+    assert fold(model.bfloat16())(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_errors():
+    model = create_random("d2_deit")
+    with pytest.raises(UserError, match="target 'tflite' is not known: use torch or onnx"):
+        fold(model, "tflite")
+    with pytest.raises(ValueError, match="images are 40 x 32 pixels"):
+        fold(model)(images(1, (40, 32)))
+    with pytest.raises(ValueError, match="equivariance needs a width"):
+        fold(create_random("d2_convnext"))(images(1, (32, 36)))
+    model.blocks[0].mlp.fc1.linear_sym = nn.Sequential(nn.Linear(16, 64), nn.Identity())
+    with pytest.raises(UserError, match="merge adapters"):
+        fold(model)
+
+
+def test_a_network_inside_another_module():
+    model = create_random("d2_deit")
+    outer = nn.Sequential(nn.BatchNorm2d(3).double(), model).eval()
+    folded = fold(outer)
+    assert difference(folded(images()), outer(images())) < 1e-12
+    assert outer[1] is model and not isinstance(folded[1], type(model))
+    assert folded[0].weight is not outer[0].weight
+
+
+def test_a_compiled_network():
+    model = create_random("d2_deit")
+    assert difference(fold(torch.compile(model))(images()), model(images())) < 1e-12
+
+
+@pytest.mark.parametrize("family", INVARIANT)
+def test_still_invariant(family):
+    folded = fold(create_random(family))
+    x = images()
+    assert difference(folded(x.flip(-1)), folded(x)) < 1e-10
+
+
+@pytest.mark.parametrize("family", FOLDED)
+def test_survives_a_file(family):
+    folded = fold(create_random(family))
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded(images()), folded(images()), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["d2_deit_small_patch16_LS", "resmlp_equi_d2_12", "d2_convnext_tiny"]
+)
+def test_published_sizes(name):
+    model = randomize_(timm.create_model(name, num_classes=10).eval().double())
+    x = images(1, (224, 224))
+    with torch.no_grad():
+        expected = model(x)
+        for target in TARGETS:
+            assert difference(fold(model, target)(x), expected) < 1e-11
+        single = fold(model.float())
+        assert difference(single(x.float()), expected) < 1e-4
