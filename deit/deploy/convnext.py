@@ -119,7 +119,7 @@ class Downsample(nn.Module):
         # the means of s and a are those of quarters of u and v
         self.eps = norm.eps
         (alpha_s, alpha_a), (beta, _) = scales(norm)
-        kernel, bias = exact(conv.kernel()), exact(conv.bias())
+        kernel, bias = (exact(tensor) for tensor in conv.kernel())
         bias = bias + torch.einsum("oihw,i->o", kernel[:, : len(beta)], beta)
         kernel = kernel * torch.cat([alpha_s, alpha_a])[:, None, None]
         kernel = regroup(regroup(kernel, 0), 1)
@@ -182,8 +182,8 @@ def halves(x: Tensor, dim: int) -> Pair:
 
 def fold_depthwise(kernels: Sequence[MirrorKernel], padding: int) -> nn.Conv2d:
     """Two depthwise kernels as one of both inputs."""
-    kernel = torch.cat([exact(kernel()) for kernel in kernels])
-    biases = [kernel.bias for kernel in kernels]
+    halves, biases = zip(*(kernel() for kernel in kernels), strict=True)
+    kernel = torch.cat([exact(half) for half in halves])
     bias = None if biases[0] is None else torch.cat([exact(bias) for bias in biases])
     return convolution(kernel, bias, padding=padding, groups=len(kernel))
 

@@ -24,7 +24,7 @@ from deit.layers import Attention, Block, LayerNorm, MirrorConv2d, RegularBridge
 from deit.layers.tokens import whole
 from deit.models import VisionTransformer
 
-__all__ = ["FoldedVisionTransformer", "fold_vit"]
+__all__ = ["FoldedVisionTransformer"]
 
 
 class PairAttention(nn.Module):
@@ -240,8 +240,8 @@ def centre_halves(x: Tensor, centred: tuple[bool, bool], dim: int) -> Tensor:
 
 def fold_patches(layer: MirrorConv2d, centred: tuple[bool, bool] = (False, False)) -> nn.Conv2d:
     """A convolution of an image as one ordinary one, which gives [s | a], (B, C, h, w)."""
-    kernel = centre_halves(exact(layer.kernel()) * layer.scale, centred, 0)
-    bias = layer.bias()
+    kernel, bias = layer.kernel()
+    kernel = centre_halves(exact(kernel) * layer.scale, centred, 0)
     if bias is not None:
         bias = centre_halves(exact(bias) * layer.scale, centred, 0)
     return convolution(kernel, bias, layer.stride, layer.padding)

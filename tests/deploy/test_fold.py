@@ -121,7 +121,8 @@ def test_the_original_stays_as_it_is(family):
     model = create_random(family).train()
     before = copy.deepcopy(model.state_dict())
     folded = fold(model)
-    assert model.training and not folded.training
+    assert model.training
+    assert not folded.training
     own = {parameter.data_ptr() for parameter in model.parameters()}
     for parameter in folded.parameters():
         assert parameter.data_ptr() not in own
@@ -151,7 +152,8 @@ def test_pieces(family, monkeypatch):
     whole = PairMlp.whole
     monkeypatch.setattr(PairMlp, "whole", lambda m, s, a: seen.append(len(s)) or whole(m, s, a))
     assert difference(folded(x), expected) < 1e-13
-    assert max(seen) <= 5 and len(seen) > 10
+    assert max(seen) <= 5
+    assert len(seen) > 10
 
 
 @pytest.mark.parametrize("family", FOLDED)
@@ -180,7 +182,8 @@ def test_a_network_inside_another_module():
     outer = nn.Sequential(nn.BatchNorm2d(3).double(), model).eval()
     folded = fold(outer)
     assert difference(folded(images()), outer(images())) < 1e-12
-    assert outer[1] is model and not isinstance(folded[1], type(model))
+    assert outer[1] is model
+    assert not isinstance(folded[1], type(model))
     assert folded[0].weight is not outer[0].weight
 
 
