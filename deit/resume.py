@@ -239,8 +239,11 @@ class TrainingState:
                 self.precision.scaler.load_state_dict(checkpoint["scaler"])
         else:
             notes.append("it has no optimizer state, so the moments start at zero")
-        if isinstance(checkpoint.get("lr_scheduler"), Mapping):
-            self.schedule.load_state_dict(checkpoint["lr_scheduler"])
+        course = checkpoint.get("lr_scheduler")
+        if not self.schedule.load_state_dict(course if isinstance(course, Mapping) else {}):
+            notes.append(
+                "the accuracies that --sched plateau has seen are not in it: it starts anew"
+            )
         if self.ema is None and isinstance(checkpoint.get("model_ema"), Mapping):
             notes.append("its average (model_ema) is dropped, as this run keeps none: --model-ema")
         known = {f.name for f in fields(Progress)}

@@ -170,18 +170,23 @@ class TrainingSchedule:
             state["plateau"] = self.lr_scheduler.state_dict()
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
         """Go on from `state`. Load the optimizer first: its groups are set here.
 
         The course itself is that of the present options, so that a run may be resumed with more
         epochs. A state that another program has written (published ones count epochs) is passed
         over; `step_update` with the number of updates then does the same.
+
+        Returns:
+            False if what a `plateau` schedule had seen is lost.
         """
+        plateau = isinstance(self.lr_scheduler, PlateauScheduler)
         if "updates" not in state:
-            return
-        if isinstance(self.lr_scheduler, PlateauScheduler):
+            return not plateau
+        if plateau:
             self.lr_scheduler.load_state_dict(state.get("plateau", {}))
         self.step_update(state["updates"])
+        return not plateau or "plateau" in state
 
 
 def build_scheduler(

@@ -295,6 +295,23 @@ def test_apex_can_update_every_family_as_ours_does(name, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_apex_goes_on_where_ours_stopped(capturable, monkeypatch):
+    """What ours saved has everything that apex looks up, as the plain numbers that it takes."""
+    model, ours = small_for("lamb")
+    for group in ours.param_groups:
+        group["capturable"] = capturable  # the count is a tensor then
+    two_updates(model, ours, size=4)
+    apex_double.install(monkeypatch)
+    again, theirs = small_for("fusedlamb")
+    again.load_state_dict(model.state_dict())
+    load_optimizer(theirs, copy.deepcopy(ours.state_dict()), "a.pth")
+    two_updates(again, theirs, size=4)
+    two_updates(model, ours, size=4)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_the_stand_in_refuses_what_apex_refuses(monkeypatch):
     theirs = apex_double.install(monkeypatch)
     p = nn.Parameter(torch.ones(2, 3))

@@ -192,9 +192,16 @@ def test_a_published_state_is_passed_over():
     """It counts epochs: taken over as it is, it would stop the learning rate from changing."""
     optimizer = make_optimizer()
     schedule = make(optimizer, sched="cosine")
-    schedule.load_state_dict({"t_in_epochs": True, "base_values": [9.0, 9.0], "t_initial": 300})
+    published = {"t_in_epochs": True, "base_values": [9.0, 9.0], "t_initial": 300}
+    assert schedule.load_state_dict(published)
     schedule.step_update(TOTAL // 2)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(BASE / 2)
+
+
+def test_what_plateau_had_seen_is_lost_with_a_published_state():
+    schedule = make(make_optimizer(), **PLATEAU)
+    assert not schedule.load_state_dict({"best": 70.0, "last_epoch": 3})
+    assert schedule.load_state_dict(make(make_optimizer(), **PLATEAU).state_dict())
 
 
 def test_wrong_settings():
