@@ -139,17 +139,22 @@ class OptionGroup:
 
 
 def add_kernels(group: OptionGroup) -> None:
-    """The option `--kernels`, for `kernels.set_mode`; None leaves it to the environment."""
+    """The option `--kernels` of earlier versions, for commands that still name it."""
     group.add(
         "--kernels",
         str,
         None,
         "MODE",
-        "auto: fused paths where the device has them; plain: the layers' plain formulas (default: "
-        "the environment variable DEIT_KERNELS, else auto)",
-        # those of deit.kernels, without importing torch
+        "of earlier versions, without effect",
         choices=("auto", "plain"),
+        action=_NoKernels,
     )
+
+
+class _NoKernels(argparse.Action):
+    def __call__(self, parser, namespace, value, option_string=None) -> None:
+        namespace.kernels = value
+        print("note: --kernels has no effect any more; --compile is fastest", file=sys.stderr)
 
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from deit.cli import CommandLine, OptionGroup, add_compile, output_file
+from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, output_file
 from deit.errors import UserError
 
 
@@ -62,3 +62,12 @@ def test_a_folder_that_is_read_only(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "TemporaryFile", fail)
     with pytest.raises(argparse.ArgumentTypeError, match="Read-only file system"):
         output_file()(str(tmp_path / "out.json"))
+
+
+def test_the_option_of_earlier_versions_is_noted(capsys):
+    parser = CommandLine(prog="test")
+    add_kernels(OptionGroup(parser, "options"))
+    parser.parse_args(["--kernels", "plain"])
+    assert capsys.readouterr().err.startswith("note: --kernels has no effect")
+    parser.parse_args([])
+    assert not capsys.readouterr().err

@@ -17,11 +17,13 @@ from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, number,
 from deit.complexity.hardware import describe, measure_ceilings, versions
 from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
 from deit.complexity.networks import groups, select
+from deit.complexity.plan import Plan, about
 from deit.complexity.plot import FORMATS, draw
 from deit.complexity.profiling import print_profile, profile
+from deit.complexity.published import PUBLISHED
 from deit.complexity.roofline import Ceilings
 from deit.complexity.subject import Settings, prepare_compiler, release
-from deit.complexity.tables import as_csv, as_json, print_results
+from deit.complexity.tables import Overview, as_csv, as_json, print_comparisons
 from deit.distributed import choose_device
 from deit.errors import UserError
 from deit.saving import write_text
@@ -30,10 +32,11 @@ __all__ = ["main", "parse_args"]
 
 DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant networks and their twins.
 
-  python calculate_complexity.py --amp --compile              # the published networks
+  python calculate_complexity.py --amp --compile              # published networks, timed
   python calculate_complexity.py --no-throughput              # seconds, on any machine
   python calculate_complexity.py --models 'd2_deit_base*' --train --json out.json"""
 
+SMALL_SIZES = ("S", "T12", "S24")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A terminal's own width where there is one; in a file no column is ever cut.
 FILE_WIDTH = 120
@@ -47,8 +50,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """
     parser = CommandLine(prog="calculate_complexity.py", description=DESCRIPTION)
     what = OptionGroup(parser, "what to measure")
-    what.add("--models", str, None, "NAME", "names or globs; the published ones without", nargs="+")
+    what.add(
+        "--models",
+        str,
+        None,
+        "NAME",
+        "names or globs (default: the published ones; to be timed on a CPU, the small ones)",
+        nargs="+",
+    )
     what.add("--img-size", number(int, 1), None, "N", "image size; each network's own without")
+    what.switch(
+        "--symmetrized-asym-feats",
+        "classify with the absolute values of antisymmetric features too, where there are any",
+    )
     what.switch("--throughput", "measure throughput and memory", default=True)
     what.switch("--train", "measure training steps too: forward, backward, AdamW")
     what.switch("--profile", "show where the time of each network goes")
@@ -108,50 +122,89 @@ def make_settings(args: Namespace) -> Settings:
         )
         name = ("float16" if emulated else "bfloat16") if args.amp else "float32"
     mode = args.compile_mode if args.compile else None
-    return Settings(device, getattr(torch, name), args.amp, mode, args.img_size, args.train)
+    return Settings(
+        device,
+        getattr(torch, name),
+        args.amp,
+        mode,
+        args.img_size,
+        args.train,
+        args.symmetrized_asym_feats,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parse_args(argv)
     settings = make_settings(args)
-    members = groups(select(args.models))
+    members = groups(
+        default_names(args, settings.device) if not args.models else select(args.models)
+    )
+    names = [name for group in members for name in group.names]
+    # Where both go to one terminal, rows and the bar need one console.
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
     report = _settings_report(args, settings)
-    ceilings = None
-    if args.throughput:
-        prepare_compiler()
-        ceilings = measure_ceilings(settings.device, settings.dtype)
-        report["ceilings"] = {
-            "tflop_per_s": ceilings.flops_per_s / 1e12,
-            "gb_per_s": ceilings.bytes_per_s / 1e9,
-        }
-    _print_settings(report, ceilings, console)
-
+    overview = Overview(console, names, timed=args.throughput, trained=args.train)
     results: dict[str, Result] = {}
-    names = [name for group in members for name in group.names]
-    with _Progress(len(names) + (len(members) if args.throughput else 0)) as progress:
+    with _Progress(console, len(names) * (2 if args.throughput else 1)) as progress:
+        if not args.throughput:
+            _print_settings(report, None, console)
+            overview.print_head()
         for name in names:
             progress.show(f"{name}: counting")
-            results[name] = count(name, settings.img_size, with_products=args.throughput)
+            results[name] = count(name, settings, with_products=args.throughput)
             progress.advance()
-        for group in members if ceilings else ():
+            if not args.throughput:
+                overview.print_row(results[name])
+        if args.throughput:
+            ceilings = _measure_ceilings(settings, report)
+            plan = Plan(members, results, settings, args.batch_size, args.min_time, ceilings)
+            _print_settings(report, ceilings, console)
+            _print_line("plan", plan.text(default=not args.models), console)
+            overview.print_head()
+        for group in members if args.throughput else ():
             measure_group(
                 group, results, settings, args.batch_size, args.min_time, ceilings, progress.show
             )
             for name in group.names:
                 add_bounds(results[name], settings.dtype, ceilings)
-            progress.advance()
-    print_results(results, console)
+                overview.print_row(results[name])
+                progress.advance()
+            plan.finish(group)
+            _write(args, results, report)
+            progress.left(plan.seconds_left())
+    print_comparisons(results, console)
     if args.profile:
         _print_profiles(results, settings, console)
+    _write(args, results, report)
+    if args.plot is not None:
+        draw(results, args.plot, _where(report))
+    return 0
+
+
+def default_names(args: Namespace, device: torch.device) -> list[str]:
+    """The published networks; to be timed on a CPU, the small ones of each family."""
+    if args.throughput and device.type == "cpu":
+        return [row.name for row in PUBLISHED if row.size in SMALL_SIZES]
+    return [row.name for row in PUBLISHED]
+
+
+def _measure_ceilings(settings: Settings, report: dict[str, Any]) -> Ceilings:
+    prepare_compiler()
+    ceilings = measure_ceilings(settings.device, settings.dtype)
+    report["ceilings"] = {
+        "tflop_per_s": ceilings.flops_per_s / 1e12,
+        "gb_per_s": ceilings.bytes_per_s / 1e9,
+    }
+    return ceilings
+
+
+def _write(args: Namespace, results: dict[str, Result], report: dict[str, Any]) -> None:
+    """The files, after each group again: what is measured survives an interruption."""
     if args.json is not None:
         write_text(args.json, as_json(results, report))
     if args.csv is not None:
         write_text(args.csv, as_csv(results))
-    if args.plot is not None:
-        draw(results, args.plot, _where(report))
-    return 0
 
 
 def _print_profiles(results: dict[str, Result], settings: Settings, console: Console) -> None:
@@ -175,6 +228,7 @@ def _settings_report(args: Namespace, settings: Settings) -> dict[str, Any]:
         "train": settings.train,
         "batch_size": args.batch_size or DEFAULT_BATCH,
         "img_size": settings.img_size,
+        "symmetrized_asym_feats": settings.symmetrized_asym_feats,
         "min_time": args.min_time,
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -198,7 +252,11 @@ def _print_settings(report: dict[str, Any], ceilings: Ceilings | None, console: 
     if report["throughput"]:
         lines.append(("settings", _settings_line(report)))
     for label, text in lines:
-        console.print(f"{label:9} {text}", soft_wrap=True, highlight=False, markup=False)
+        _print_line(label, text, console)
+
+
+def _print_line(label: str, text: str, console: Console) -> None:
+    console.print(f"{label:9} {text}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _settings_line(report: dict[str, Any]) -> str:
@@ -222,10 +280,10 @@ def _where(report: dict[str, Any]) -> str:
 
 
 class _Progress:
-    """A bar on a terminal's stderr; elsewhere a line for each network as it is begun."""
+    """A bar on a terminal; elsewhere lines on stderr, one for each network as it is begun."""
 
-    def __init__(self, total: int) -> None:
-        console = Console(stderr=True)
+    def __init__(self, console: Console, total: int) -> None:
+        console = console if console.is_terminal else Console(stderr=True)
         self._said: set[str] = set()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -251,6 +309,11 @@ class _Progress:
         if self._bar.disable and text not in self._said:
             print(text, file=sys.stderr, flush=True)
         self._said.add(text)
+
+    def left(self, seconds: float) -> None:
+        """Say how long the rest will take."""
+        if seconds > 0:
+            self.show(f"{about(seconds)} left")
 
     def advance(self) -> None:
         """One more is done."""

@@ -11,7 +11,7 @@ import torch
 from deit.complexity.flops import count_flops
 from deit.complexity.formula import closed_form
 from deit.complexity.hardware import available_memory
-from deit.complexity.networks import Group, on_meta, trainable
+from deit.complexity.networks import Group, has_asym_feats, on_meta, trainable
 from deit.complexity.published import twin_of
 from deit.complexity.roofline import Bound, Ceilings, Product, bound, matrix_products
 from deit.complexity.subject import Settings, Subject, is_out_of_memory, release
@@ -65,14 +65,17 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
     return None if ours is None or not theirs else ours / theirs
 
 
-def count(name: str, img_size: int | None = None, *, with_products: bool = True) -> Result:
+def count(name: str, settings: Settings, *, with_products: bool = True) -> Result:
     """Parameters, FLOPs and matrix products of a network, without building it in memory.
 
     FLOPs are fvcore's count; where fvcore is not installed, the closed formula. The products are
     for bounds and batch sizes, and not needed for a network that is not going to be timed.
     """
-    model, image = on_meta(name, img_size)
+    symmetrized = settings.symmetrized_asym_feats
+    model, image = on_meta(name, settings.img_size, symmetrized=symmetrized)
     notes = []
+    if symmetrized and twin_of(name) and not has_asym_feats(name):
+        notes.append("--symmetrized-asym-feats has no effect: its head sees all features")
     try:
         counted = count_flops(model, image)
     except ImportError:

@@ -12,10 +12,23 @@ from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 
 import deit.models
-from deit.complexity.published import PUBLISHED, twin_of
-from deit.errors import UserError, suggest
+from deit.complexity.published import twin_of
+from deit.errors import UserError, one_line, suggest
+from deit.models.inputs import check_image_size
 
-__all__ = ["Group", "build", "groups", "on_meta", "own_networks", "select", "trainable"]
+__all__ = [
+    "Group",
+    "build",
+    "groups",
+    "has_asym_feats",
+    "on_meta",
+    "own_networks",
+    "select",
+    "trainable",
+]
+
+
+EQUIVARIANT = ("d2_deit_", "d2_convnext_", "resmlp_equi_")
 
 
 @dataclass(frozen=True)
@@ -35,15 +48,13 @@ def _module(name: str) -> str:
     return model_entrypoint(name).__module__
 
 
-def select(patterns: Sequence[str] | None) -> list[str]:
+def select(patterns: Sequence[str]) -> list[str]:
     """Names for `--models`: exact names of any timm network, globs over those of this package and
-    their twins; without patterns the published networks. In the order given, none twice.
+    their twins. In the order given, none twice.
 
     Raises:
         UserError: a name or glob that fits nothing.
     """
-    if not patterns:
-        return [row.name for row in PUBLISHED]
     own = own_networks()
     twins = [twin for twin in map(twin_of, own) if twin and timm.is_model(twin)]
     known = list(dict.fromkeys([*own, *twins]))
@@ -78,10 +89,14 @@ def build(
     name: str,
     *,
     img_size: int | None = None,
+    symmetrized: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, int]:
     """A network in evaluation mode, with fused attention, and the size of its images.
+
+    Args:
+        symmetrized: classify [s, |a|], if the network has antisymmetric features at its head.
 
     Raises:
         UserError: a network that cannot have images of this size.
@@ -89,20 +104,33 @@ def build(
     config = get_pretrained_cfg(name)
     size = img_size or (config.input_size[-1] if config else 224)
     kwargs = {"img_size": size} if config is not None and config.fixed_input_size else {}
+    if symmetrized and has_asym_feats(name):
+        kwargs["use_symmetrized_asym_feats"] = True
     try:
         with torch.device(device):
             model = timm.create_model(name, **kwargs)
-    except ValueError as error:
-        raise UserError(f"{name} with --img-size {size}: {error}") from error
+    except (ValueError, AssertionError, RuntimeError) as error:
+        if img_size is None:
+            raise
+        raise UserError(f"{name} with --img-size {size}: {one_line(error)}") from error
+    if img_size is not None:
+        check_image_size(model, img_size, "--img-size", name)
     for module in model.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = True
     return model.to(dtype).eval(), size
 
 
-def on_meta(name: str, img_size: int | None = None) -> tuple[nn.Module, torch.Tensor]:
+def has_asym_feats(name: str) -> bool:
+    """Whether antisymmetric features reach the head of the network."""
+    return name.startswith(EQUIVARIANT)
+
+
+def on_meta(
+    name: str, img_size: int | None = None, *, symmetrized: bool = False
+) -> tuple[nn.Module, torch.Tensor]:
     """A network without memory and one image for it, to count what it would do."""
-    model, size = build(name, img_size=img_size, device="meta")
+    model, size = build(name, img_size=img_size, symmetrized=symmetrized, device="meta")
     return model, torch.empty(1, 3, size, size, device="meta")
 
 

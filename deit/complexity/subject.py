@@ -29,6 +29,7 @@ class Settings:
             it, without it they have it themselves.
         compile_mode: of torch.compile, None for no compilation.
         img_size: None for each network's own.
+        symmetrized_asym_feats: classify [s, |a|] where there are antisymmetric features.
     """
 
     device: torch.device
@@ -37,6 +38,7 @@ class Settings:
     compile_mode: str | None = None
     img_size: int | None = None
     train: bool = False
+    symmetrized_asym_feats: bool = False
 
     @property
     def storage(self) -> torch.dtype:
@@ -55,7 +57,11 @@ class Subject:
         self.settings = settings
         self._before = _allocated(device)
         self.model, size = build(
-            name, img_size=settings.img_size, device=device, dtype=settings.storage
+            name,
+            img_size=settings.img_size,
+            symmetrized=settings.symmetrized_asym_feats,
+            device=device,
+            dtype=settings.storage,
         )
         self.forward: Callable[[Tensor], Tensor] = self.model
         if settings.compile_mode is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from deit.complexity.measure import Result
 from deit.complexity.published import PUBLISHED
 from deit.complexity.roofline import Bound
 
-__all__ = ["as_csv", "as_json", "print_results"]
+__all__ = ["Overview", "as_csv", "as_json", "print_comparisons"]
 
 NOTHING = "-"
 GAINS = {row.name: row.gain for row in PUBLISHED}
@@ -36,17 +36,61 @@ def _median(value: float | None, spread: float | None) -> str:
     return NOTHING if value is None else f"{_rate(value)} ±{100 * (spread or 0):.1f}%"
 
 
+def _train_median(row: Result) -> str:
+    return _median(row.train_images_per_s, row.train_spread)
+
+
 def _change(ratio: float | None) -> str:
     """A ratio as a gain or loss: 1.06 is +6 %."""
     return NOTHING if ratio is None else f"{100 * (ratio - 1):+.0f}%"
 
 
-def print_results(results: Mapping[str, Result], console: Console) -> None:
-    """All tables that the results have something for."""
+class Overview:
+    """The table of all networks, printed row by row as they are measured."""
+
+    def __init__(
+        self, console: Console, names: Sequence[str], *, timed: bool, trained: bool
+    ) -> None:
+        self._console = console
+        # title, unit, width, cell
+        columns: list[tuple[str, str, int, Callable[[Result], str]]] = [
+            ("network", "", -max(map(len, names), default=0), lambda row: row.model),
+            ("params", "(M)", 6, lambda row: _number(row.params / 1e6, 1)),
+        ]
+        if timed:
+            columns += [
+                ("throughput", "(images/s)", 12, lambda row: _median(row.images_per_s, row.spread))
+            ]
+        columns += [("FLOPs", "(G)", 6, lambda row: _number(row.gflops, 2))]
+        if timed:
+            columns += [("memory", "(MB)", 7, lambda row: _number(row.peak_memory_mb, 0))]
+        if trained:
+            columns += [("training", "(images/s)", 12, _train_median)]
+        self._columns = columns
+
+    def print_head(self) -> None:
+        """The titles and units of the columns."""
+        self._print([title for title, _, _, _ in self._columns], "bold")
+        self._print([unit for _, unit, _, _ in self._columns], "bold")
+
+    def print_row(self, row: Result) -> None:
+        """What is known of a network."""
+        self._print([cell(row) for _, _, _, cell in self._columns])
+
+    def _print(self, cells: Sequence[str], style: str = "") -> None:
+        widths = [width for _, _, width, _ in self._columns]
+        padded = [
+            cell.ljust(-width) if width < 0 else cell.rjust(width)
+            for cell, width in zip(cells, widths, strict=True)
+        ]
+        self._console.print(Text("  ".join(padded).rstrip(), style), soft_wrap=True)
+
+
+def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
+    """Tables of what the results say about each other, and their notes."""
     rows = list(results.values())
     timed = any(row.images_per_s is not None for row in rows)
     trained = any(row.train_images_per_s is not None for row in rows)
-    _show(console, "Networks", _overview(rows, timed, trained))
     compared = [row for row in rows if row.twin in results]
     if compared:
         table = _comparison(compared, results, timed, trained)
@@ -70,21 +114,6 @@ def _table(*columns: str) -> Table:
     table.add_column("network", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _overview(rows: Sequence[Result], timed: bool, trained: bool) -> Table:
-    columns = ["params\n(M)", *(["throughput\n(images/s)"] if timed else []), "FLOPs\n(G)"]
-    columns += ["memory\n(MB)"] if timed else []
-    columns += ["training\n(images/s)"] if trained else []
-    table = _table(*columns)
-    for row in rows:
-        cells = [_number(row.params / 1e6, 1)]
-        cells += [_median(row.images_per_s, row.spread)] if timed else []
-        cells += [_number(row.gflops, 2)]
-        cells += [_number(row.peak_memory_mb, 0)] if timed else []
-        cells += [_median(row.train_images_per_s, row.train_spread)] if trained else []
-        table.add_row(row.model, *cells)
     return table
 
 

@@ -9,7 +9,7 @@ import torch
 
 from deit.complexity import measure, profiling, subject
 from deit.complexity.measure import Result, add_bounds, count, first_batch, measure_group
-from deit.complexity.networks import groups, own_networks, select
+from deit.complexity.networks import groups, has_asym_feats, own_networks, select
 from deit.complexity.profiling import profile
 from deit.complexity.published import PUBLISHED, twin_of
 from deit.complexity.roofline import Ceilings, Product
@@ -50,7 +50,7 @@ def test_twins(name, twin):
 
 
 def test_published_networks_exist_and_come_with_their_twins():
-    names = select(None)
+    names = [row.name for row in PUBLISHED]
     assert len(names) == len(set(names)) == 26
     assert all(timm.is_model(name) for name in names)
     assert sorted(names) == sorted(name for group in groups(names) for name in group.names)
@@ -73,24 +73,65 @@ def test_groups_begin_with_the_twin():
     assert second.names == ("resnet18",)
 
 
-def test_impossible_image_size():
-    with pytest.raises(UserError, match=r"d2_deit_tiny.*--img-size 30"):
-        count(OURS, 30)
+@pytest.mark.parametrize(
+    ("name", "img_size", "message"),
+    [
+        (OURS, 30, "patch"),
+        (TWIN, 30, "patch"),
+        ("resmlp_equi_d2_12", 40, "patch"),
+        ("resmlp_12", 40, "patches of 16 pixels.*use 32 or 48"),
+        ("d2_convnext_tiny", 33, "total stride, 32"),
+        ("d2_convnext_isotropic_small", 33, "total stride, 16"),
+        ("convnext_isotropic_small", 8, "Kernel size"),
+        ("convnext_tiny", 20, "usual size is 224"),
+        ("vit_tiny_patch16_224", 40, "use 32 or 48"),
+        ("swin_tiny_patch4_window7_224", 31, "."),
+    ],
+)
+def test_impossible_image_sizes(name, img_size, message):
+    with pytest.raises(UserError, match=f"{name}.*{message}|--img-size {img_size}.*{message}"):
+        count(name, Settings(CPU.device, img_size=img_size))
+
+
+def test_symmetrized_features():
+    plain, both = (
+        count(OURS, Settings(CPU.device, img_size=32, symmetrized_asym_feats=s))
+        for s in (False, True)
+    )
+    assert both.params == plain.params + 96 * 1000  # the classifier is twice as wide
+    subject = Subject(OURS, 1, Settings(CPU.device, img_size=32, symmetrized_asym_feats=True))
+    assert subject.model.head.in_features == 192
+    wanted = Settings(CPU.device, img_size=32, symmetrized_asym_feats=True)
+    hybrid, twin = count("hybrid_deit_tiny_patch16_LS", wanted), count(TWIN, wanted)
+    assert "--symmetrized-asym-feats" in hybrid.notes[0]
+    assert not twin.notes
+
+
+def test_symmetrized_features_are_known_of_every_network():
+    for name in own_networks():
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, use_symmetrized_asym_feats=True)
+        except (TypeError, ValueError):
+            assert not has_asym_feats(name), name
+        else:
+            assert has_asym_feats(name), name
 
 
 def test_count_without_fvcore(monkeypatch):
-    with_it = count(OURS)
+    own_size = Settings(CPU.device)
+    with_it = count(OURS, own_size)
     monkeypatch.setitem(sys.modules, "fvcore", None)
     monkeypatch.setitem(sys.modules, "fvcore.nn", None)
-    without = count(OURS)
+    without = count(OURS, own_size)
     assert without.gflops == pytest.approx(with_it.gflops, rel=1e-3)
     assert without.params == with_it.params
     assert "fvcore" in without.notes[0]
-    assert count("resnet18").gflops is None
+    assert count("resnet18", own_size).gflops is None
 
 
 def results_of(*names):
-    return {name: count(name, CPU.img_size) for name in names}
+    return {name: count(name, CPU) for name in names}
 
 
 class Clock:

@@ -5,7 +5,9 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +16,16 @@ from rich.console import Console
 from deit.args import parse_args as training_options
 from deit.build import set_precision
 from deit.complexity import command
-from deit.complexity.command import main, make_settings, parse_args
+from deit.complexity.command import default_names, main, make_settings, parse_args
 from deit.complexity.measure import Result
+from deit.complexity.networks import Group
+from deit.complexity.plan import Plan, about
 from deit.complexity.plot import draw, make_figure
 from deit.complexity.published import PUBLISHED
-from deit.complexity.roofline import Bound
-from deit.complexity.tables import as_csv, as_json, print_results
-from deit.errors import UserError
+from deit.complexity.roofline import Bound, Ceilings, Product
+from deit.complexity.subject import Settings
+from deit.complexity.tables import Overview, as_csv, as_json, print_comparisons
+from deit.errors import UserError, one_line_errors
 
 ROOT = Path(__file__).parents[2]
 TWIN, OURS = "deit_base_patch16_LS", "d2_deit_base_patch16_LS"
@@ -116,7 +121,12 @@ def test_tables_fit_into_a_narrow_terminal():
     for row in rows.values():
         row.train_images_per_s = None
     output = io.StringIO()
-    print_results(rows, Console(file=output, width=80))
+    console = Console(file=output, width=80)
+    overview = Overview(console, list(rows), timed=True, trained=False)
+    overview.print_head()
+    for row in rows.values():
+        overview.print_row(row)
+    print_comparisons(rows, console)
     text = output.getvalue()
     assert LONGEST in text
     assert "…" not in text
@@ -243,6 +253,71 @@ def test_counting_command(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "-40%" in captured.out
     assert f"{name}: counting" in captured.err
+    # every row as soon as it is known, before the comparisons
+    assert captured.out.index(name) < captured.out.index("Compared")
+
+
+def test_sizes_that_do_not_fit_are_one_line(capsys):
+    command = "--models d2_convnext_tiny --img-size 33 --no-throughput --device cpu"
+    assert one_line_errors(partial(main, command.split())) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: d2_convnext_tiny cannot")
+
+
+def test_defaults_on_a_cpu_are_small():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    timed, counted = parse_args([]), parse_args(["--no-throughput"])
+    assert len(default_names(timed, cuda)) == len(default_names(counted, cpu)) == 26
+    small = default_names(timed, cpu)
+    assert len(small) == 9
+    assert {row.family for row in PUBLISHED if row.name in small} == {
+        "ViT",
+        "ConvNeXt-iso",
+        "ResMLP",
+    }
+    assert not any(size in name for name in small for size in ("base", "large", "huge", "B_", "L_"))
+
+
+@pytest.fixture
+def plan():
+    members = [Group((f"{i}", f"d2_{i}")) for i in range(3)]
+    products = [Product(10**9, 10, 10)] * 50
+    rows = {name: Result(name, 1, 1.0, products) for group in members for name in group.names}
+
+    def make(**options):
+        settings = Settings(torch.device("cpu"), **options)
+        return members, Plan(members, rows, settings, 1, 1.0, Ceilings(1e11, 1e11))
+
+    return make
+
+
+def test_plan_says_how_long(plan):
+    _, eager = plan()
+    # a step of one second at the ceiling, two as it is: three of them untimed, three samples
+    assert eager.text(default=False) == "6 networks in 3 groups, about 70 s"
+    assert "26 published networks" in eager.text(default=True)
+    _, compiled = plan(compile_mode="default")
+    assert "compiling takes about 2 min" in compiled.text(default=False)
+    assert plan(train=True)[1].seconds_left() > 3 * eager.seconds_left()
+
+
+def test_plan_learns_from_the_pace(plan, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("deit.complexity.plan.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    members, found = plan()
+    before = found.seconds_left()
+    clock[0] = before  # the first of three groups took as long as all were to take
+    found.finish(members[0])
+    assert found.seconds_left() == pytest.approx(2 * before)
+
+
+def test_durations():
+    assert [about(s) for s in (1, 44, 100, 3000, 6000)] == [
+        "about 10 s",
+        "about 40 s",
+        "about 2 min",
+        "about 50 min",
+        "about 1.7 h",
+    ]
 
 
 def test_measuring_command(tmp_path, capsys):
@@ -259,6 +334,31 @@ def test_measuring_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Roofline" in printed
     assert "by layer, eager" in printed
+    assert "plan      2 networks in 1 group, about" in printed
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    measured = []
+
+    def measure(group, results, *_):
+        if measured:
+            raise Interrupted
+        for name in group.names:
+            results[name].images_per_s = 7.0
+        measured.append(group)
+
+    monkeypatch.setattr("deit.complexity.command.measure_group", measure)
+    monkeypatch.setattr("deit.complexity.command.measure_ceilings", lambda *_: Ceilings(1e9, 1e9))
+    command = "--models deit_tiny_patch16_LS resmlp_12 --img-size 32 --device cpu"
+    with pytest.raises(Interrupted):
+        main([*command.split(), "--json", str(path)])
+    first, second = json.loads(path.read_text())["results"]
+    assert (first["images_per_s"], second["images_per_s"]) == (7.0, None)
 
 
 @pytest.mark.slow
