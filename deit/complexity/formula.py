@@ -8,8 +8,8 @@ C, with T tokens and h heads, a block costs
 
 linear maps, attention's two products, softmax; two layer norms, the scaling of the queries, GELU on
 4 C channels, LayerScale and residual sums. An equivariant one has half the linear maps, and instead
-two more for each element of a layer norm (each part is centred by itself) and of a GELU (to the
-regular basis and back; the constant factors are left to the products next to it).
+more for each element of a layer norm (each part is centred by itself, and half of them is shifted)
+and of a GELU (to the regular basis and back, a sum and a factor each).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLOURS = 3
 # for each element
 SOFTMAX, GELU, QUICK_GELU, LAYER_NORM, AFFINE, LAYER_SCALE, RESIDUAL = 5, 8, 6, 5, 2, 1, 1
 # what an equivariant layer adds: centring each part, a change of basis and back
-CENTRE, BASES = 2, 2
+CENTRE, BASES = 1.5, 4
 
 
 def closed_form(model: nn.Module, img_size: int) -> float | None:
@@ -114,8 +114,8 @@ def resmlp(img_size: int, patch: int, width: int, depth: int, *, equivariant: bo
     products = patches + 8 * width
     pointwise = 2 * (AFFINE + LAYER_SCALE + RESIDUAL)
     if equivariant:
-        # two changes of basis each way, and the three biases, which no multiply-add takes along
-        products, activation = products / 2, QUICK_GELU + 2 * BASES
+        # changes of basis, and the three biases, which no multiply-add takes along
+        products, activation = products / 2, QUICK_GELU + BASES
         pointwise += 1 + 4 + 1
     else:
         activation = GELU
@@ -123,7 +123,7 @@ def resmlp(img_size: int, patch: int, width: int, depth: int, *, equivariant: bo
     head = 3 * elements + width * CLASSES  # affine and mean
     to_parts = 0
     if equivariant:
-        head, to_parts = head / 2, BASES * elements
+        head, to_parts = head / 2, 2 * elements
     return _stem(patches, patch, width) + to_parts + blocks + head
 
 

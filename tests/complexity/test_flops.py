@@ -58,7 +58,7 @@ def test_published_counts(name):
     assert trainable(model) == FACTS[name]["trainable"]
     counted = count(name)
     assert not counted.uncounted
-    tolerance = 0.03 if is_small(name) else 0.01
+    tolerance = 0.03 if is_small(name) else 0.015
     assert counted.total / 1e9 == pytest.approx(FACTS[name]["gflops"], rel=tolerance)
 
 
@@ -74,7 +74,7 @@ def test_ordinary_transformers_are_counted_exactly_as_published():
 def test_three_counts_agree(name, img_size):
     model, image = on_meta(name, img_size)
     counted = count(name, None if img_size == 224 else img_size)
-    assert closed_form(model, img_size) == pytest.approx(counted.total, rel=5e-3)
+    assert closed_form(model, img_size) == pytest.approx(counted.total, rel=3e-3)
 
     products = sum(counted.by_operator[operator] for operator in PRODUCTS)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
