@@ -44,7 +44,7 @@ from deit.errors import UserError, one_line_errors
 from deit.evaluation import evaluate_once
 from deit.metrics import Scores
 from deit.reporting import duration
-from deit.run import LAST, Run
+from deit.run import LAST, Run, claim_folder
 from deit.stopping import Stopped, request_stop, stop_on_signals
 from deit.training import build_run
 
@@ -72,7 +72,7 @@ def main(args: Namespace) -> int:
                 which.model_ema_eval = ema
                 evaluate_once(which, processes)
             return 0
-        with stop_on_signals(announce=processes.is_main):
+        with stop_on_signals(announce=processes.is_main), claim_folder(args, processes):
             run = build_run(args, processes)
             try:
                 train(run)
@@ -99,10 +99,12 @@ def train(run: Run) -> None:
     except NonFiniteLossError as error:
         reporter.close(title=args.model)
         raise UserError(explain_non_finite(run, error)) from error
+    except UserError as error:
+        raise UserError(f"{error}; {run.last_state()}") from error
     except (RuntimeError, ConnectionError, EOFError) as error:
         if not is_worker_death(error):
             raise
-        raise worker_death(error) from error
+        raise UserError(f"{worker_death(error)}; {run.last_state()}") from error
     finally:
         reporter.stop()
     run.agreement.finish()
@@ -142,6 +144,7 @@ def train_epoch(run: Run, batches: Batches) -> None:
             on_update=run.note_update,
         )
         record = {"epoch": epoch, "train_loss": loss, "train_lr": run.learning_rate()}
+        run.save([LAST])  # before anything that can fail: the epoch's updates are done
         scores = ema_scores = None
         if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
             scores = evaluate_run(run, run.evaluated)
@@ -166,6 +169,9 @@ def train_epoch(run: Run, batches: Batches) -> None:
     if ema_scores is not None:
         test += f"  average {describe(ema_scores)}  best {progress.best_ema_acc1:.3f}"
     reporter.say(f"{title}  train loss {loss:.4f}{test}  {duration(progress.seconds)}")
+    bad = sum(each.bad for each in (scores, ema_scores) if each is not None)
+    if bad:
+        reporter.say(f"note    the logits of {bad} test images are infinite or NaN")
     reporter.end_epoch(record)
     progress.next_epoch(record)
     state.running.reset()
@@ -194,14 +200,9 @@ def evaluate_run(run: Run, network: nn.Module) -> Scores:
 def explain_non_finite(run: Run, error: NonFiniteLossError) -> str:
     """Where the loss broke, what is still good, and what to try."""
     epoch = run.state.progress.epoch
-    last = f"the last good checkpoint is {Path(run.args.output_dir) / LAST}"
-    if not run.args.output_dir:
-        last = "nothing is saved, as there is no --output-dir"
-    elif not (Path(run.args.output_dir) / LAST).exists():
-        last = "no checkpoint has been saved yet"
     return (
         f"the loss became infinite or NaN in epoch {epoch + 1} at step {error.update + 1} "
-        f"(update {epoch * run.updates + error.update + 1}); {last}; try a lower --lr, "
+        f"(update {epoch * run.updates + error.update + 1}); {run.last_state()}; try a lower --lr, "
         "--clip-grad 1, more --warmup-epochs, --amp-dtype bfloat16 or --no-use-amp"
     )
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,11 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str = "
     FigureCanvasAgg(figure)
     for axes, (name, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for key, label in curves.items():
-            points = [(record["epoch"] + 1, record[key]) for record in history if key in record]
+            points = [
+                (record["epoch"] + 1, record[key])
+                for record in history
+                if record.get(key) is not None
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker=".", linewidth=1.2)
         axes.set(xlabel="epoch", title=name)
@@ -187,7 +191,11 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return SummaryWriter(self.folder / "tensorboard", purge_step=done + 1 if done else None)
+        try:
+            return SummaryWriter(self.folder / "tensorboard", purge_step=done + 1 if done else None)
+        except OSError as error:
+            self.say(f"note    no TensorBoard events: {one_line(error)}")
+            return None
 
     def _open_wandb(self, config: Mapping[str, Any]) -> Any:
         try:
@@ -289,19 +297,20 @@ class Reporter:
             },
             (record["epoch"] + 1) * self._updates,
         )
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        self._tell("_tensorboard", lambda board: board.flush())
 
     def close(self, title: str = "") -> Path | None:
         """Draw the curves and close all files; returns the figure's path if there is one."""
         self.stop()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._tell("_tensorboard", lambda board: board.close())
+        self._tell("_wandb", lambda board: board.finish())
         if self.folder is None or not self.history:
             return None
-        draw_curves(self.history, self.folder / CURVES_FILE, title)
+        try:
+            draw_curves(self.history, self.folder / CURVES_FILE, title)
+        except Exception as error:  # whatever a plotting library, its fonts or the disk may raise
+            self.say(f"note    no curves: {one_line(error)}")
+            return None
         return self.folder / CURVES_FILE
 
     def _write_log(self) -> None:
@@ -310,9 +319,22 @@ class Reporter:
             lines = [json.dumps(record) + "\n" for record in self.history]
             write_text(self.folder / LOG_FILE, "".join(lines))
 
-    def _scalars(self, values: Mapping[str, float], number: int) -> None:
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, number)
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=number)
+    def _scalars(self, values: Mapping[str, float | None], number: int) -> None:
+        known = {name: value for name, value in values.items() if value is not None}
+
+        def add(board: Any) -> None:
+            for name, value in known.items():
+                board.add_scalar(name, value, number)
+
+        self._tell("_tensorboard", add)
+        self._tell("_wandb", lambda board: board.log(known, step=number))
+
+    def _tell(self, board: str, action: Callable[[Any], None]) -> None:
+        """Have a board do something. If it fails, the training goes on without it."""
+        try:
+            if getattr(self, board) is not None:
+                action(getattr(self, board))
+        except Exception as error:  # a full disk, a broken network, ...
+            setattr(self, board, None)
+            name = {"_tensorboard": "TensorBoard", "_wandb": "Weights & Biases"}[board]
+            self.say(f"note    {name} failed, the training goes on without it: {one_line(error)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,13 @@ from deit.checkpoint import read_checkpoint
 from deit.data import DeviceLoader, TrainLoader
 from deit.distributed import Processes
 from deit.engine import Learner
-from deit.errors import UserError
+from deit.folder import BEST, BEST_EMA, EPOCH_COPY, LAST, check_unused, claim, clear
 from deit.reporting import Reporter
 from deit.resume import TrainingState
-from deit.saving import CheckpointWriter, clean_temporaries
+from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.stopping import StopAgreement
 
-LAST = "checkpoint.pth"
-BEST = "best_checkpoint.pth"
-BEST_EMA = "best_checkpoint_ema.pth"
-EPOCH_COPY = "checkpoint_{:04d}.pth"
+__all__ = ["BEST", "BEST_EMA", "LAST", "Run", "claim_folder", "find_checkpoint", "open_writer"]
 
 
 @dataclass
@@ -76,6 +75,18 @@ class Run:
         names = ([BEST] if best else []) + ([BEST_EMA] if best_ema else [])
         return names + ([EPOCH_COPY.format(epoch)] if copy else []) + [LAST]
 
+    def last_state(self) -> str:
+        """In words, where the training can go on from after a failure, once all is written."""
+        if not self.args.output_dir:
+            return "nothing is saved, as there is no --output-dir"
+        if self.writer is not None:
+            with suppress(SaveError):  # it left the state before
+                self.writer.flush()
+        path = Path(self.args.output_dir) / LAST
+        if not path.exists():
+            return "no state has been saved yet"
+        return f"the last state is {path}, --resume auto goes on from it"
+
     def close(self) -> None:
         """End the loader's workers and wait for the last write; also after a failure."""
         self.train_loader.close()
@@ -96,20 +107,34 @@ def find_checkpoint(args: Namespace, processes: Processes) -> tuple[str, dict[st
         return source, read_checkpoint(source)
 
 
-def prepare_folder(args: Namespace, processes: Processes) -> CheckpointWriter | None:
-    """Make the output folder; the writer on rank 0.
+@contextmanager
+def claim_folder(args: Namespace, processes: Processes) -> Iterator[None]:
+    """Have the output folder for this training alone, on rank 0, until it ends.
 
     Raises:
-        UserError: it cannot be made, or holds a training that this one would overwrite.
+        UserError: it cannot be made, another process trains in it, or it holds a training that
+            this one would replace.
+    """
+    if not args.output_dir or not processes.is_main:
+        yield
+        return
+    folder = Path(args.output_dir)
+    with claim(folder):
+        if not args.overwrite:
+            check_unused(folder, args.resume)
+        yield
+
+
+def open_writer(args: Namespace, processes: Processes, fresh: bool) -> CheckpointWriter | None:
+    """What saves checkpoints, on rank 0 if there is an output folder, which this process holds.
+
+    Args:
+        fresh: the training starts; what an earlier one has left goes.
     """
     if not args.output_dir or not processes.is_main:
         return None
     folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output-dir {args.output_dir!r} cannot be made: {error.strerror}"
-        ) from error
     clean_temporaries(folder)
+    if fresh:
+        clear(folder)
     return CheckpointWriter(folder)

@@ -21,6 +21,11 @@ from torch import Tensor
 from deit.errors import UserError, one_line
 
 _TEMPORARY = ".{name}.{pid}.tmp"
+_FULL = {
+    errno.ENOSPC: "no space left on",
+    errno.EDQUOT: "no space left in the quota of",
+    errno.EFBIG: "the file would be larger than the system allows in",
+}
 
 
 class SaveError(UserError):
@@ -79,8 +84,13 @@ def _why_unwritten(path: Path, error: Exception) -> str:
         free = shutil.disk_usage(path.parent).free
     except OSError:
         return f"cannot save {str(path)!r}: the folder is gone ({one_line(error)})"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    reason = "the disk or quota is full" if full else one_line(error)[:160]
+    # torch's zip writer hides the system's error behind one of its own.
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
+    reason = next((text for number, text in _FULL.items() if number in numbers), None)
+    reason = f"{reason} {str(path.parent)!r}" if reason else one_line(error)[:160]
     return f"cannot save {str(path)!r}: {reason} ({free / 2**20:,.0f} MiB free); {kept}"
 
 
@@ -153,7 +163,8 @@ class CheckpointWriter:
     def _write(self, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
         last = names[-1]
         with atomic_path(self.folder / last) as written:
-            torch.save(dict(state), written)
+            with written.open("wb") as file:  # of Python, whose errors say what was wrong
+                torch.save(dict(state), file)
             for name in names[:-1]:
                 with atomic_path(self.folder / name) as temporary:
                     _link(written, temporary)

@@ -42,7 +42,7 @@ from deit.losses import build_criterion, prepare_student
 from deit.optim import build_optimizer, freeze_shift, scaled_lr
 from deit.reporting import Reporter, environment, read_log
 from deit.resume import Progress, RunningLoss, TrainingState, seed_all
-from deit.run import LAST, Run, find_checkpoint, prepare_folder
+from deit.run import LAST, Run, find_checkpoint, open_writer
 from deit.schedule import build_scheduler
 from deit.stopping import StopAgreement
 from deit.teacher import build_teacher
@@ -308,7 +308,7 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     if checkpoint is not None:
         networks.notes += state.restore(checkpoint, source=source, global_batch=images)
     state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
-    writer = prepare_folder(args, processes)
+    writer = open_writer(args, processes, fresh=checkpoint is None)
     run = Run(
         args=args,
         processes=processes,
@@ -434,5 +434,3 @@ def _introduce(run: Run, networks: Networks, source: str, sizes: tuple[int, int,
         )
     elif args.resume:
         say(f"resume  there is no {LAST} in {args.output_dir} yet: starting afresh")
-    elif args.output_dir and (Path(args.output_dir) / LAST).exists():
-        say(f"note    the {LAST} there will be replaced; --resume auto goes on with it")

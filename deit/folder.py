@@ -1,0 +1,201 @@
+"""The output folder of a training: one training at a time, and none lost to another.
+
+The process that writes there holds a lock file with its host and number. The kernel's lock on the
+file says whether that process is alive, on this host and where the file system tells other hosts;
+the file's text says whose it is. A lock that a killed process left behind is taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deit.errors import UserError
+from deit.launch import slurm
+
+__all__ = ["BEST", "BEST_EMA", "EPOCH_COPY", "LAST", "LOCK", "claim", "clear", "results_in"]
+
+LAST = "checkpoint.pth"
+BEST = "best_checkpoint.pth"
+BEST_EMA = "best_checkpoint_ema.pth"
+EPOCH_COPY = "checkpoint_{:04d}.pth"
+LOCK = "run.lock"
+
+_CHECKPOINTS = ("checkpoint*.pth", "best*checkpoint*.pth")
+_RECORDS = ("log.txt", "config.json", "curves.png", "wandb_id.txt")
+# Slurm's states of a job that may still write.
+_MAY_WRITE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# A process cannot lock out itself: the folders in which it trains already.
+_held: set[Path] = set()
+
+
+def results_in(folder: Path) -> list[str]:
+    """The names of what a training in `folder` has left that another would replace."""
+    found = {path.name for pattern in _CHECKPOINTS for path in folder.glob(pattern)}
+    log = folder / "log.txt"
+    if log.exists() and log.stat().st_size:
+        found.add(log.name)
+    return sorted(found)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier training has left in `folder`, and nothing else."""
+    for pattern in (*_CHECKPOINTS, *_RECORDS):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+
+
+def check_unused(folder: Path, resume: str) -> None:
+    """Raise UserError if a training that starts with `--resume RESUME` would replace results."""
+    found = results_in(folder)
+    if resume == "auto":
+        if LAST in found:
+            return
+        # A log without a checkpoint is what a training has that was killed while it first saved.
+        found = [name for name in found if name.endswith(".pth")]
+    elif resume and Path(resume).expanduser().resolve().parent == folder.resolve():
+        return
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        go_on = "" if resume else "--resume auto goes on with it, "
+        raise UserError(
+            f"--output-dir {folder} holds a training ({shown}): {go_on}another --output-dir keeps "
+            "it, --overwrite removes it"
+        )
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold its lock. An empty folder that was made here is removed at the end.
+
+    Raises:
+        UserError: it cannot be made or written, or another process trains in it.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {str(folder)!r} cannot be made: {error.strerror}") from error
+    path = folder.resolve() / LOCK
+    if path in _held:
+        raise UserError(f"--output-dir {folder} is in use by this very process")
+    try:
+        descriptor = _lock(path)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {str(folder)!r} cannot be written: {error.strerror}"
+        ) from error
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.discard(path)
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """Take the lock; the open file that holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            alive = _is_locked(descriptor)
+            # The owner may have removed the file after it was opened here.
+            if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
+                os.close(descriptor)
+                continue
+            owner = _read(descriptor)
+            if alive or (alive is None and _runs(owner)) or _runs_elsewhere(owner):
+                raise UserError(_in_use(path, owner))
+            text = json.dumps(_myself()).encode()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text, 0)
+            os.fsync(descriptor)
+            return descriptor
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+
+
+def _is_locked(descriptor: int) -> bool | None:
+    """Lock the file; True if another process has, None if this file system has no locks.
+
+    Such a lock ends with its process, however that ends, and is not inherited by its children.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return True
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return False
+
+
+def _myself() -> dict[str, Any]:
+    return {
+        "host": platform.node(),
+        "process": os.getpid(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """What the owner wrote; nothing if it was killed before it could."""
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _runs(owner: dict[str, Any]) -> bool:
+    """Whether a process of this host is alive, where the kernel does not say it by its lock."""
+    if not owner or owner.get("host") != platform.node() or owner["process"] == os.getpid():
+        return False
+    try:
+        os.kill(owner["process"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _runs_elsewhere(owner: dict[str, Any]) -> bool:
+    """Whether the owner may be alive on another host, whose locks may not be seen here.
+
+    Slurm starts a job again only after its earlier start has ended, and knows of other jobs.
+    """
+    if not owner or owner.get("host") == platform.node():
+        return False
+    job = owner.get("slurm_job")
+    if job is None or not shutil.which("scontrol"):
+        return True
+    return job != os.environ.get("SLURM_JOB_ID") and slurm.job_state(job) in _MAY_WRITE
+
+
+def _in_use(path: Path, owner: dict[str, Any]) -> str:
+    job = f" (Slurm job {owner['slurm_job']})" if owner.get("slurm_job") else ""
+    who = f"process {owner.get('process', '?')} on {owner.get('host', '?')}{job}"
+    text = f"--output-dir {path.parent} is in use since {owner.get('started', '?')} by {who}"
+    if owner and owner.get("host") != platform.node():
+        return f"{text}: if that has ended, remove {path}; else use another folder"
+    return f"{text}: stop that first, or use another folder"
