@@ -50,7 +50,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
         raise SaveError(_why_unwritten(path, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -338,7 +338,7 @@ def test_broken_loss_says_where_and_what_to_try(data, tmp_path, capsys):
     assert train(*arguments, data=data, out=tmp_path) == 2
     error = capsys.readouterr().err
     assert re.search(r"infinite or NaN in epoch 2 at step \d \(update \d+\)", error)
-    assert f"last good checkpoint is {tmp_path / 'checkpoint.pth'}" in error
+    assert f"the last state is {tmp_path / 'checkpoint.pth'}" in error
     assert "--clip-grad" in error
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
@@ -347,14 +347,16 @@ def test_full_disk_while_saving(data, tmp_path, monkeypatch, capsys):
     assert train("--epochs", "1", data=data, out=tmp_path) == 0
     before = (tmp_path / "checkpoint.pth").read_bytes()
 
-    def full(state, path):
-        path.write_bytes(b"half")
+    def full(state, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     assert train("--resume", "auto", "--epochs", "3", data=data, out=tmp_path) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"error: cannot save .*full.*previous file is unchanged\n", error)
+    last = re.escape(f"the last state is {tmp_path / 'checkpoint.pth'}, --resume auto goes on")
+    assert re.fullmatch(rf"error: cannot save .*no space left on .*unchanged; {last}.*\n", error)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 

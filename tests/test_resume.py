@@ -90,9 +90,10 @@ def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_after_half_a_file(save, state, path):
-    save(state, path)
-    path.write_bytes(path.read_bytes()[:1000])
+def die_after_half_a_file(save, state, file):
+    save(state, file)
+    file.truncate(1000)
+    file.flush()
     die()
 
 
@@ -103,9 +104,10 @@ def killed(moment: str, data: Path, out: Path) -> int:
         "mid-epoch": (deit.engine.Learner, "update", 5, die),
         "evaluation": (deit.main, "evaluate", 2, die),
         "before the log": (Reporter, "end_epoch", 2, die),
-        "before the save": (deit.run.Run, "save", 2, die),
-        "in the write": (torch, "save", 2, die_after_half_a_file),
-        "before the rename": (os, "replace", 8, die),
+        "before the state is saved": (deit.run.Run, "save", 3, die),
+        "before the save": (deit.run.Run, "save", 4, die),
+        "in the write": (torch, "save", 4, die_after_half_a_file),
+        "before the rename": (os, "replace", 10, die),
         "at the end": (Reporter, "close", 1, die),
     }[moment]
     at_call(*place)
@@ -117,6 +119,7 @@ MOMENTS = [
     "mid-epoch",
     "evaluation",
     "before the log",
+    "before the state is saved",
     "before the save",
     "in the write",
     "before the rename",
