@@ -1,15 +1,16 @@
 """Checks that layers and networks are equivariant, and that the checks can fail.
 
 `test_equivariance.py` at the root of the repository is the command line and the pytest module over
-this package.
+this package. Errors and tolerances are those of `deit.equivariance`.
 
-    measure    errors, tolerances, and what makes a measurement vacuous
-    features   how flopping acts on a tensor of a given layout
-    samples    natural and random images, and features made from them
-    layers     one case for each variant of each layer, with its ordinary twin
+    rules      how flopping acts on what goes into a layer and comes out of it
     trace      every feature inside a network, and the first layer that fails
-    networks   whole networks: features, logits, gradients
+    check      the check of one layer or network: features, output, gradients, ordinary twin
+    layers     one case for each variant of each layer
+    networks   the networks, and how they are made
     breaks     layers broken on purpose, which must be found
+    samples    natural and random images, and features made from them
+    settings   in which arithmetic, with how many images
     report     tables
     cli        the command line
 """

@@ -1,6 +1,7 @@
 """Layers broken on purpose: the check must find each break, and name the layer that is broken.
 
-Each break is applied to a small network with random parameters, to one layer in the middle of it.
+Each break is applied to one layer, in the middle of a small network with random parameters or, for
+what happens on rare paths alone, to the layer case that takes this path.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import DropPath as TensorDropPath
 from torch import Tensor, nn
 
 from deit import layers as L
-from deit.equivariance import randomize_
-from deit.verify import samples
-from deit.verify.networks import NetworkCase, first_failure
+from deit.equivariance import Feature, as_parts, randomize_
+from deit.verify.check import Case, check
+from deit.verify.layers import LAYER_CASES, LayerCase
+from deit.verify.networks import NetworkCase
 from deit.verify.settings import Settings
-from deit.verify.trace import Event, Trace
+from deit.verify.trace import Event
 
 __all__ = ["BREAKS", "INTACT", "Break", "BreakResult", "apply_break", "intact_failure"]
 
@@ -41,21 +44,28 @@ INTACT = (VIT, MEAN, HYBRID, EARLY, RESMLP, ISOTROPIC, CONVNEXT)
 
 @dataclass(frozen=True)
 class Break:
-    """`apply` breaks the layer `where` of a network, which is of type `kind`, in place."""
+    """`apply` breaks the layer `where` of a case, which is of type `kind`, in place.
+
+    `in_training`: the forward pass in inference is right, and no layer can be named.
+    """
 
     kind: type[nn.Module]
     what: str
-    case: NetworkCase
+    case: Case
     where: str
     apply: Callable[[Any], None]
+    in_training: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind.__name__}, {self.what}"
 
 
 @dataclass(frozen=True)
 class BreakResult:
-    """`found`: the first event that fails; None if the break was not noticed."""
+    """`found`: the first event that fails, or what training shows; None if nothing does."""
 
-    broken: Break
-    found: Event | None
+    found: Event | str | None
+    error: float | None
     failures: list[str]
 
 
@@ -63,29 +73,29 @@ def apply_break(broken: Break, settings: Settings) -> BreakResult:
     """Break a layer and look for it."""
     network = randomize_(broken.case.build(), settings.seed)
     layer = network.get_submodule(broken.where)
-    assert isinstance(layer, broken.kind), (broken, type(layer))
+    if not isinstance(layer, broken.kind):
+        raise TypeError(f"{broken}: {broken.where} is a {type(layer).__name__}")
     broken.apply(layer)
-    found = _first_failure(network, broken.case, settings)
-    failures = []
-    if found is None:
-        failures.append("not noticed")
-    elif found.culprit != broken.where:
-        failures.append(f"broken is {broken.where or 'the network'}, blamed is {found}")
-    return BreakResult(broken, found, failures)
+    result = check(broken.case, settings, network, train=broken.in_training)
+    event, where = result.culprit, broken.where or "the whole"
+    if event is not None:
+        blamed = event.culprit == broken.where and not broken.in_training
+        wrong = [] if blamed else [f"broken is {where}, blamed is {event}"]
+        return BreakResult(event, event.measurement.error, wrong)
+    in_training = [failure for failure in result.failures if failure.startswith("gradients")]
+    if broken.in_training and in_training:
+        return BreakResult(in_training[0].split(":")[0], result.gradient, [])
+    return BreakResult(None, None, ["not noticed"])
 
 
-def intact_failure(case: NetworkCase, settings: Settings) -> Event | None:
+def intact_failure(case: Case, settings: Settings) -> Event | None:
     """The same for a network that is not broken: nothing may be found."""
-    return _first_failure(randomize_(case.build(), settings.seed), case, settings)
+    return check(case, settings, train=False).culprit
 
 
-def _first_failure(network: nn.Module, case: NetworkCase, settings: Settings) -> Event | None:
-    images = samples.images(settings.count, case.img_size, settings.seed)
-    batch = torch.cat([images, images.flip(-1)]).to(settings.device, settings.dtype)
-    network = network.to(settings.device, settings.dtype).eval()
-    with torch.no_grad(), settings.autocast(), Trace(network) as trace:
-        network(batch)
-    return first_failure(trace.events, settings.tolerance())
+def _layer_case(name: str, variant: str) -> LayerCase:
+    (case,) = (each for each in LAYER_CASES if (each.name, each.variant) == (name, variant))
+    return case
 
 
 # ways of breaking
@@ -93,71 +103,91 @@ def _first_failure(network: nn.Module, case: NetworkCase, settings: Settings) ->
 
 def _noise(like: Tensor, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return 0.2 * torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def _shift(method: str) -> Callable[[nn.Module], None]:
-    """Add random numbers to what a method returns, the same for all images."""
+def _after(change: Callable[[Any], Any], method: str = "forward") -> Callable[[nn.Module], None]:
+    """Change what a method returns."""
 
     def apply(module: nn.Module) -> None:
         original = getattr(module, method)
-
-        def shifted(*args: Any) -> Tensor:
-            value = original(*args)
-            return value + 0.2 * _noise(value[:1] if value.ndim > 2 else value)
-
-        setattr(module, method, shifted)
+        setattr(module, method, lambda *args: change(original(*args)))
 
     return apply
 
 
-def _reversed_channels(module: nn.Module) -> None:
-    original = module.forward
-    module.forward = lambda x: original(x.flip(-1))
+def _before(change: Callable[[Any], Any], method: str = "forward") -> Callable[[nn.Module], None]:
+    """Change what a method is given."""
+
+    def apply(module: nn.Module) -> None:
+        original = getattr(module, method)
+        setattr(module, method, lambda x, *args: original(change(x), *args))
+
+    return apply
 
 
-def _identity(module: nn.Module) -> None:
-    module.forward = lambda x: x
+def _instead(function: Callable[..., Any], method: str = "forward") -> Callable[[nn.Module], None]:
+    """Call `function(module, ...)` in place of a method."""
+    return lambda module: setattr(module, method, lambda *args: function(module, *args))
+
+
+def _shifted(x: Feature) -> Feature:
+    """A shift of all channels, the same at all places; of a single tensor as well."""
+    parts = tuple(part + _noise(part.flatten(0, -2)[0]) for part in as_parts(x))
+    return parts if isinstance(x, tuple) else parts[0]
+
+
+def _by_place(x: Feature) -> Feature:
+    """A shift of its own for each place, the same for all images."""
+    parts = tuple(part + 5 * _noise(part[:1]) for part in as_parts(x))
+    return parts if isinstance(x, tuple) else parts[0]
+
+
+def _exchanged(x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return x[::-1]
+
+
+def _last(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
+    """Change the last part of the output."""
+    return _after(lambda x: (*x[:-1], change(x[-1])))
 
 
 def _asymmetric_bias(linear: L.Linear) -> None:
     weight = linear.blocks()[1].weight
-    linear.blocks()[1].bias = nn.Parameter(0.2 * _noise(weight[:, 0].flatten()))
+    linear.blocks()[1].bias = nn.Parameter(_noise(weight[:, 0]))
 
 
-def _swapped_irreps(linear: L.Linear) -> None:
-    original = linear.map
-    linear.map = lambda parts, **gains: original([parts[1], parts[0]], **gains)
-
-
-def _shifted_parts(linear: L.Linear) -> None:
-    original = linear.map
-    linear.map = lambda parts, **gains: [y + 0.2 * _noise(y[0]) for y in original(parts, **gains)]
+def _half_exchanged(x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    (p, q), (u, v) = (part.chunk(2, 1) for part in x)
+    return torch.cat([p, v], 1), torch.cat([u, q], 1)
 
 
 def _common_mean(norm: L.LayerNorm) -> None:
-    norm.centre = lambda x: x - x.mean(-1, keepdim=True)
+    norm.centre = lambda part, dim: part
+    _before(lambda x: tuple(p - torch.cat(x, -1).mean(-1, keepdim=True) for p in x))(norm)
 
 
-def _act_on_irreps(gelu: L.GELU) -> None:
-    gelu.map = lambda parts: [gelu.act(part) for part in parts]
+def _act_on_sums(gelu: L.GELU, x: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Act on the sums and differences of the mirrored places in place of the places."""
+    outputs = []
+    for left, right in (part.chunk(2, 1) for part in x):
+        sums, differences = gelu.act(left + right), gelu.act(left - right)
+        outputs.append(torch.cat([sums + differences, sums - differences], 1))
+    return tuple(outputs)
 
 
-def _crossed_logits(attention: L.Attention) -> None:
-    original = attention.split_heads
-
-    def crossed(parts: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = original(parts)
-        return q, torch.cat(k.chunk(2, -1)[::-1], -1), v
-
-    attention.split_heads = crossed
+def _crossed(heads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = heads
+    return q, torch.cat(k.chunk(2, -1)[::-1], -1), v
 
 
-def _unmirrored(module: L.MirrorConv2d) -> None:
-    original = module.kernel
-    kernel = _noise(original()[0])
-    kernel = kernel / kernel[0].numel() ** 0.5
-    module.kernel = lambda: (kernel.to(next(module.parameters())), original()[1])
+def _random(kernel: Tensor) -> Tensor:
+    return 5 * _noise(kernel) / kernel[0].numel() ** 0.5
+
+
+def _kernel(change: Callable[[Tensor], Tensor], method: str = "forward") -> Callable[..., None]:
+    """Change the kernel, and not the bias that comes with it."""
+    return _after(lambda both: (change(both[0]), both[1]), method)
 
 
 class RowMajor(L.MirrorGrid):
@@ -171,57 +201,89 @@ def _row_major(patches: L.PatchEmbed) -> None:
     patches.grid = RowMajor(patches.grid.height, patches.grid.width)
 
 
-def _left_half(network: nn.Module) -> None:
-    network.pool = lambda x: x[:, : x.shape[1] // 2].mean(1)
+def _filled_centre(kernel: L.MirrorKernel) -> None:
+    kernel.zero_center.copy_(_noise(kernel.zero_center))
 
 
-def _unmirrored_depthwise(conv: L.MirrorDepthwiseConv2d) -> None:
-    part = conv.sym_to_sym
-    kernel = _noise(part()[0]) / 7
-    part.forward = lambda: (kernel.to(part.weight), part.bias)
+class WrongBackward(torch.autograd.Function):
+    """The identity, with a gradient that is not equivariant."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient + 0.5 * gradient.abs()
 
 
-def _filled_centre(conv: L.MirrorDepthwiseConv2d) -> None:
-    conv.asym_to_sym.zero_center.copy_(0.2 * _noise(conv.asym_to_sym.zero_center))
+def _mask_of_tokens(drop: TensorDropPath, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not drop.training:
+        return x
+    return tuple(part * torch.bernoulli(torch.full_like(part[..., :1], 0.5)) for part in x)
 
 
-def _wrong_sign(conv: L.MirrorConv2d) -> None:
-    part = conv.sym_to_asym
-    part.forward = lambda: (torch.cat([part.weight, part.weight.flip(-1)], -1), part.bias)
+def _drops_tokens(block: L.Block) -> None:
+    _instead(_mask_of_tokens)(block.drop_path1)
 
 
 BREAKS = (
-    Break(L.PatchEmbed, "kernel not mirrored", VIT, "patch_embed", _unmirrored),
+    Break(L.PatchEmbed, "kernel not mirrored", VIT, "patch_embed",
+          _kernel(_random, "kernel")),
     Break(L.PatchEmbed, "right half of the tokens not mirrored", VIT, "patch_embed", _row_major),
-    Break(L.PositionEmbedding, "not symmetric", VIT, "pos_embed", _shift("packed")),
-    Break(L.PrefixToken, "antisymmetric half not zero", VIT, "cls_token", _shift("forward")),
+    Break(L.PositionEmbedding, "not symmetric", VIT, "pos_embed", _after(_by_place)),
+    Break(L.PrefixToken, "antisymmetric half not zero", VIT, "cls_token", _after(_shifted)),
     Break(L.LayerNorm, "one mean for both halves", VIT, "blocks.1.norm1", _common_mean),
     Break(L.Affine, "shift on the antisymmetric half", VIT, "blocks.1.norm2.scaling",
-          _shift("offset")),
+          _after(_shifted)),
     Break(L.Linear, "bias on the antisymmetric half", VIT, "blocks.1.attn.qkv", _asymmetric_bias),
-    Break(L.Linear, "irreps swapped", VIT, "blocks.1.attn.proj", _swapped_irreps),
-    Break(L.Attention, "logits of q_s and k_a", VIT, "blocks.1.attn", _crossed_logits),
-    Break(L.GELU, "applied to the halves", VIT, "blocks.1.mlp.act", _act_on_irreps),
-    Break(L.Mlp, "halves exchanged", VIT, "blocks.1.mlp", _reversed_channels),
-    Break(L.Block, "halves exchanged", VIT, "blocks.1", _reversed_channels),
-    Break(nn.Module, "mean over the left half", MEAN, "", _left_half),
-    Break(L.RegularBridge, "left out", HYBRID, "bridge", _identity),
-    Break(L.InvariantBridge, "left out", EARLY, "bridge", _identity),
-    Break(L.OrdinaryBlock, "output depends on the place", EARLY, "blocks.2", _shift("forward")),
-    Break(L.Linear, "over tokens: irreps swapped", RESMLP, "blocks.1.attn", _swapped_irreps),
-    Break(L.Linear, "bias on all four parts", RESMLP, "blocks.1.mlp.fc1", _shifted_parts),
-    Break(L.Affine, "shift on all four parts", RESMLP, "blocks.1.norm1", _shift("offset")),
-    Break(L.GELU, "applied to the four parts", RESMLP, "blocks.1.mlp.act", _act_on_irreps),
-    Break(L.LayerScale, "with a shift", RESMLP, "blocks.1.gamma_1", _shift("forward")),
-    Break(L.MixerBlock, "halves exchanged", RESMLP, "blocks.1", _reversed_channels),
-    Break(L.MirrorConv2d, "bias on the antisymmetric half", ISOTROPIC, "stem", _shift("bias")),
-    Break(L.MirrorDepthwiseConv2d, "kernel not mirrored", ISOTROPIC, "blocks.1.dwconv",
-          _unmirrored_depthwise),
-    Break(L.MirrorDepthwiseConv2d, "centre column of an antisymmetric kernel not zero", ISOTROPIC,
-          "blocks.1.dwconv", _filled_centre),
-    Break(L.ConvBlock, "halves exchanged", ISOTROPIC, "blocks.1", _reversed_channels),
-    Break(L.ChannelsLastMirrorConv2d, "kernel not mirrored", CONVNEXT, "downsample_layers.1.1",
-          _unmirrored),
-    Break(L.ChannelsLastMirrorConv2d, "symmetric kernel from s to a", CONVNEXT,
-          "downsample_layers.2.1", _wrong_sign),
+    Break(L.Linear, "irreps swapped", VIT, "blocks.1.attn.proj", _before(_exchanged)),
+    Break(L.Linear, "wrong without gradients", VIT, "blocks.1.mlp.fc1",
+          _last(lambda a: a if torch.is_grad_enabled() else a + 0.1)),
+    Break(L.Linear, "wrong with gradients", _layer_case("Linear", ""), "",
+          _last(lambda a: a + 0.5 if torch.is_grad_enabled() else a), in_training=True),
+    Break(L.Linear, "antisymmetric half dead", VIT, "blocks.1.mlp.fc2", _last(lambda a: 0 * a)),
+    Break(L.Attention, "logits of q_s and k_a", VIT, "blocks.1.attn",
+          _after(_crossed, "split_heads")),
+    Break(L.Attention, "logits of q_s and k_a, mixer", _layer_case("Attention", "mixer"), "",
+          _after(_crossed, "split_heads")),
+    Break(L.GELU, "applied to the halves", VIT, "blocks.1.mlp.act",
+          _instead(lambda gelu, x: tuple(map(gelu.act, x)))),
+    Break(L.GELU, "not a number", VIT, "blocks.1.mlp.act", _last(lambda a: a * float("nan"))),
+    Break(L.Mlp, "halves exchanged", VIT, "blocks.1.mlp", _before(_exchanged)),
+    Break(L.Block, "halves exchanged", VIT, "blocks.1", _before(_exchanged)),
+    Break(L.Block, "tokens dropped by themselves", _layer_case("Block", "stochastic depth"), "",
+          _drops_tokens, in_training=True),
+    Break(L.LayerNorm, "wrong backward pass", _layer_case("LayerNorm", ""), "",
+          _last(WrongBackward.apply), in_training=True),
+    Break(nn.Module, "mean over the left half", MEAN, "",
+          _instead(lambda _, x: x[:, : x.shape[1] // 2].mean(1), "pool")),
+    Break(L.RegularBridge, "left out", HYBRID, "bridge", _instead(lambda _, x: torch.cat(x, -1))),
+    Break(L.InvariantBridge, "left out", EARLY, "bridge", _instead(lambda _, x: torch.cat(x, -1))),
+    Break(L.OrdinaryBlock, "output depends on the place", EARLY, "blocks.2", _after(_by_place)),
+    Break(L.Linear, "over tokens: irreps swapped on half of the channels", RESMLP, "blocks.1.attn",
+          _before(_half_exchanged)),
+    Break(L.Linear, "bias on all four parts", RESMLP, "blocks.1.mlp.fc1", _after(_by_place)),
+    Break(L.Affine, "shift on all four parts", RESMLP, "blocks.1.norm1", _after(_shifted)),
+    Break(L.GELU, "applied to the four parts", RESMLP, "blocks.1.mlp.act", _instead(_act_on_sums)),
+    Break(L.LayerScale, "with a shift", RESMLP, "blocks.1.gamma_1", _after(_shifted)),
+    Break(L.MixerBlock, "halves exchanged", RESMLP, "blocks.1", _before(_exchanged)),
+    Break(L.MirrorConv2d, "bias on the antisymmetric half", ISOTROPIC, "stem",
+          _after(lambda both: (both[0], both[1] + _noise(both[1])), "kernel")),
+    Break(L.MirrorDepthwiseConv2d, "kernels exchanged", ISOTROPIC, "blocks.1.dwconv",
+          lambda conv: _instead(lambda conv, inputs, kernels: type(conv)._convolve(
+              conv, inputs, kernels[::-1]), "_convolve")(conv)),
+    Break(L.MirrorKernel, "not mirrored", ISOTROPIC, "blocks.1.dwconv.sym_to_sym",
+          _kernel(_random)),
+    Break(L.MirrorKernel, "centre column of an antisymmetric one not zero", ISOTROPIC,
+          "blocks.1.dwconv.asym_to_sym", _filled_centre),
+    Break(L.MirrorKernel, "wrong sign, odd width", _layer_case("MirrorConv2d", "3x3, padded"),
+          "asym_to_sym", _kernel(torch.abs)),
+    Break(L.ConvBlock, "halves exchanged", ISOTROPIC, "blocks.1", _before(_exchanged)),
+    Break(L.MirrorConv2d, "kernel not mirrored", CONVNEXT, "downsample_layers.1.1",
+          _kernel(_random, "kernel")),
+    Break(L.MirrorKernel, "symmetric from s to a", CONVNEXT, "downsample_layers.2.1.sym_to_asym",
+          _kernel(lambda kernel: torch.cat([kernel[..., :1], kernel[..., :1]], -1))),
+    Break(L.PatchEmbed, "tokens of an odd grid not mirrored", _layer_case("PatchEmbed", "odd grid"),
+          "", _row_major),
 )  # fmt: skip

@@ -12,12 +12,13 @@ import timm
 import torch
 from torch import nn
 
-from deit.cli import CommandLine, OptionGroup, add_kernels, key_value, number
+from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_value, number
 from deit.errors import UserError, one_line
 from deit.verify import breaks
+from deit.verify.check import Result, check
 from deit.verify.checkpoints import network_of
-from deit.verify.layers import LAYER_CASES, check_layer
-from deit.verify.networks import DEFAULT, NetworkCase, NetworkResult, check_network, choose
+from deit.verify.layers import LAYER_CASES
+from deit.verify.networks import DEFAULT, NetworkCase, choose
 from deit.verify.report import Column, Table, shown
 from deit.verify.samples import CANDIDATES
 from deit.verify.settings import DTYPES, Settings
@@ -69,7 +70,7 @@ def get_parser() -> CommandLine:
         "--compile or --checkpoint float32)", nargs="+", choices=tuple(DTYPES),
     )  # fmt: skip
     how.switch("--amp", "automatic mixed precision")
-    how.switch("--compile", "check what torch.compile makes of layers and networks (minutes)")
+    add_compile(how, "check what torch.compile makes of layers and networks too (minutes)")
     how.add(
         "--batch", number(int, 2, CANDIDATES), 2, "N", "natural images, and as many random ones"
     )
@@ -112,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _settings(args: argparse.Namespace) -> list[Settings]:
     """One for each dtype."""
     if args.self_test and (args.model or args.checkpoint or args.compile):
-        raise UserError("--self-test breaks networks of its own: leave away --model, --checkpoint "
-                        "and --compile")  # fmt: skip
+        raise UserError("--self-test breaks networks of its own: omit --model, --checkpoint and "
+                        "--compile")  # fmt: skip
     if args.amp and args.dtype not in (None, ["float32"]):
-        raise UserError(f"--amp keeps parameters in float32: leave --dtype {args.dtype[0]} away")
+        raise UserError(f"--amp keeps parameters in float32: omit --dtype {args.dtype[0]}")
     if args.checkpoint and args.model and len(args.model) > 1:
         raise UserError(f"--checkpoint holds one network, not {len(args.model)}: give one --model")
     if args.model_kwargs and not args.checkpoint:
@@ -127,7 +128,8 @@ def _settings(args: argparse.Namespace) -> list[Settings]:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = one_line(error).split(". ")[0]
         raise UserError(f"the device {name!r} cannot be used: {reason}") from error
-    common = Settings(torch.float32, device, args.batch, args.seed, args.amp, args.compile)
+    mode = args.compile_mode if args.compile else None
+    common = Settings(torch.float32, device, args.batch, args.seed, args.amp, mode)
     if args.dtype:
         return [replace(common, dtype=DTYPES[name]) for name in dict.fromkeys(args.dtype)]
     if args.amp or args.compile or args.checkpoint:
@@ -166,7 +168,7 @@ def _print_header(settings: list[Settings]) -> None:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu"
     print(f"device {device} ({name}), torch {torch.__version__}, timm {timm.__version__}")
-    compiled = ", compiled" if first.compile else ""
+    compiled = f", compiled ({first.compile_mode})" if first.compile_mode else ""
     print(f"{first.count} natural and {first.count} random images, seed {first.seed}{compiled}")
     for each in settings:
         print(f"tolerance {each.tolerance():.1e} of a feature's norm in {each.arithmetic}")
@@ -175,34 +177,33 @@ def _print_header(settings: list[Settings]) -> None:
 
 def _check_layers(settings: list[Settings]) -> Table:
     columns = [
-        Column("layer", 48, right=False),
-        *(Column(each.arithmetic, 12) for each in settings),
+        Column("layer", 46, right=False),
+        *(Column(each.arithmetic, 8) for each in settings),
         Column("images differ", 13),
         Column("ordinary twin", 13),
     ]
-    notes = ["the largest error of output and gradients; 'images differ': the smallest difference "
-             "of outputs of different images"]  # fmt: skip
+    notes = ["the largest error of features, output and gradients; 'images differ': the smallest "
+             "difference of features of different images"]  # fmt: skip
     with Table("Layers", columns, notes) as table:
         for case in LAYER_CASES:
-            table.begin(str(case))
             try:
-                results = [check_layer(case, each) for each in settings]
+                results = [check(case, each) for each in settings]
             except Exception as error:
                 table.crash(str(case), error)
                 continue
+            errors = [max(result.error(), result.gradient) for result in results]
             cells = [
                 str(case),
-                *(shown(result.error) for result in results),
-                shown(min(result.output.contrast for result in results)),
+                *map(shown, errors),
+                shown(min(result.contrast for result in results)),
                 shown(min(result.twin for result in results)),
             ]
-            failures = [
-                f"{result.settings.arithmetic}: {failure}"
-                for result in results
-                for failure in result.failures
-            ]
-            table.row(cells, failures)
+            table.row(cells, [failure for result in results for failure in _failures(result)])
     return table
+
+
+def _failures(result: Result) -> list[str]:
+    return [f"{result.settings.arithmetic}: {failure}" for failure in result.failures]
 
 
 def _check_networks(checks: list[tuple[NetworkCase, nn.Module | None, Settings]]) -> Table:
@@ -210,9 +211,9 @@ def _check_networks(checks: list[tuple[NetworkCase, nn.Module | None, Settings]]
         Column("network", 57, right=False),
         Column("arithmetic", 12, right=False),
         Column("layers", 6),
-        Column("natural", 8),
-        Column("random", 8),
-        Column("worst at", 42, right=False),
+        Column("natural", 7),
+        Column("random", 7),
+        Column("worst at", 34, right=False),
         Column("gradients", 9),
         Column("logits", 9),
         Column("images differ", 13),
@@ -225,30 +226,28 @@ def _check_networks(checks: list[tuple[NetworkCase, nn.Module | None, Settings]]
                      "and its features are checked so far")  # fmt: skip
     with Table("Networks", columns, notes) as table:
         for case, network, settings in checks:
-            table.begin(f"{case} in {settings.arithmetic}")
             try:
-                result = check_network(case, settings, network)
+                result = check(case, settings, network)
             except UserError:
                 raise
             except Exception as error:
                 table.crash(str(case), error)
                 continue
-            failures = [f"{settings.arithmetic}: {failure}" for failure in result.failures]
-            table.row(_network_cells(result), failures)
+            table.row(_network_cells(result), _failures(result))
     return table
 
 
-def _network_cells(result: NetworkResult) -> list[str]:
-    logits = shown(result.logits)
+def _network_cells(result: Result) -> list[str]:
+    logits, count = shown(result.output), result.settings.count
     return [
         str(result.case),
         result.settings.arithmetic,
         str(result.layers),
-        shown(result.natural),
-        shown(result.random),
+        shown(result.error(slice(None, count))),
+        shown(result.error(slice(count, None))),
         str(result.worst),
         shown(result.gradient),
-        logits if result.invariant else f"({logits})",
+        logits if result.promised else f"({logits})",
         shown(result.contrast),
         shown(result.twin),
     ]
@@ -256,25 +255,23 @@ def _network_cells(result: NetworkResult) -> list[str]:
 
 def _self_test(settings: Settings) -> Table:
     columns = [
-        Column("broken", 26, right=False),
+        Column("broken", 22, right=False),
         Column("how", 50, right=False),
-        Column("where", 24, right=False),
+        Column("where", 28, right=False),
         Column("found", 47, right=False),
         Column("error", 8),
     ]
     with Table(f"Self-test in {settings.arithmetic}", columns) as table:
         for case in breaks.INTACT:
-            table.begin(str(case))
             event = breaks.intact_failure(case, settings)
             found = [] if event is None else [f"{event} fails although nothing is broken"]
             table.row(["nothing", str(case), "-", str(event or "nothing"), "-"], found)
         for each in breaks.BREAKS:
-            table.begin(f"{each.kind.__name__}: {each.what}")
             result = breaks.apply_break(each, settings)
             kind = "network" if each.kind is nn.Module else each.kind.__name__
-            error = None if result.found is None else result.found.measurement.error
+            where = each.where or ("network" if each.case.is_network else str(each.case))
             table.row(
-                [kind, each.what, each.where or "-", str(result.found or "nothing"), shown(error)],
+                [kind, each.what, where, str(result.found or "nothing"), shown(result.error)],
                 [f"{each.what}: {failure}" for failure in result.failures],
             )
     return table

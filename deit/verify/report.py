@@ -1,11 +1,13 @@
-"""Tables: rich ones in a terminal, plain text, row by row as it comes, anywhere else."""
+"""Tables of text, row by row as it comes; verdicts are coloured in a terminal."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
+
+from rich.console import Console
+from rich.text import Text
 
 from deit.errors import one_line
 
@@ -17,11 +19,14 @@ MOST_FAILURES = 3  # are listed of a row
 
 @dataclass(frozen=True)
 class Column:
-    """`width` is what plain text reserves; longer entries push the others to the right."""
+    """`width` is what is reserved; longer entries push the others to the right."""
 
     title: str
     width: int
     right: bool = True
+
+    def pad(self, cell: str) -> str:
+        return cell.rjust(self.width) if self.right else cell.ljust(self.width)
 
 
 def shown(value: float | None) -> str:
@@ -33,7 +38,6 @@ class Table:
     """A titled table; rows end in a verdict, and failures are listed under it.
 
         with Table("Layers", [Column("layer", 30, right=False), ...]) as table:
-            table.begin("Linear")
             table.row(["Linear", ...], failures=[])
 
     Attributes:
@@ -42,32 +46,15 @@ class Table:
     """
 
     def __init__(self, title: str, columns: Sequence[Column], notes: Sequence[str] = ()) -> None:
-        self.title, self.notes = title, notes
-        self.columns = [*columns, Column("", len(FAILED), right=False)]
+        self.title, self.columns, self.notes = title, columns, notes
         self.rows = self.failed = 0
         self.failures: list[str] = []
-        self._status = None
+        self._console = Console(highlight=False)
 
     def __enter__(self) -> Table:
-        if not sys.stdout.isatty():
-            print(f"\n{self.title}\n\n{self._line([c.title for c in self.columns])}", flush=True)
-            return self
-        from rich.console import Console
-        from rich.table import Table as RichTable
-
-        self._console = Console()
-        self._rich = RichTable(title=self.title, title_justify="left", title_style="bold")
-        for column in self.columns:
-            justify = "right" if column.right else "left"
-            self._rich.add_column(column.title, justify=justify, overflow="fold")
-        self._status = self._console.status(self.title)
-        self._status.start()
+        titles = self._line([column.title for column in self.columns])
+        self._print(f"\n{self.title}\n\n{titles.rstrip()}")
         return self
-
-    def begin(self, what: str) -> None:
-        """Say what is being checked."""
-        if self._status is not None:
-            self._status.update(f"{self.title}: {what}")
 
     def row(self, cells: Sequence[str], failures: Sequence[str]) -> None:
         """Add a row; the first cell names it in the list of failures."""
@@ -76,16 +63,12 @@ class Table:
         self.failures += [f"{cells[0]}: {failure}" for failure in failures[:MOST_FAILURES]]
         if len(failures) > MOST_FAILURES:
             self.failures.append(f"{cells[0]}: and {len(failures) - MOST_FAILURES} more")
-        verdict = FAILED if failures else OK
-        if self._status is None:
-            print(self._line([*cells, verdict]), flush=True)
-        else:
-            colour = "red" if failures else "green"
-            self._rich.add_row(*cells, f"[{colour}]{verdict}[/]")
+        verdict = (FAILED, "red") if failures else (OK, "green")
+        self._print(Text.assemble(self._line(cells), "  ", verdict))
 
     def crash(self, what: str, error: Exception) -> None:
         """Add the row of a check that could not be done, which is a failure like others."""
-        dashes = ["-"] * (len(self.columns) - 2)
+        dashes = ["-"] * (len(self.columns) - 1)
         self.row([what, *dashes], [f"{type(error).__name__}: {one_line(error)}"])
 
     def __exit__(
@@ -94,15 +77,12 @@ class Table:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._console.print(self._rich)
         for line in [*self.notes, *(f"{FAILED}: {failure}" for failure in self.failures)]:
-            print(line)
+            self._print(line)
 
     def _line(self, cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(column.width) if column.right else cell.ljust(column.width)
-            for cell, column in zip(cells, self.columns, strict=True)
-        ]
-        return "  ".join(padded).rstrip()
+        return "  ".join(c.pad(cell) for c, cell in zip(self.columns, cells, strict=True))
+
+    def _print(self, text: str | Text) -> None:
+        # soft_wrap: a pipe or a file can take a line whole
+        self._console.print(text, soft_wrap=True, markup=False)

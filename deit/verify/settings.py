@@ -1,14 +1,15 @@
-"""How to check: on what, in which arithmetic, with how many images."""
+"""How to check: in which arithmetic, with how many images."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
-from deit.verify.measure import tolerance
+from deit.equivariance import tolerance_of
 
 __all__ = ["DTYPES", "Settings"]
 
@@ -23,7 +24,7 @@ class Settings:
         dtype: of parameters and images.
         count: natural images, and random ones.
         amp: automatic mixed precision; parameters and images are float32 then.
-        compile: check what `torch.compile` makes.
+        compile_mode: check what `torch.compile` makes in this mode too; None for not.
     """
 
     dtype: torch.dtype = torch.float64
@@ -31,7 +32,7 @@ class Settings:
     count: int = 2
     seed: int = 0
     amp: bool = False
-    compile: bool = False
+    compile_mode: str | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -49,7 +50,7 @@ class Settings:
 
     def tolerance(self, depth: int = 1) -> float:
         """For layers, or for networks of `depth` blocks."""
-        return tolerance(self.compute_dtype, depth)
+        return tolerance_of(self.compute_dtype, depth)
 
     def autocast(self) -> AbstractContextManager:
         """To be entered around a forward pass."""
@@ -57,10 +58,10 @@ class Settings:
             return nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
 
-    def compiled(self, module: nn.Module) -> nn.Module:
-        """`module`, compiled if that is asked for."""
-        if not self.compile:
-            return module
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A module or function, compiled if that is asked for."""
+        if self.compile_mode is None:
+            return function
         # each case is a new network: without this, recompilations stop at a limit, silently
         torch.compiler.reset()
-        return torch.compile(module)
+        return torch.compile(function, mode=self.compile_mode)

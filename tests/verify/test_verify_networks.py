@@ -1,47 +1,46 @@
-"""Whole networks: what is measured, what is promised, what is blamed."""
+"""What is measured, what is promised, what is blamed; the layers broken on purpose."""
 
+from dataclasses import replace
+
+import pytest
 import timm
 import torch
 from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
 from deit import layers as L
+from deit.complexity.published import twin_of
 from deit.equivariance import randomize_
-from deit.verify.breaks import BREAKS, EARLY, HYBRID, INTACT, VIT
-from deit.verify.networks import DEFAULT, check_network, choose, known_networks
+from deit.groups import OCTIC
+from deit.verify.breaks import BREAKS, EARLY, HYBRID, INTACT, VIT, WrongBackward, apply_break
+from deit.verify.check import check, gradient_errors, is_far_off
+from deit.verify.layers import LAYER_CASES
+from deit.verify.networks import DEFAULT, choose, known_networks
+from deit.verify.rules import swap
 from deit.verify.settings import Settings
-from deit.verify.trace import ON_LAST_AXIS, ON_MAPS, ORDINARY, Trace
+from deit.verify.trace import Trace
 
 FLOAT32 = Settings(torch.float32)
-SPECIAL = (L.PatchEmbed, L.PositionEmbedding, L.PrefixToken, L.RegularBridge, L.InvariantBridge)
-# layers without arithmetic of their own, and those whose work is seen in the layer around them
-UNSEEN = {"Dropout", "Identity", "DropPath", "Sequential", "ModuleList", "GELU", "MirrorKernel",
-          "MirrorOrder", "MirrorHalves"}  # fmt: skip
+# what changes nothing in inference, and what is a layer of ordinary networks alone
+PASSIVE = {"Dropout", "DropPath", "FixedBuffers", "MirrorOrder", "MirrorHalves"}
+OF_TWINS = {"OrdinaryAffine", "OrdinaryConvBlock", "OrdinaryMixerBlock"}
 
 
-def test_every_kind_of_layer_is_known():
-    """A new layer must be given its place in the tables, or be named here."""
-    known = (*ON_LAST_AXIS, *ON_MAPS, *SPECIAL, *ORDINARY)
-    for network in _networks():
-        inside_linear = {
-            block for m in network.modules() if isinstance(m, L.Linear) for block in m.children()
-        }
-        unknown = {
-            type(module).__name__
-            for module in set(network.modules()) - inside_linear - {network}
-            if not isinstance(module, known)
-        }
-        assert unknown <= UNSEEN, type(network)
+def kinds() -> set[type[nn.Module]]:
+    """The kinds of layers that something is promised of."""
+    named = {name: getattr(L, name) for name in L.__all__ if name not in PASSIVE | OF_TWINS}
+    types = {kind for kind in named.values() if isinstance(kind, type)}
+    return {kind for kind in types if issubclass(kind, nn.Module)}
 
 
-def _networks() -> list[nn.Module]:
-    with torch.device("meta"):
-        return [case.build() for case in DEFAULT]
-
-
-def test_every_kind_of_layer_is_broken_once():
-    broken = {each.kind for each in BREAKS}
-    assert broken >= {*ON_LAST_AXIS, *ON_MAPS, *SPECIAL}
+def test_every_kind_of_layer_has_a_case_and_is_broken_once():
+    """A new layer must get a case and a break, or be named above."""
+    assert {each.kind for each in BREAKS} >= kinds()
+    built = {type(m) for case in LAYER_CASES for m in case.build().modules()}
+    assert built >= kinds() - {L.OrdinaryBlock}
+    assert {case.name for case in LAYER_CASES if case.group is OCTIC} == {
+        "Linear", "Affine", "LayerNorm", "GELU", "Mlp", "Attention", "Block"
+    }  # fmt: skip
 
 
 def test_every_family_is_among_the_defaults():
@@ -51,68 +50,69 @@ def test_every_family_is_among_the_defaults():
         assert any(case.name.startswith(family) for case in DEFAULT), family
 
 
-def test_known_networks_are_those_with_a_promise():
+def test_known_networks_are_those_with_a_promise_and_a_twin():
     known = known_networks()
     assert {"d2_deit_huge_patch14_52_LS", "resmlp_equi_d2_L_24", "d2_convnext_xlarge"} <= {*known}
     assert not any(name.startswith(("deit_", "convnext", "resmlp_1")) for name in known)
     assert choose(["*_tiny", "d2_convnext_tiny"]) == ["d2_convnext_tiny"]
+    assert all(timm.is_model(twin_of(name)) for name in known)
 
 
-def test_every_block_is_measured_inside():
-    result = check_network(VIT, FLOAT32)
+def test_every_layer_is_measured_inside():
+    result = check(VIT, FLOAT32)
     assert result.failures == []
     layers = {event.layer for event in result.events}
-    inside = {"norm1", "norm1.scaling", "attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc1",
-              "mlp.act", "mlp.fc2", "norm2"}  # fmt: skip
+    inside = {"norm1", "norm1.scaling", "attn", "attn.qkv", "attn.proj", "gamma_1", "norm2", "mlp",
+              "mlp.fc1", "mlp.act", "mlp.fc2", "gamma_2"}  # fmt: skip
     assert {f"blocks.1.{name}" for name in inside} <= layers
-    assert {"", "patch_embed", "pos_embed", "cls_token", "norm", "head"} <= layers
-    assert {"map of blocks.0", "map of blocks.1"} <= layers
+    assert {"", "patch_embed", "patch_embed.proj_asym", "pos_embed", "cls_token", "norm"} <= layers
+    assert {"head", "map of blocks.0", "map of blocks.1"} <= layers
 
 
 def test_a_hybrid_is_held_to_its_promise_alone():
-    result = check_network(HYBRID, FLOAT32)
+    result = check(HYBRID, FLOAT32)
     layers = {event.layer for event in result.events}
     assert {"bridge", "blocks.1"} <= layers
     assert not {"head", "norm", "blocks.2"} & layers
     assert [event.side for event in result.events if event.layer == ""] == ["into"]
     assert result.failures == []
-    assert not result.invariant
+    assert not result.promised
     assert result.gradient is None
-    assert result.logits > 0.01
+    assert result.output > 0.01
 
 
 def test_an_invariant_early_network_is_held_to_the_end():
-    result = check_network(EARLY, FLOAT32)
-    assert {"", "head", "bridge", "blocks.2", "blocks.3.mlp.fc1"} <= {
-        e.layer for e in result.events
-    }
-    assert result.invariant
+    result = check(EARLY, FLOAT32)
+    layers = {event.layer for event in result.events}
+    assert {"", "head", "bridge", "blocks.2", "blocks.3.mlp.fc1"} <= layers
+    assert result.promised
     assert result.failures == []
-    assert result.logits < FLOAT32.tolerance()
+    assert result.output < FLOAT32.tolerance()
 
 
-def test_tracing_leaves_nothing_behind():
-    for case in INTACT:
-        network = randomize_(case.build())
-        before = [dict(module.__dict__) for module in network.modules()]
-        images = torch.randn(4, 3, *case.img_size)
-        with torch.no_grad(), Trace(network):
-            network(images)
-        for module, attributes in zip(network.modules(), before, strict=True):
-            assert module.__dict__.keys() == attributes.keys()
-            assert not module._forward_hooks
-            assert not module._forward_pre_hooks
+@pytest.mark.parametrize("case", INTACT, ids=str)
+def test_tracing_leaves_nothing_behind(case):
+    network = randomize_(case.build())
+    before = [dict(module.__dict__) for module in network.modules()]
+    images = torch.randn(4, 3, *case.img_size)
+    with torch.no_grad(), Trace(network) as trace:
+        network(images)
+    assert trace.events
+    for module, attributes in zip(network.modules(), before, strict=True):
+        assert module.__dict__.keys() == attributes.keys()
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
 
 
 def test_an_ordinary_network_in_disguise_fails():
     """A network whose class promises equivariance, with ordinary patches."""
     network = randomize_(VIT.build())
     patches = nn.Conv2d(3, 192, 16, 16)
-    network.patch_embed.forward = lambda x: patches(x).flatten(2).mT
-    result = check_network(VIT, FLOAT32, network)
-    assert result.failures
+    network.patch_embed.forward = lambda x: patches(x).flatten(2).mT.chunk(2, -1)
+    result = check(VIT, FLOAT32, network)
     assert result.culprit.layer == "patch_embed"
-    assert result.logits > 1000 * FLOAT32.tolerance()
+    assert "patch_embed" in result.failures[0]
+    assert result.output > 1000 * FLOAT32.tolerance()
 
 
 def test_a_block_that_is_never_run_fails():
@@ -120,32 +120,90 @@ def test_a_block_that_is_never_run_fails():
     block = network.blocks[1]
     network.blocks[1] = nn.Identity()
     network.blocks[1].inner = block
-    failures = check_network(VIT, FLOAT32, network).failures
-    assert failures == ["blocks.1.inner was never measured"]
+    assert check(VIT, FLOAT32, network).failures == ["blocks.1.inner was never measured"]
 
 
-def test_gradients_are_compared():
+def test_gradients_of_networks_are_compared():
     """A backward pass that is wrong in one layer, behind a right forward pass."""
-
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(context, gradient):
-            return gradient + 0.1 * gradient.abs()
-
     network = randomize_(VIT.build())
     norm = network.blocks[1].norm1
     original = norm.forward
-    norm.forward = lambda x: Wrong.apply(original(x))
-    (failure,) = check_network(VIT, FLOAT32, network).failures
+    norm.forward = lambda x: tuple(map(WrongBackward.apply, original(x)))
+    (failure,) = check(VIT, FLOAT32, network).failures
     assert failure.startswith("gradients")
 
 
-def test_twins_exist():
-    for name in known_networks():
-        from deit.complexity.published import twin_of
+def test_all_layers_of_a_kind_wrong_at_once_blame_the_first(monkeypatch):
+    original = L.Linear.forward
+    monkeypatch.setattr(L.Linear, "forward", lambda self, x: original(self, x[::-1]))
+    assert check(VIT, FLOAT32, train=False).culprit.culprit == "blocks.0.attn.qkv"
 
-        assert timm.is_model(twin_of(name)), name
+
+def test_an_error_in_half_precision_alone_is_found_there_alone(monkeypatch):
+    original = L.GELU.forward
+
+    def wrong(self, x):
+        s, a = original(self, x)
+        return s, a + 0.5 if a.dtype == torch.bfloat16 else a
+
+    monkeypatch.setattr(L.GELU, "forward", wrong)
+    (case,) = (each for each in LAYER_CASES if str(each) == "GELU")
+    assert check(case, FLOAT32).failures == []
+    assert check(case, Settings(torch.bfloat16)).failures != []
+
+
+def test_a_twin_that_is_equivariant_itself_fails():
+    case = LAYER_CASES[0]
+    (failure,) = check(replace(case, twin=lambda: PackedLinear(case.build())), FLOAT32).failures
+    assert "ordinary twin is hardly worse" in failure
+
+
+class PackedLinear(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return torch.cat(self.linear(x.chunk(2, -1)), -1)
+
+
+def test_a_break_that_breaks_nothing_is_reported():
+    harmless = replace(BREAKS[0], apply=lambda layer: None)
+    assert apply_break(harmless, FLOAT32).failures == ["not noticed"]
+    assert apply_break(replace(harmless, in_training=True), FLOAT32).failures == ["not noticed"]
+
+
+@pytest.mark.parametrize(
+    ("twin", "own", "expected"),
+    [(0.1, 1e-3, True), (0.1, 0.02, False), (0.015, 0.0, False), (float("nan"), 0.0, False)],
+)
+def test_a_twin_must_be_far_off(twin, own, expected):
+    assert is_far_off(twin, own, tol=0.01) is expected
+
+
+@pytest.mark.parametrize(
+    ("found", "errors"),
+    [(torch.ones(4), [0.0, 0.0]), (2 * torch.ones(4), [1.0, 0.0]), (torch.zeros(4), [1.0, 0.0])],
+)
+def test_gradient_errors(found, errors):
+    expected = {"a": torch.ones(4), "b": torch.zeros(1)}
+    given = gradient_errors(expected, {"a": found, "b": torch.zeros(1)}, floor=0.01)
+    assert list(given.values()) == errors
+
+
+def test_gradients_that_all_vanish_fail():
+    (error,) = gradient_errors({"a": torch.zeros(3)}, {"a": torch.zeros(3)}, floor=0.01).values()
+    assert error != error
+
+
+@pytest.mark.parametrize("width", [4, 5])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_token_swap_agrees_with_flipping_the_grid(width, prefix):
+    """The check's own token order, against the definition: left half, middle, right mirrored."""
+    place, half = torch.arange(3 * width).view(3, width) + prefix, width // 2
+    order = [place[:, :half], place[:, half : width - half], place[:, width - half :].flip(1)]
+    order = torch.cat([part.flatten() for part in order])
+    everywhere = torch.cat([torch.arange(prefix), place.flip(1).flatten()])
+    mirrored = torch.cat([torch.arange(prefix), everywhere[order]])
+    tokens = torch.cat([torch.arange(prefix), order])
+    assert torch.equal(swap(3, width, prefix)(1, tokens[None])[0], mirrored)
