@@ -305,12 +305,23 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
         )
 
 
+def has_average(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the average of the weights is in it."""
+    return any(isinstance(checkpoint.get(key), Mapping) for key in _EMA_KEYS)
+
+
+def raw_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The trained weights as they are in the file, with all prefixes; empty if there are none."""
+    states = (checkpoint.get(key) for key in _MODEL_KEYS)
+    return next((state for state in states if isinstance(state, Mapping)), {})
+
+
 def which_weights(checkpoint: Mapping[str, Any], ema: bool = False) -> str:
     """In words, which of a checkpoint's weights are taken."""
     if ema:
         return "the average of the weights (model_ema)"
-    averaged = any(isinstance(checkpoint.get(key), Mapping) for key in _EMA_KEYS)
-    return "the trained weights (model)" + (", not their average" if averaged else "")
+    other = ", not their average" if has_average(checkpoint) else ""
+    return f"the trained weights (model){other}"
 
 
 def _counted(count: int, noun: str, names: list[str], suffix: str = "") -> str:

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from deit.args import config_dict
+from deit.checkpoint import has_average, raw_state
 from deit.distributed import Processes
 from deit.engine import Precision, RunningLoss
 from deit.errors import UserError
@@ -80,7 +81,7 @@ _PLACE = frozenset(
 
 def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
     """One sentence for each option that is not what it was in the run that is gone on with."""
-    if saved is None:
+    if not isinstance(saved, argparse.Namespace | Mapping):
         return []
     before, now = config_dict(saved), config_dict(args)
     given = getattr(args, "given", now)
@@ -235,8 +236,9 @@ class TrainingState:
         elif isinstance(checkpoint.get("optimizer"), Mapping):
             self._check_optimizer(checkpoint.get("args"), source)
             notes += self._restore_optimizer(checkpoint, source)
-            if checkpoint.get("scaler") and self.precision.scaler.is_enabled():
-                self.precision.scaler.load_state_dict(checkpoint["scaler"])
+            scaler = checkpoint.get("scaler") or checkpoint.get("amp_scaler")  # timm's name
+            if scaler and self.precision.scaler.is_enabled():
+                self.precision.scaler.load_state_dict(scaler)
         else:
             notes.append("it has no optimizer state, so the moments start at zero")
         course = checkpoint.get("lr_scheduler")
@@ -244,7 +246,7 @@ class TrainingState:
             notes.append(
                 "the accuracies that --sched plateau has seen are not in it: it starts anew"
             )
-        if self.ema is None and isinstance(checkpoint.get("model_ema"), Mapping):
+        if self.ema is None and has_average(checkpoint):
             notes.append("its average (model_ema) is dropped, as this run keeps none: --model-ema")
         known = {f.name for f in fields(Progress)}
         saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
@@ -265,7 +267,7 @@ class TrainingState:
         published = "processes" not in checkpoint  # our own code has always written it
         names = checkpoint.get("parameters")
         if published:
-            names = published_names(self.model, checkpoint["model"], saved)
+            names = published_names(self.model, raw_state(checkpoint), saved)
             if names is None:
                 raise UserError(
                     f"the optimizer state in {source!r} cannot be told apart: no grouping of the "
@@ -282,11 +284,14 @@ class TrainingState:
                 + ", which start at zero"
             )
         if published:
-            notes += self._published_differences(saved, names, own, "lr_scheduler" in checkpoint)
+            course = None
+            if "model" in checkpoint:  # timm's own script has another name for it
+                course = "deit" if "lr_scheduler" in checkpoint else "convnext"
+            notes += self._published_differences(saved, names, own, course)
         return notes
 
     def _published_differences(
-        self, saved: Mapping[str, Any], names: list[str], own: list[str], by_epoch: bool
+        self, saved: Mapping[str, Any], names: list[str], own: list[str], course: str | None
     ) -> list[str]:
         """What the published run did otherwise than this one, unless the options ask for it."""
         notes = []
@@ -302,8 +307,7 @@ class TrainingState:
                 f"it was trained with weight decay on {', '.join(other[:3])}: "
                 "--decay-as-compiled goes on so"
             )
-        course = "deit" if by_epoch else "convnext"
-        if self.args.sched_as_published != course:
+        if course is not None and self.args.sched_as_published != course:
             notes.append(
                 "its learning rates were those of the published code: --sched-as-published "
                 f"{course} goes on with them"

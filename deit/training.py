@@ -20,7 +20,13 @@ from deit.build import (
     build_val_dataset,
     number_of_classes,
 )
-from deit.checkpoint import load_weights, model_state, read_checkpoint, which_weights
+from deit.checkpoint import (
+    has_average,
+    load_weights,
+    model_state,
+    read_checkpoint,
+    which_weights,
+)
 from deit.data import (
     DeviceLoader,
     ImageDataset,
@@ -106,7 +112,7 @@ def build_networks(
     ema = None
     if args.model_ema:
         ema = ModelEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
-        if checkpoint is not None and isinstance(checkpoint.get("model_ema"), Mapping):
+        if checkpoint is not None and has_average(checkpoint):
             load_weights(ema.module, checkpoint, source=source, ema=True)
         elif checkpoint is not None:
             notes.append(f"{source} has no average, it starts as a copy of the weights")

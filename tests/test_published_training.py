@@ -308,14 +308,14 @@ def data(tmp_path_factory):
 ARGS = Namespace(model="d2_deit_tiny_patch16_LS", opt="fusedlamb", lr=1e-3, epochs=3, gpu=0)
 RUN = ("--model-kwargs", "depth=2", "--mixup", "0", "--cutmix", "0", "--epochs", "3")
 # What the learning rate and the decay were.
-AS_PUBLISHED = ("--weight-decay", "0.1", "--decay-as-compiled", "--sched-as-published")
+AS_PUBLISHED = ("--weight-decay", "0.1", "--decay-as-compiled")
 
 
 def save_published(path, name, *, layout, opt, prefix="", epoch=0):
-    """A file as DeiT's or ConvNeXt's script writes it after an epoch of three updates."""
+    """A file as DeiT's, ConvNeXt's or timm's script writes it after an epoch of three updates."""
     torch.manual_seed(0)
     theirs = published_parameters(name, prefix)
-    groups = timm_groups if layout == "deit" else convnext_groups
+    groups = convnext_groups if layout == "convnext" else timm_groups
     optimizer = OPTIMIZERS[opt](groups(theirs, 0.1, {"pos_embed", "cls_token"}))
     train_published(theirs, optimizer, (1, 2, 3))
     state = {key: p.detach().clone() for key, p in theirs.items()}
@@ -333,7 +333,9 @@ def save_published(path, name, *, layout, opt, prefix="", epoch=0):
     }  # fmt: skip
     if layout == "deit":
         checkpoint["lr_scheduler"] = {"t_initial": 3, "warmup_t": 5, "base_values": [9.0, 9.0]}
-    torch.save(checkpoint, path)
+    names = {"model": "state_dict", "model_ema": "state_dict_ema", "scaler": "amp_scaler"}
+    renamed = names if layout == "timm" else {}
+    torch.save({renamed.get(key, key): value for key, value in checkpoint.items()}, path)
     return checkpoint
 
 
@@ -344,6 +346,7 @@ def resume(data, out, path, name, *argv):
 @pytest.mark.parametrize(
     ("layout", "name", "opt", "prefix"),
     [
+        ("timm", "resmlp_12", "adamw", ""),
         ("deit", "d2_deit_tiny_patch16_LS", "fusedlamb", "_orig_mod."),
         ("convnext", "d2_convnext_isotropic_small", "adamw", "_orig_mod."),
     ],
@@ -358,7 +361,8 @@ def test_a_published_file_is_gone_on_with(
     monkeypatch.setattr("deit.main.train", lambda run: run.save(["checkpoint.pth"]))
     half = classmethod(lambda cls, device, *_: cls(device, torch.float16))
     monkeypatch.setattr(Precision, "choose", half)
-    options = (*AS_PUBLISHED, layout, "--opt", opt)
+    course = () if layout == "timm" else ("--sched-as-published", layout)
+    options = (*AS_PUBLISHED, *course, "--opt", opt)
     assert resume(data, tmp_path / "out", path, name, *options) == 0
     told = capsys.readouterr().out
     assert "moments" not in told
