@@ -49,9 +49,15 @@ def optimizer_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state dict, with the state of the generator that AdaHessian draws from."""
     state = optimizer.state_dict()
-    if isinstance(getattr(optimizer, "generator", None), torch.Generator):
-        state["generator"] = optimizer.generator.get_state()
+    inner = _inner(optimizer)
+    if isinstance(getattr(inner, "generator", None), torch.Generator):
+        state["generator"] = inner.generator.get_state()
     return state
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside timm's Lookahead."""
+    return getattr(optimizer, "_base_optimizer", optimizer)
 
 
 def published_names(
@@ -164,9 +170,10 @@ def load_optimizer(
         theirs = [saved_groups[n] for n in sources] or saved_groups
         groups.append(own | _group_state(theirs, optimizer, source))
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if "generator" in saved and hasattr(optimizer, "generator"):
-        optimizer.generator = torch.Generator(params[0].device)
-        optimizer.generator.set_state(saved["generator"].cpu())
+    inner = _inner(optimizer)
+    if "generator" in saved and hasattr(inner, "generator"):
+        inner.generator = torch.Generator(params[0].device)
+        inner.generator.set_state(saved["generator"].cpu())
     return [i for i in range(len(params)) if i not in came_from]
 
 

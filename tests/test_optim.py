@@ -177,10 +177,14 @@ def _no_compiler():
 
 
 @pytest.mark.usefixtures("_no_compiler")
-@pytest.mark.parametrize("opt", [*timm.optim.list_optimizers(), "lookahead_adamw"])
+@pytest.mark.parametrize(
+    "opt",
+    [name for inner in timm.optim.list_optimizers() for name in (inner, f"lookahead_{inner}")],
+)
 def test_every_name_trains_or_is_refused_in_one_line(opt):
     """Two updates; and what is saved then goes on with the same bits."""
-    if opt.startswith(("bnb", "fused")) and opt != "fusedlamb" and not torch.cuda.is_available():
+    inner = opt.removeprefix("lookahead_")
+    if inner.startswith(("bnb", "fused")) and opt != "fusedlamb" and not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"^[^\n]*CUDA[^\n]*$"):
             small_for(opt)
         return
