@@ -296,6 +296,7 @@ def test_published_ordinary_convnexts_load(name, tmp_path):
     models = [resumed, tuned]
     if name != "convnext_tiny":  # timm has a filter of its own for those
         models.append(build(pretrained=True, pretrained_cfg_overlay=overlay))
+        models.append(build(checkpoint_path=str(tmp_path / "bare.pth")))
     for model in models:
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
 

@@ -8,6 +8,8 @@ Source: arXiv:2502.05169, section 4; ConvNeXt, arXiv:2201.03545.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath as TensorDropPath
@@ -98,6 +100,7 @@ class OrdinaryConvBlock(nn.Module):
         self.pwconv2 = PointwiseConv2d(hidden, dim, **dd)
         self.gamma = nn.Parameter(torch.full((dim,), init_value, **dd)) if init_value > 0 else None
         self.drop_path = TensorDropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.register_load_state_dict_pre_hook(_read_layer_scale)
 
     def reset_parameters(self) -> None:
         """LayerScale's initial value; the submodules reset themselves."""
@@ -110,3 +113,10 @@ class OrdinaryConvBlock(nn.Module):
         if self.gamma is not None:
             y = self.gamma * y
         return x + self.drop_path(y)
+
+
+def _read_layer_scale(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    """Published files hold it for (B, C, H, W), as (1, C, 1, 1)."""
+    key = f"{prefix}gamma"
+    if key in state and state[key].ndim == 4:
+        state[key] = state[key].flatten()
