@@ -111,6 +111,8 @@ def _validate_sources(args: Namespace) -> None:
         raise UserError(
             "--resume auto looks for the checkpoint in --output-dir, which is not given"
         )
+    if args.resume_weights_only and not args.resume:
+        raise UserError("--resume-weights-only needs --resume, the checkpoint that it is about")
     if args.finetune == "auto":
         raise UserError("--finetune needs the name of a checkpoint, 'auto' is for --resume")
     if not args.data_path and (args.data_set != "SAMPLE" or args.zip_dataloader):

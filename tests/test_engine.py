@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit.distributed import Place, Processes
 from deit.ema import ModelEma, Pairs
@@ -17,6 +18,7 @@ from deit.engine import (
     evaluate,
     train_one_epoch,
 )
+from deit.lamb import Lamb
 from deit.losses import build_criterion
 from deit.stopping import StopAgreement, Stopped, forget_stop, request_stop
 
@@ -127,6 +129,27 @@ def test_average_in_host_memory_waits_for_nothing():
     far.flush()
     for a, b in zip(near.module.parameters(), far.module.parameters(), strict=True):
         torch.testing.assert_close(a.cpu(), b)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on the operations that read a value back from the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func), f"{func} waits for the device"
+        assert "nonzero" not in str(func), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_waits_for_nothing():
+    net, running = make_net(), RunningLoss.on(CPU)
+    optimizer = Lamb(net.parameters(), lr=0.1)
+    learner = make_learner(net, optimizer=optimizer, ema=ModelEma(net, 0.9), clip_grad=1.0)
+    batches = iter(make_batches(3))
+    learner.update(batches, running, 0)
+    with NoHostSync():
+        learner.update(batches, running, 1)
+        with pytest.raises(AssertionError, match="waits"):
+            running.total.item()
 
 
 def test_clipping_limits_the_gradient():
