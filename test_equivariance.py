@@ -2,7 +2,7 @@
 
     python test_equivariance.py                 # every layer, the smallest network of each family
     python test_equivariance.py --model 'd2_deit_*' --dtype float32
-    python test_equivariance.py --checkpoint weights.pth --model d2_deit_base_patch16_LS
+    python test_equivariance.py --checkpoint weights.pth    # the network in a file
     python test_equivariance.py --self-test     # break layers on purpose, and find them
     pytest test_equivariance.py                 # a quick set of the same checks
 

@@ -29,7 +29,8 @@ __all__ = ["DATA", "NETWORK", "adopt", "build_as_trained", "load", "number_of_ou
 # The options of deit/main.py that weights depend on, and those that an evaluation depends on.
 NETWORK = ("model", "input_size", "patch_size", "symmetrized_asym_feats", "attn_mixer",
            "layer_scale_init_value", "model_kwargs")  # fmt: skip
-DATA = ("data_path", "data_set", "zip_dataloader", "inat_category", "eval_crop_ratio")
+DATA = ("data_path", "eval_data_path", "data_set", "zip_dataloader", "inat_category",
+        "eval_crop_ratio", "eval_warp_from", "imagenet_default_mean_and_std")  # fmt: skip
 
 _TOKEN_ORDER = "patch_embed.flatten_and_permute.permutation"
 # where the families keep their patch kernels, (C/2, 3, patch, half a patch)
@@ -141,9 +142,9 @@ def adopt(
         return [f"--model {args.model}, but {source} was saved from {model}"]
     said = {name: value for name, value in trained.items() if value is not None}
     saved = _inferred(state, model) | said
-    if given & {"data_path", "data_set"}:
+    if given & {"data_path", "eval_data_path", "data_set"}:
         # what the file says of the data belongs to its own folder
-        given |= {"data_path", "zip_dataloader"}
+        given |= {"data_path", "eval_data_path", "zip_dataloader"}
         given |= {"data_set"} if saved.get("data_set") == "SAMPLE" else set()
     taken, differing = [], []
     for name in names:

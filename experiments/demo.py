@@ -27,14 +27,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+import deit
 from deit.args import parse_args
-from deit.build import build_model, build_val_dataset
-from deit.checkpoint import load_model, model_state, read_checkpoint
+from deit.build import build_val_dataset
 from deit.data import ImageDataset, build_eval_loader
 from deit.errors import one_line_errors
 from deit.reporting import read_log
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDER = REPOSITORY / "runs" / "demo"
 MODEL = "d2_deit_tiny_patch16_LS"
 # four of its twelve blocks, and patches that suit small images: 4 x 4 tokens
 NETWORK = [
@@ -66,13 +67,7 @@ def run_main(*options: str) -> None:
 
 def load_network(checkpoint: Path) -> tuple[nn.Module, ImageDataset]:
     """The trained network in evaluation mode and the test images with its transform."""
-    args = parse_args(NETWORK)
-    dataset = build_val_dataset(args)
-    model, _ = build_model(args, dataset.num_classes)
-    load_model(
-        model, model_state(read_checkpoint(checkpoint), source=checkpoint), source=checkpoint
-    )
-    return model.eval(), dataset
+    return deit.load(checkpoint), build_val_dataset(parse_args(NETWORK))
 
 
 @torch.inference_mode()
@@ -132,10 +127,16 @@ def draw(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=REPOSITORY / "runs" / "demo")
-    folder = parser.parse_args().output_dir.resolve()
+    parser.add_argument("--output-dir", type=Path, default=FOLDER)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier training there"
+    )
+    args = parser.parse_args()
+    folder = args.output_dir.resolve()
+    # its own folder is for nothing else
+    own = ["--overwrite"] if args.overwrite or folder == FOLDER else []
     start = time.perf_counter()
-    run_main(*TRAINING, "--output-dir", str(folder))
+    run_main(*TRAINING, "--output-dir", str(folder), *own)
     checkpoint = folder / "best_checkpoint.pth"
     run_main("--eval", "--resume", str(checkpoint), "--num-workers", "0")
 

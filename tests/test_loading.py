@@ -1,5 +1,6 @@
 """Commands that take a checkpoint build the network in it, and say which weights they take."""
 
+import json
 import pathlib
 from argparse import Namespace
 
@@ -11,6 +12,7 @@ from training_runs import load, make_images, train
 
 import deit
 from deit.args import parse_args
+from deit.complexity import command as complexity
 from deit.data import build_dataset, build_eval_loader, eval_transform
 from deit.errors import UserError, one_line_errors
 from deit.loading import NETWORK, adopt, build_as_trained
@@ -134,6 +136,21 @@ def test_the_check_of_equivariance_builds_the_network_of_the_file(file, monkeypa
     assert f"{MODEL}, checkpoint" in capsys.readouterr().out
     assert run("--checkpoint", str(file), "--model-kwargs", "depth=3") == 2
     assert "missing keys" in capsys.readouterr().err
+
+
+def test_the_complexity_is_that_of_the_network_in_the_file(file, tmp_path, capsys):
+    argv = ["--checkpoint", str(file), "--no-throughput", "--json", str(tmp_path / "c.json")]
+    assert complexity.main(argv) == 0
+    twin, ours = json.loads((tmp_path / "c.json").read_text())["results"]
+    network = deit.load(file)
+    assert (twin["model"], ours["model"]) == ("deit_tiny_patch16_LS", MODEL)
+    assert ours["params"] == sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert twin["params"] < 10_000  # as narrow and shallow
+    assert one_line_errors(lambda: complexity.main([*argv, "--model-kwargs", "depth=3"])) == 2
+    assert "missing keys" in capsys.readouterr().err
+    few = ["--models", "d2_deit_tiny_patch16_LS", "--no-throughput", "--model-kwargs"]
+    assert one_line_errors(lambda: complexity.main([*few, "num_heads=7"])) == 2
+    assert "num_heads=7: " in capsys.readouterr().err
 
 
 def test_a_namespace_without_a_command_line():

@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from timm.layers import to_2tuple
 
 from deit.args import parse_args as training_options
-from deit.build import set_precision
-from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, number, output_file
+from deit.build import model_arguments, set_precision
+from deit.checkpoint import read_checkpoint
+from deit.cli import (
+    CommandLine,
+    OptionGroup,
+    add_compile,
+    add_kernels,
+    key_value,
+    number,
+    output_file,
+)
 from deit.complexity.hardware import describe, measure_ceilings, versions
 from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
 from deit.complexity.networks import groups, select
@@ -26,6 +36,7 @@ from deit.complexity.subject import Settings, prepare_compiler, release
 from deit.complexity.tables import Overview, as_csv, as_json, print_comparisons
 from deit.distributed import choose_device
 from deit.errors import UserError
+from deit.loading import build_as_trained
 from deit.saving import write_text
 
 __all__ = ["main", "parse_args"]
@@ -56,6 +67,22 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         None,
         "NAME",
         "names or globs (default: the published ones; to be timed on a CPU, the small ones)",
+        nargs="+",
+    )
+    what.add(
+        "--checkpoint",
+        str,
+        None,
+        "FILE",
+        "the network in it, as it was trained, and its twin with what both know of its arguments",
+    )
+    what.add(
+        "--model-kwargs",
+        key_value,
+        None,
+        "KEY=VALUE",
+        "arguments of the networks, in place of those in --checkpoint; a network that does not "
+        "know one goes without it",
         nargs="+",
     )
     what.add("--img-size", number(int, 1), None, "N", "image size; each network's own without")
@@ -105,7 +132,31 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     for wanted in ("train", "profile"):
         if getattr(args, wanted) and not args.throughput:
             raise UserError(f"--{wanted} measures times, which --no-throughput forbids: drop one")
+    if args.checkpoint and args.models and len(args.models) > 1:
+        raise UserError(f"--checkpoint holds one network, not {len(args.models)}")
+    args.arguments = dict(args.model_kwargs or ())
+    if args.checkpoint:
+        _take_checkpoint(args)
     return args
+
+
+def _take_checkpoint(args: Namespace) -> None:
+    """Set the model, its arguments and the size of its images as --checkpoint has them."""
+    network, options = build_as_trained(
+        read_checkpoint(args.checkpoint),
+        source=args.checkpoint,
+        model=args.models[0] if args.models else None,
+        img_size=args.img_size,
+        kwargs=args.arguments,
+    )
+    args.arguments = model_arguments(options, network.num_classes)
+    size = args.arguments.pop("img_size")
+    if isinstance(size, tuple) and size[0] != size[1]:
+        raise UserError(
+            f"--checkpoint {args.checkpoint} is for images of {size[0]} x {size[1]} pixels: "
+            "give --img-size for square ones"
+        )
+    args.models, args.img_size = [options.model], to_2tuple(size)[0]
 
 
 def make_settings(args: Namespace) -> Settings:
@@ -130,6 +181,7 @@ def make_settings(args: Namespace) -> Settings:
         args.img_size,
         args.train,
         args.symmetrized_asym_feats,
+        args.arguments,
     )
 
 
@@ -229,6 +281,7 @@ def _settings_report(args: Namespace, settings: Settings) -> dict[str, Any]:
         "batch_size": args.batch_size or DEFAULT_BATCH,
         "img_size": settings.img_size,
         "symmetrized_asym_feats": settings.symmetrized_asym_feats,
+        "arguments": dict(settings.arguments),
         "min_time": args.min_time,
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

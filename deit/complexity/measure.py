@@ -72,7 +72,9 @@ def count(name: str, settings: Settings, *, with_products: bool = True) -> Resul
     for bounds and batch sizes, and not needed for a network that is not going to be timed.
     """
     symmetrized = settings.symmetrized_asym_feats
-    model, image = on_meta(name, settings.img_size, symmetrized=symmetrized)
+    model, image = on_meta(
+        name, settings.img_size, symmetrized=symmetrized, arguments=settings.arguments
+    )
     notes = []
     if symmetrized and twin_of(name) and not has_asym_feats(name):
         notes.append("--symmetrized-asym-feats has no effect: its head sees all features")

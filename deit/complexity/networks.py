@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import timm
 import torch
@@ -90,6 +92,7 @@ def build(
     *,
     img_size: int | None = None,
     symmetrized: bool = False,
+    arguments: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, int]:
@@ -97,6 +100,8 @@ def build(
 
     Args:
         symmetrized: classify [s, |a|], if the network has antisymmetric features at its head.
+        arguments: further ones of the network; those that it does not know are left out, so that
+            a twin gets what it shares.
 
     Raises:
         UserError: a network that cannot have images of this size.
@@ -108,11 +113,13 @@ def build(
         kwargs["use_symmetrized_asym_feats"] = True
     try:
         with torch.device(device):
-            model = timm.create_model(name, **kwargs)
+            model = _create(name, kwargs, dict(arguments or {}))
     except (ValueError, AssertionError, RuntimeError) as error:
-        if img_size is None:
+        given = [] if img_size is None else [f"--img-size {size}"]
+        given += [f"{key}={value}" for key, value in (arguments or {}).items()]
+        if not given:
             raise
-        raise UserError(f"{name} with --img-size {size}: {one_line(error)}") from error
+        raise UserError(f"{name} with {' '.join(given)}: {one_line(error)}") from error
     if img_size is not None:
         check_image_size(model, img_size, "--img-size", name)
     for module in model.modules():
@@ -121,16 +128,34 @@ def build(
     return model.to(dtype).eval(), size
 
 
+def _create(name: str, kwargs: dict[str, Any], arguments: dict[str, Any]) -> nn.Module:
+    """The network with `kwargs` and what it knows of `arguments`."""
+    while True:
+        try:
+            return timm.create_model(name, **{**arguments, **kwargs})
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown.group(1) not in arguments:
+                raise
+            del arguments[unknown.group(1)]
+
+
 def has_asym_feats(name: str) -> bool:
     """Whether antisymmetric features reach the head of the network."""
     return name.startswith(EQUIVARIANT)
 
 
 def on_meta(
-    name: str, img_size: int | None = None, *, symmetrized: bool = False
+    name: str,
+    img_size: int | None = None,
+    *,
+    symmetrized: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, torch.Tensor]:
     """A network without memory and one image for it, to count what it would do."""
-    model, size = build(name, img_size=img_size, symmetrized=symmetrized, device="meta")
+    model, size = build(
+        name, img_size=img_size, symmetrized=symmetrized, arguments=arguments, device="meta"
+    )
     return model, torch.empty(1, 3, size, size, device="meta")
 
 

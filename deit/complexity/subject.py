@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -30,6 +31,7 @@ class Settings:
         compile_mode: of torch.compile, None for no compilation.
         img_size: None for each network's own.
         symmetrized_asym_feats: classify [s, |a|] where there are antisymmetric features.
+        arguments: further ones of the networks, where they know them.
     """
 
     device: torch.device
@@ -39,6 +41,7 @@ class Settings:
     img_size: int | None = None
     train: bool = False
     symmetrized_asym_feats: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def storage(self) -> torch.dtype:
@@ -60,6 +63,7 @@ class Subject:
             name,
             img_size=settings.img_size,
             symmetrized=settings.symmetrized_asym_feats,
+            arguments=settings.arguments,
             device=device,
             dtype=settings.storage,
         )
@@ -67,7 +71,8 @@ class Subject:
         if settings.compile_mode is not None:
             self.forward = torch.compile(self.model, mode=settings.compile_mode)
         self.images = torch.randn(batch, 3, size, size, device=device, dtype=settings.storage)
-        self.targets = torch.randint(0, 1000, (batch,), device=device)
+        outputs = getattr(self.model, "num_classes", 1000) or 1
+        self.targets = torch.randint(0, outputs, (batch,), device=device)
         self._optimizer: torch.optim.Optimizer | None = None
         scaled = settings.train and settings.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
