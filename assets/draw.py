@@ -67,17 +67,20 @@ def method() -> Figure:
     names = ("an image", "its mirror image")
     for axes, name, pixels in zip(rows, names, (image, image.flip(-1)), strict=True):
         with torch.no_grad():
-            # the bias is left away: it would shift the colours
-            packed = embed(pixels[None, None]) - embed(torch.zeros(1, 1, 28, 28))
-        s, a = embed.grid.to_image_order(packed)[0].unbind(-1)
+            # without the bias, which would shift the colours
+            parts, biases = embed(pixels[None, None]), embed(torch.zeros(1, 1, 28, 28))
+        s, a = (
+            embed.grid.to_image_order(part - bias)[0, ..., 0]
+            for part, bias in zip(parts, biases, strict=True)
+        )
         show(axes[0], pixels, name, "gray_r")
         show(axes[1], s, "symmetric: s")
         show(axes[2], a, "antisymmetric: a")
     right.suptitle("Linear layers: in the basis (s, a) half of the matrix vanishes", fontsize=10)
     ordinary, regular, packed = right.subplots(1, 3)
     layer = Linear(16, 16, bias=False)
-    matrix = layer(torch.eye(16)).detach().T
     rep = layer.in_rep
+    matrix = torch.cat(layer(tuple(rep.split(torch.eye(16)))), -1).detach().T
     show(ordinary, torch.nn.Linear(16, 16).weight.detach(), "ordinary:\nany matrix")
     title = "equivariant, on channels and\ntheir mirror images: [A B; B A]"
     show(regular, rep.to_regular(rep.to_regular(matrix, 0), 1), title)

@@ -33,15 +33,17 @@ torch.set_printoptions(precision=2, linewidth=100, sci_mode=False)
 # %% [markdown]
 # ## One layer
 #
-# A feature is *packed*: symmetric channels first, antisymmetric ones after them. Flopping the image
-# leaves the first half alone and negates the second, so a linear layer must not mix them. Its whole
-# matrix, read off by feeding it the unit vectors, is block-diagonal: two products of half the
-# width.
+# A feature is a tuple of two *parts*: s, the symmetric channels, and a, the antisymmetric ones.
+# Flopping the image leaves s alone and negates a, so a linear layer must not mix them: it holds an
+# ordinary `nn.Linear` for each. Side by side, [s | a], the parts make a *packed* feature. The
+# layer's whole matrix, read off by feeding it the unit vectors, is block-diagonal: two products of
+# half the width.
 
 # %%
 layer = Linear(8, 8, bias=False)
 rep = layer.in_rep
-matrix = layer(torch.eye(8)).detach().T
+unit_vectors = tuple(rep.split(torch.eye(8)))
+matrix = torch.cat(layer(unit_vectors), -1).detach().T
 print(matrix)
 print("weights:", sum(p.numel() for p in layer.parameters()), "of", 8 * 8)
 
@@ -64,15 +66,16 @@ print(
 #
 # One line checks a layer: it must not matter whether the group acts before or after it. The check
 # also demands that different inputs give different outputs, or a layer that ignores its input would
-# pass. An ordinary layer fails, and so does a GELU applied to the packed channels: it must be
-# applied in the regular basis, which `GELU` does.
+# pass. An ordinary layer fails, and so does a GELU applied to s and to a: it must be applied in the
+# regular basis, which `GELU` does.
 
 # %%
-x = torch.randn(4, 16, 8)
+packed = torch.randn(4, 16, 8)
+x = tuple(rep.split(packed))
 print("linear       ", assert_equivariant(layer, FLOP, x, channels(rep), channels(rep)))
 print("GELU         ", assert_equivariant(GELU(8), FLOP, x, channels(rep), channels(rep)))
 for name, wrong in {"nn.Linear    ": torch.nn.Linear(8, 8), "plain GELU   ": F.gelu}.items():
-    print(name, equivariance_error(wrong, FLOP, x, channels(rep), channels(rep)))
+    print(name, equivariance_error(wrong, FLOP, packed, channels(rep), channels(rep)))
 
 # %% [markdown]
 # ## A network
