@@ -152,6 +152,11 @@ def load_optimizer(
             f"the optimizer in {source!r} has {sum(sizes)} parameters, not {len(order)}: use the "
             f"same model and --opt, {REMEDY}"
         )
+    if saved["state"] and not _same_kind(optimizer, own_groups[0], saved):
+        raise UserError(
+            f"the optimizer state in {source!r} is of another optimizer than this run's: use the "
+            f"same --opt, {REMEDY}"
+        )
     state: dict[int, dict[str, Any]] = {}
     came_from: dict[int, int] = {}
     positions = [(i, n) for n, group in enumerate(saved_groups) for i in group["params"]]
@@ -175,6 +180,15 @@ def load_optimizer(
         inner.generator = torch.Generator(params[0].device)
         inner.generator.set_state(saved["generator"].cpu())
     return [i for i in range(len(params)) if i not in came_from]
+
+
+def _same_kind(optimizer: Optimizer, own: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Whether what was saved has the decays of moments and the step counts that are needed."""
+    group = saved["param_groups"][0]
+    if any(key in own and key not in group for key in ("betas", "momentum", "step")):
+        return False
+    counted = isinstance(_inner(optimizer), (torch.optim.Adam, torch.optim.AdamW))
+    return not counted or all("step" in state for state in saved["state"].values())
 
 
 def _group_state(

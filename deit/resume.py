@@ -80,6 +80,10 @@ _PLACE = frozenset(
 )
 
 
+# Values that mean the same: LAMB in two implementations.
+_SAME = {"opt": ("lamb", "fusedlamb")}
+
+
 def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
     """One sentence for each option that is not what it was in the run that is gone on with."""
     if not isinstance(saved, argparse.Namespace | Mapping):
@@ -98,10 +102,6 @@ def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
         if _shown(now[name]) != _shown(before[name])
         and not (now[name] in _SAME.get(name, ()) and before[name] in _SAME.get(name, ()))
     ]
-
-
-# Two names of one optimizer.
-_SAME = {"opt": ("lamb", "fusedlamb")}
 
 
 def _shown(value: Any) -> str:
@@ -318,8 +318,7 @@ class TrainingState:
     def _check_optimizer(self, saved: Any, source: str) -> None:
         """Moments mean something else to another optimizer."""
         theirs, ours = (str(getattr(a, "opt", "")).lower() for a in (saved, self.args))
-        lamb = {"lamb", "fusedlamb"}  # one optimizer in two implementations
-        if theirs and theirs != ours and {theirs, ours} != lamb:
+        if theirs and theirs != ours and {theirs, ours} != {*_SAME["opt"]}:
             raise UserError(
                 f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
                 f"same, {REMEDY}"

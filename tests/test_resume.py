@@ -19,6 +19,7 @@ import deit.run
 from deit.checkpoint import read_checkpoint
 from deit.errors import UserError
 from deit.moments import load_optimizer
+from deit.optim import build_optimizer
 from deit.reporting import Reporter
 from deit.resume import random_state, seed_all, set_random_state
 from deit.stopping import request_stop
@@ -305,6 +306,26 @@ def test_optimizer_of_another_network_is_refused():
         load_optimizer(make_optimizer((3, 2), (4,)), saved, "c.pth")
     with pytest.raises(UserError, match="other shapes"):
         load_optimizer(make_optimizer((2, 4), (4,)), saved, "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("sgd", "adamw"), ("lamb", "adamw"), ("adamw", "lamb"), ("adamw", "momentum")],
+)
+def test_the_state_of_another_optimizer_is_refused(theirs, ours):
+    """Also where the checkpoint does not say which one it was."""
+
+    def build(opt):
+        return build_optimizer(torch.nn.Linear(3, 4), opt=opt, lr=0.1)
+
+    saved = build(theirs)
+    for group in saved.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    saved.step()
+    with pytest.raises(UserError, match=r"of another optimizer .* --resume-weights-only"):
+        load_optimizer(build(ours), saved.state_dict(), "c.pth")
+    load_optimizer(build(theirs), saved.state_dict(), "c.pth")
 
 
 def test_another_optimizer_is_refused(data, whole, tmp_path, capsys):
