@@ -18,6 +18,7 @@ from typing import Any
 
 from deit.cli import CommandLine
 from deit.errors import UserError
+from deit.launch.recipes import published_options
 from deit.options import get_parser
 
 __all__ = [
@@ -40,6 +41,12 @@ def parse_args(
         UserError: an unknown option, a value out of range, or options that exclude each other.
     """
     args = (parser or get_parser()).parse_args(argv)
+    if args.published:
+        for name, value in published_options(args.published, args.model).items():
+            if name not in args.given:
+                setattr(args, name, value)
+        if args.published == "convnext" and args.model_ema_eval and not args.eval:
+            args.model_ema_eval = "both"  # what --model_ema_eval means there
     resolve(args)
     validate(args)
     return args
@@ -53,6 +60,8 @@ def resolve(args: Namespace) -> None:
         args.data_set = "SAMPLE"
     if args.data_set == "SAMPLE":
         args.data_path = ""
+    if args.auto_resume and args.output_dir and not args.resume:
+        args.resume = "auto"
     if args.data_set == "CIFAR":
         args.data_set = "CIFAR100"
     if args.aa.lower() == "none":
@@ -87,6 +96,12 @@ def validate(args: Namespace) -> None:
         )
     if args.cosub and args.distillation_type != "none":
         raise UserError("--cosub cannot be combined with --distillation-type; drop one of the two")
+    if args.full_float32 and args.high_precision_matmul:
+        raise UserError("--full-float32 forbids the TF32 of --high-precision-matmul: drop one")
+    if args.activation_memory_budget is not None and not args.compile:
+        raise UserError("--activation-memory-budget is for what --compile makes: add --compile")
+    if args.wandb_ckpt and not (args.wandb and args.output_dir and args.save_ckpt):
+        raise UserError("--wandb-ckpt uploads checkpoints: it needs --wandb and --output-dir")
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         low, high = args.cutmix_minmax
         raise UserError(f"--cutmix-minmax {low:g} {high:g}: the first must be the smaller one")
@@ -115,6 +130,17 @@ def _validate_sources(args: Namespace) -> None:
         raise UserError("--resume-weights-only needs --resume, the checkpoint that it is about")
     if args.finetune == "auto":
         raise UserError("--finetune needs the name of a checkpoint, 'auto' is for --resume")
+    if args.eval_data_path and (
+        args.data_set not in ("IMNET", "image_folder") or args.zip_dataloader
+    ):
+        raise UserError("--eval-data-path is for --data-set IMNET or image_folder, in folders")
+    if args.data_set == "image_folder" and not (args.eval_data_path or args.disable_eval):
+        raise UserError(
+            "--data-set image_folder needs --eval-data-path, the folder of the test images, or "
+            "--disable-eval"
+        )
+    if args.eval and args.disable_eval:
+        raise UserError("--eval evaluates, which --disable-eval forbids: drop one of the two")
     if not args.data_path and (args.data_set != "SAMPLE" or args.zip_dataloader):
         wanted = "--zip-dataloader" if args.zip_dataloader else f"--data-set {args.data_set}"
         raise UserError(f"{wanted} needs --data-path, the folder that the data are in")

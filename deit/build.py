@@ -8,6 +8,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from timm.layers import to_2tuple
 from torch import nn
 
@@ -19,6 +25,7 @@ from deit.data import (
     eval_transform,
     train_transform,
 )
+from deit.data.transforms import Transform
 from deit.errors import UserError, one_line, suggest
 
 # Arguments of a network, and the options that they come from.
@@ -32,6 +39,9 @@ _OPTION_OF = {
     "layer_scale_init_value": "--layer-scale-init-value",
     "head_init_scale": "--head-init-scale",
 }
+
+# Options of one family that published command lines of the others carry too, without effect.
+_HARMLESS = ("use_fused_attn", "use_symmetrized_asym_feats", "use_attn_mixer")
 
 
 def model_arguments(args: Namespace, num_classes: int) -> dict[str, Any]:
@@ -103,7 +113,9 @@ def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
     option = _OPTION_OF[name]
     if value == get_parser().get_default(option.removeprefix("--").replace("-", "_")):
         return f"{args.model} has no {option}; its default, {value}, is not applied"
-    raise UserError(f"model {args.model!r} has no option {option} ({name}); leave it away")
+    if name in _HARMLESS:
+        return f"{args.model} has no {option}: it has no effect"
+    raise UserError(f"model {args.model!r} has no option {option} ({name}): omit it")
 
 
 def _check_grid(model: nn.Module, args: Namespace) -> None:
@@ -124,9 +136,21 @@ def _check_grid(model: nn.Module, args: Namespace) -> None:
 def build_train_dataset(args: Namespace) -> ImageDataset:
     """The training split with its random transforms, or with those of evaluation (--no-aug)."""
     if not args.aug:
-        transform = eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio)
-        return build_dataset("train", transform=transform, **_data_options(args))
-    transform = train_transform(
+        return build_dataset(
+            "train", transform=_eval_transform(args), **_data_options(args, "train")
+        )
+    return build_dataset(
+        "train", transform=train_transform_of(args), **_data_options(args, "train")
+    )
+
+
+def train_transform_of(args: Namespace) -> Transform:
+    """The random transform of training images.
+
+    Raises:
+        UserError: an augmentation that is not understood.
+    """
+    return train_transform(
         args.input_size,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
@@ -134,19 +158,33 @@ def build_train_dataset(args: Namespace) -> ImageDataset:
         three_augment=args.ThreeAugment,
         simple_crop=args.src,
         hflip=args.hflip,
+        mean=mean_and_std(args)[0],
     )
-    return build_dataset("train", transform=transform, **_data_options(args))
 
 
 def build_val_dataset(args: Namespace) -> ImageDataset:
     """The validation split with the deterministic transform."""
-    transform = eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio)
-    return build_dataset("val", transform=transform, **_data_options(args))
+    return build_dataset("val", transform=_eval_transform(args), **_data_options(args, "val"))
 
 
-def _data_options(args: Namespace) -> dict[str, Any]:
+def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What images are normalised by, a number for each of red, green, blue."""
+    if args.imagenet_default_mean_and_std:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def _eval_transform(args: Namespace) -> Transform:
+    warp = args.eval_warp_from is not None and args.input_size >= args.eval_warp_from
+    return eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio, warp=warp)
+
+
+def _data_options(args: Namespace, split: str) -> dict[str, Any]:
+    folders = {"train": args.data_path if args.data_set == "image_folder" else ""}
+    folders["val"] = args.eval_data_path
     return {
         # Without a path IMNET is the bundled sample.
+        "class_folders": folders[split] or None,
         "name": "IMNET" if args.data_set == "SAMPLE" else args.data_set,
         "root": args.data_path or None,
         "inat_category": args.inat_category,
@@ -170,11 +208,20 @@ def number_of_classes(args: Namespace, data: ImageDataset) -> int:
     return args.nb_classes
 
 
+def compile_options(args: Namespace) -> dict[str, Any]:
+    """What `torch.nn.Module.compile` is to be told."""
+    return {} if args.compile_mode == "default" else {"mode": args.compile_mode}
+
+
 def set_precision(args: Namespace, device: torch.device) -> None:
-    """`--high-precision-matmul`, `--threads`, and what makes fixed shapes fast."""
+    """Settings of the process: precision of float32, threads, and what makes fixed shapes fast."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if args.high_precision_matmul else "high")
+        torch.set_float32_matmul_precision("high" if args.high_precision_matmul else "highest")
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = not args.high_precision_matmul
+        torch.backends.cudnn.allow_tf32 = not args.full_float32
+    if args.activation_memory_budget is not None:
+        from torch._functorch import config
+
+        config.activation_memory_budget = args.activation_memory_budget

@@ -18,7 +18,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -64,17 +64,18 @@ def _safe_globals() -> list[tuple[Any, str]]:
 _SAFE_GLOBALS = _safe_globals()
 
 
-def read_checkpoint(source: str | Path) -> dict[str, Any]:
+def read_checkpoint(source: str | Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Args:
         source: a `.pth`/`.pt`/`.safetensors` file, an http(s) address (kept in torch.hub's
             cache), or `hf-hub:owner/name[@revision][/file]` on the Hugging Face hub.
+        keys: other places than the usual ones where its weights may be.
 
     Returns:
-        A dict that has at least one of the keys `model` and `model_ema` (or timm's `state_dict`).
-        Its `args`, which our files hold as a dict and published ones as a Namespace, are a
-        Namespace if they are there.
+        A dict that has at least one of the keys `model` and `model_ema` (or timm's `state_dict`),
+        or of `keys`. Its `args`, which our files hold as a dict and published ones as a Namespace,
+        are a Namespace if they are there.
 
     Raises:
         UserError: the file is missing, empty, damaged, refused as unsafe, or no checkpoint.
@@ -89,7 +90,7 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     content = _read_file(path, text)
     if not isinstance(content, Mapping):
         raise UserError(f"{text!r} holds a {type(content).__name__}, not a checkpoint")
-    if any(isinstance(content.get(key), Mapping) for key in (*_MODEL_KEYS, *_EMA_KEYS)):
+    if any(isinstance(content.get(key), Mapping) for key in (*keys, *_MODEL_KEYS, *_EMA_KEYS)):
         checkpoint = dict(content)
         if isinstance(checkpoint.get("args"), Mapping):
             checkpoint["args"] = argparse.Namespace(**checkpoint["args"])
@@ -199,18 +200,23 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def model_state(
-    checkpoint: Mapping[str, Any], *, source: str | Path, ema: bool = False
+    checkpoint: Mapping[str, Any],
+    *,
+    source: str | Path,
+    ema: bool = False,
+    keys: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """The state dict to load from what `read_checkpoint` returned, prefixes stripped.
 
     Args:
         ema: take the averaged weights. Without them in the checkpoint this is an error, never a
             silent fall-back to the others.
+        keys: where to look before the usual places.
 
     Raises:
         UserError: the checkpoint lacks these weights, or they are not tensors.
     """
-    wanted = _EMA_KEYS if ema else _MODEL_KEYS
+    wanted = _EMA_KEYS if ema else (*keys, *_MODEL_KEYS)
     for key in wanted:
         state = checkpoint.get(key)
         if isinstance(state, Mapping):

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import math
+import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +29,32 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, **kwargs)
         self._width = min(self._width, 98)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, Switch):  # its value is for old command lines, and needs no mention
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--x and --no-x, each also with a value as in `--x true` (ConvNeXt's published scripts).
+
+    `words` are further values, as in `--x both`.
+    """
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, words: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+        self.nargs = "?"
+        self.type = lambda text: text if text in words else truth(text, words)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        value = True if values is None else values
+        negated = option_string is not None and option_string.startswith("--no-")
+        if isinstance(value, str) and negated:
+            raise argparse.ArgumentError(self, f"{option_string} cannot be {value!r}")
+        setattr(namespace, self.dest, value if isinstance(value, str) else value is not negated)
+
 
 class Options(argparse.Namespace):
     """Parsed options. `given` has the names of those that stood on the command line.
@@ -35,6 +63,10 @@ class Options(argparse.Namespace):
     """
 
     __slots__ = ("given",)
+
+
+class _Absent(list):
+    """Stands for the value of an option that was not given; options that append copy it."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -56,9 +88,11 @@ class CommandLine(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        if "kernels" in namespace:
+            _note_kernels(namespace.kernels)
         if isinstance(namespace, Options):
             # argparse leaves alone what a namespace has already, unless it is on the command line
-            absent = object()
+            absent = _Absent()
             probe = argparse.Namespace(**dict.fromkeys(vars(namespace), absent))
             self.parse_known_args(args, probe)
             namespace.given = frozenset(k for k, v in vars(probe).items() if v is not absent)
@@ -75,20 +109,6 @@ def _with_dashes(arg: str) -> str:
         return arg
     option, equals, value = arg.partition("=")
     return option.replace("_", "-") + equals + value
-
-
-class WordSwitch(argparse.BooleanOptionalAction):
-    """--x and --no-x, and --x WORD for some words, which are the value then."""
-
-    def __init__(self, option_strings, dest, words=(), **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, **kwargs)
-        self.nargs, self.choices = "?", words
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if values is None:
-            super().__call__(parser, namespace, values, option_string)
-        else:
-            setattr(namespace, self.dest, values)
 
 
 class OptionGroup:
@@ -124,37 +144,41 @@ class OptionGroup:
         )
 
     def switch(
-        self, flag: str, help: str, default: bool | None = False, words: tuple[str, ...] = ()
+        self, flags: str, help: str, default: bool | None = False, words: tuple[str, ...] = ()
     ) -> None:
         """A switch --x with its --no-x; a default of None leaves the choice to the network.
 
         `words` are values that it may have too, as in `--x both`.
         """
         shown = {True: "on", False: "off", None: "the network's own"}[default]
-        kind = WordSwitch if words else argparse.BooleanOptionalAction
-        more = {"words": words} if words else {}
-        action = self._group.add_argument(flag, action=kind, default=default, **more)
+        action = self._group.add_argument(
+            *flags.split(), action=Switch, default=default, words=words
+        )
         # Set afterwards: some Python versions append the default in words of their own.
         action.help = f"{help} (default: {shown})".replace("%", "%%")
 
 
 def add_kernels(group: OptionGroup) -> None:
-    """The option `--kernels` of earlier versions, for commands that still name it."""
+    """The option `--kernels` of earlier versions, which has no effect any more."""
     group.add(
         "--kernels",
         str,
         None,
         "MODE",
-        "of earlier versions, without effect",
-        choices=("auto", "plain"),
-        action=_NoKernels,
+        "of no effect, as the environment variable DEIT_KERNELS: nothing is left to choose "
+        "(default: none)",
     )
 
 
-class _NoKernels(argparse.Action):
-    def __call__(self, parser, namespace, value, option_string=None) -> None:
-        namespace.kernels = value
-        print("note: --kernels has no effect any more; --compile is fastest", file=sys.stderr)
+@functools.cache  # said once, however often and by whomever command lines are parsed
+def _note_kernels(mode: str | None) -> None:
+    asked = "--kernels" if mode else "DEIT_KERNELS" if os.environ.get("DEIT_KERNELS") else None
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if asked and rank == "0":
+        print(
+            f"note: {asked} has no effect any more; --compile is fastest",
+            file=sys.stderr,
+        )
 
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -205,6 +229,19 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
         return path
 
     return check
+
+
+def truth(text: str, words: Sequence[str] = ()) -> bool:
+    """True or false, in the spellings of ConvNeXt's published scripts.
+
+    Raises:
+        ArgumentTypeError: neither; the message names `words` too.
+    """
+    for value, spellings in ((True, "true yes on t y 1"), (False, "false no off f n 0")):
+        if text.lower() in spellings.split():
+            return value
+    known = ", ".join(("true", "false", *words))
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
 
 
 def key_value(text: str) -> tuple[str, Any]:

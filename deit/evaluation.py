@@ -8,19 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from deit.build import build_model, build_val_dataset, number_of_classes
+from deit.build import build_model, build_val_dataset, compile_options, number_of_classes
 from deit.checkpoint import (
     check_finite,
     load_weights,
     model_state,
-    read_checkpoint,
     which_weights,
 )
 from deit.data import ImageDataset, match_classes, names_of_outputs, read_class_map
 from deit.distributed import Processes
 from deit.engine import Precision, describe, evaluate
 from deit.errors import UserError
-from deit.finetune import load_for_finetune
+from deit.finetune import load_for_finetune, read_for_finetune
 from deit.loading import DATA, NETWORK, adopt, number_of_outputs
 from deit.run import LAST, find_checkpoint
 from deit.training import build_val_loader
@@ -40,7 +39,7 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
     if checkpoint is None and args.finetune:
         source = args.finetune
         with processes.main_first():
-            checkpoint = read_checkpoint(source)
+            checkpoint = read_for_finetune(source, args.model_key, args.model_prefix)
     if checkpoint is None:
         notes = ["evaluating random weights: no checkpoint is given by --resume"]
         data = build_val_dataset(args)
@@ -54,7 +53,7 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
             print(f"note    {note}", flush=True)
     model.to(processes.device)
     if args.compile:
-        model.compile()
+        model.compile(**compile_options(args))
     scores = evaluate(
         model,
         build_val_loader(args, data, processes),

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 
+from deit.checkpoint import model_state, read_checkpoint
 from deit.errors import UserError, one_line
 from deit.models.published import adapt_state
 
@@ -52,6 +53,27 @@ class FinetuneReport:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def read_for_finetune(source: str, key: str = "", prefix: str = "") -> dict[str, Any]:
+    """A checkpoint of whatever layout, with the weights that are meant as its `model`.
+
+    Args:
+        key: where they are (`model|module`: the first that is there), before the usual places.
+        prefix: take only the weights whose names begin with it, and cut it off.
+
+    Raises:
+        UserError: the file cannot be read, or has no such weights.
+    """
+    keys = key.split("|") if key else []
+    checkpoint = read_checkpoint(source, keys)
+    if not (key or prefix):
+        return checkpoint
+    state = model_state(checkpoint, source=source, keys=keys)
+    state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    if not state:
+        raise UserError(f"{source!r} has no weights whose names begin with {prefix!r}")
+    return checkpoint | {"model": state}
 
 
 def load_for_finetune(

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 # Torch's own lines about a broken connection come with pages of C++ frames; `deit.watchdog` says
@@ -117,7 +118,7 @@ def train(run: Run) -> None:
         best += f", of the average {progress.best_ema_acc1:.3f} in {progress.best_ema_epoch + 1}"
     spent = sum(record["time"] for record in progress.history) + progress.seconds
     reporter.say(f"{how}, {duration(spent)} of training{best}")
-    if args.output_dir:
+    if args.output_dir and args.save_ckpt:
         again = "" if how == "finished" else "; --resume auto goes on from there"
         reporter.say(f"saved   {Path(args.output_dir) / LAST}{again}")
     if curves is not None:
@@ -146,7 +147,8 @@ def train_epoch(run: Run, batches: Batches) -> None:
         record = {"epoch": epoch, "train_loss": loss, "train_lr": run.learning_rate()}
         run.save([LAST])  # before anything that can fail: the epoch's updates are done
         scores = ema_scores = None
-        if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+        due = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
+        if due and not args.disable_eval:
             scores = evaluate_run(run, run.evaluated)
             record |= as_log(scores)
             if run.also_evaluated is not None:
@@ -207,9 +209,14 @@ def explain_non_finite(run: Run, error: NonFiniteLossError) -> str:
     )
 
 
-if __name__ == "__main__":
+def command(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command line (default: this process's own); returns the exit status."""
     try:
-        sys.exit(one_line_errors(lambda: main(parse_args())))
+        return one_line_errors(lambda: main(parse_args(argv)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -10,7 +10,7 @@ import re
 from argparse import ArgumentParser
 from typing import Any
 
-from deit.cli import CommandLine, OptionGroup, add_kernels, key_value, number
+from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_value, number
 
 __all__ = ["get_parser"]
 
@@ -39,7 +39,7 @@ examples:
 # fmt: off
 # The option tables: one option is its line (flags, type, default, unit) and its effect beneath.
 DATA_SETS = ("IMNET", "IMNETZIP", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT19", "FASHION",
-             "SAMPLE")
+             "SAMPLE", "image_folder")
 INAT_RANKS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -51,6 +51,10 @@ def device_name(text: str) -> str:
 
 def _add_run(parser: ArgumentParser) -> None:
     run = OptionGroup(parser, "run")
+    run.add("--published", str, None, "SCRIPT",
+            "take what the published script for ViT and ResMLP (deit), or for ConvNeXt (convnext), "
+            "does for all options that are not given (default: the defaults shown here)",
+            choices=("deit", "convnext"))
     run.add("--batch-size", COUNT, 64, "N",
             "images per process and step; the global batch is this x processes x --update-freq")
     run.add("--epochs", COUNT, 300, "N",
@@ -70,6 +74,8 @@ def _add_run(parser: ArgumentParser) -> None:
     run.switch("--resume-weights-only",
                "take the weights and their average from the checkpoint that --resume names, and "
                "its epoch, but not the state of its optimizer")
+    run.switch("--auto-resume",
+               "--resume auto, where there is an --output-dir and no --resume")
     run.add("--start-epoch", NATURAL, 0, "N",
             "first epoch, counted from 0; a resumed checkpoint brings its own")
     run.switch("--eval",
@@ -82,11 +88,18 @@ def _add_run(parser: ArgumentParser) -> None:
                "every image, with the same result", default=True)
     run.add("--eval-freq", COUNT, 1, "EPOCHS",
             "epochs between evaluations; the last epoch is always evaluated")
-    run.add("--save-freq", NATURAL, 0, "EPOCHS",
+    run.switch("--disable-eval",
+               "train without any evaluation; only the train/ part of the data is needed")
+    run.switch("--save-ckpt",
+               "write checkpoints into --output-dir", default=True)
+    run.add("--save-freq --save-ckpt-freq", NATURAL, 0, "EPOCHS",
             "epochs between copies of the checkpoint that are kept, 0 for no copies; "
             "checkpoint.pth (the last) and best_checkpoint.pth are written in any case")
+    run.add("--save-ckpt-num", NATURAL, 0, "N",
+            "how many of these copies stay, the last ones; 0 for all")
     run.add("--num-workers", NATURAL, 10, "N",
-            "data loading processes per training process, 0 to load within it")
+            "data loading processes per training process, 0 to load within it; never more than "
+            "the cores that the process may use")
     run.switch("--pin-mem",
                "pass batches through page-locked memory, faster towards a GPU", default=True)
 
@@ -122,7 +135,7 @@ def _add_model(parser: ArgumentParser) -> None:
               "factor on the initial weights of the classifier")
     model.add("--model-kwargs", key_value, None, "KEY=VALUE",
               "other arguments of the network, for instance embed_dim=96 depth=4 num_heads=3 "
-              "(default: none)", nargs="+")
+              "(default: none)", nargs="+", action="extend")
 
     average = OptionGroup(parser, "average",
                           "An exponential moving average (EMA) of the weights, kept beside them.")
@@ -144,10 +157,15 @@ def _add_speed(parser: ArgumentParser) -> None:
     speed.add("--amp-dtype", str, "auto", None,
               "the lower precision: auto is bfloat16 where the device has it, else float16; "
               "float16 scales the loss", choices=("auto", "bfloat16", "float16"))
-    speed.switch("--compile",
-                 "compile the network by torch.compile; the first step then takes minutes")
+    add_compile(speed, "compile the network by torch.compile; the first step then takes minutes")
+    speed.add("--activation-memory-budget", FRACTION, None, "X",
+              "share of the activations that --compile may keep for the backward pass; what is "
+              "not kept is computed again: saves memory, takes time (default: torch's choice)")
     speed.switch("--high-precision-matmul",
-                 "compute float32 matrix products in full rather than in TF32, on a GPU")
+                 "let float32 matrix products use TF32, on a GPU: faster, rounded to 10 bits")
+    speed.switch("--full-float32",
+                 "use TF32 nowhere, on a GPU: not in convolutions either, where it is PyTorch's "
+                 "default")
     speed.switch("--grad-checkpointing",
                  "recompute activations in the backward pass: saves memory, takes time")
     speed.add("--threads", COUNT, None, "N",
@@ -199,6 +217,9 @@ def _add_schedule(parser: ArgumentParser) -> None:
                  "learning rate that the linear warm-up starts from, never scaled")
     schedule.add("--warmup-epochs", NON_NEGATIVE, 5, "EPOCHS",
                  "length of the warm-up, part of --epochs")
+    schedule.add("--warmup-steps", number(int, low=-1), None, "UPDATES",
+                 "length of the warm-up in updates, in place of --warmup-epochs; -1 and 0 are as "
+                 "if not given (default: not given)")
     schedule.switch("--warmup-prefix",
                     "start the course where the warm-up ends (ConvNeXt's way); without it the "
                     "course counts from epoch 0 and the warm-up hides its beginning (DeiT's)")
@@ -302,6 +323,11 @@ def _add_loss(parser: ArgumentParser) -> None:
     finetune.add("--finetune", str, "", "SOURCE",
                  "checkpoint, named as for --resume, whose weights the training starts from; "
                  "another resolution or other classes are adapted (default: random weights)")
+    finetune.add("--model-key", str, "", "KEYS",
+                 "where in that file the weights are: KEY, or KEY|KEY for the first that is there "
+                 "(default: model, else state_dict, else the whole file)")
+    finetune.add("--model-prefix", str, "", "PREFIX",
+                 "take the weights whose names begin so, without it (default: all)")
     finetune.switch("--attn-only",
                     "train the attention layers, position embedding and classifier, freeze the "
                     "rest")
@@ -314,10 +340,13 @@ def _add_data(parser: ArgumentParser) -> None:
     data = OptionGroup(parser, "data")
     data.add("--data-path", str, "", "DIR",
              "folder of the data set (default: the sample bundled with this package)")
+    data.add("--eval-data-path", str, "", "DIR",
+             "folder of the test images, a folder a class (default: val/ in --data-path)")
     data.add("--data-set", str, "IMNET", None,
              "what is in --data-path. IMNET: train/ and val/ with a folder a class; IMNETZIP: "
              "the same with --zip-dataloader; CIFAR: CIFAR-100; FASHION: Fashion-MNIST; "
-             "SAMPLE: the bundled sample, no path", choices=DATA_SETS)
+             "SAMPLE: the bundled sample, no path; image_folder: the training images, a folder a "
+             "class, and the test images in --eval-data-path", choices=DATA_SETS)
     data.switch("--zip-dataloader",
                 "read train.zip and val.zip in place of the folders of IMNET")
     data.switch("--download",
@@ -328,8 +357,14 @@ def _add_data(parser: ArgumentParser) -> None:
              "the classes are its, else the order of the data)")
     data.add("--inat-category", str, "name", None,
              "INAT, INAT19: the rank that makes the classes", choices=INAT_RANKS)
-    data.add("--eval-crop-ratio", number(float, low=0.01, high=1), 1.0, "X",
+    data.add("--eval-crop-ratio --crop-pct", number(float, low=0.01, high=1), 1.0, "X",
              "side of the central crop in evaluation, relative to the resized image's")
+    data.add("--eval-warp-from", COUNT, None, "PIXELS",
+             "evaluate at this --input-size and above without a crop, the whole image resized to a "
+             "square; ConvNeXt's way, from 384 (default: never)")
+    data.switch("--imagenet-default-mean-and-std",
+                "normalise by ImageNet's mean and standard deviation; without it by 0.5, as "
+                "Inception", default=True)
 
     distributed = OptionGroup(parser, "distributed",
                               "torchrun, srun and submitit set the first two by themselves.")
@@ -342,7 +377,13 @@ def _add_data(parser: ArgumentParser) -> None:
     logging = OptionGroup(parser, "logging")
     logging.add("--log-interval", COUNT, 50, "STEPS",
                 "steps between two progress lines, where the output is not a terminal")
-    logging.switch("--wandb", "log to Weights & Biases too")
+    logging.add("--log-dir", str, "", "DIR",
+                "folder of the TensorBoard events (default: tensorboard/ in --output-dir)")
+    logging.switch("--wandb --enable-wandb", "log to Weights & Biases too")
+    logging.add("--project", str, "", "NAME",
+                "project there (default: $WANDB_PROJECT, else mirror-equivariant-vision)")
+    logging.switch("--wandb-ckpt",
+                   "upload the last and the best checkpoint there at the end")
 
 # fmt: on
 

@@ -146,6 +146,9 @@ class Reporter:
         images: that all processes take in one update.
         log_interval: updates between two lines where the output is not a terminal.
         wandb: log to Weights & Biases too.
+        project: the name of the project there; default $WANDB_PROJECT, else a name of ours.
+        uploads: files of `folder` that are logged there as an artifact at the end.
+        log_dir: of the TensorBoard events; default `folder`/tensorboard.
 
     Raises:
         UserError: `wandb` without the package, or it cannot start.
@@ -163,6 +166,9 @@ class Reporter:
         log_interval: int,
         config: Mapping[str, Any],
         wandb: bool = False,
+        project: str = "",
+        uploads: Sequence[str] = (),
+        log_dir: Path | None = None,
         done: int = 0,
     ) -> None:
         """`done`: updates of the whole training that are behind us, when resuming."""
@@ -181,23 +187,26 @@ class Reporter:
         if self.folder is not None:
             text = json.dumps(config, indent=2, sort_keys=True, default=str)
             write_text(self.folder / CONFIG_FILE, text + "\n")
-        self._tensorboard = self._open_tensorboard(done)
-        self._wandb = self._open_wandb(config) if wandb and active else None
+        self._tensorboard = self._open_tensorboard(log_dir if active else None, done)
+        self._uploads = uploads
+        self._wandb = self._open_wandb(config, project) if wandb and active else None
 
-    def _open_tensorboard(self, done: int) -> Any:
-        if self.folder is None:
+    def _open_tensorboard(self, log_dir: Path | None, done: int) -> Any:
+        if log_dir is None and self.folder is not None:
+            log_dir = self.folder / "tensorboard"
+        if log_dir is None:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
         try:
-            return SummaryWriter(self.folder / "tensorboard", purge_step=done + 1 if done else None)
+            return SummaryWriter(log_dir, purge_step=done + 1 if done else None)
         except OSError as error:
             self.say(f"note    no TensorBoard events: {one_line(error)}")
             return None
 
-    def _open_wandb(self, config: Mapping[str, Any]) -> Any:
+    def _open_wandb(self, config: Mapping[str, Any], project: str) -> Any:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError:
@@ -211,7 +220,7 @@ class Reporter:
             identity = remembered.read_text(encoding="utf-8").strip()
         try:
             return wandb.init(
-                project=os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
+                project=project or os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
                 config=dict(config),
                 dir=str(self.folder) if self.folder else None,
                 id=identity,
@@ -303,6 +312,7 @@ class Reporter:
         """Draw the curves and close all files; returns the figure's path if there is one."""
         self.stop()
         self._tell("_tensorboard", lambda board: board.close())
+        self._tell("_wandb", self._upload)
         self._tell("_wandb", lambda board: board.finish())
         if self.folder is None or not self.history:
             return None
@@ -312,6 +322,17 @@ class Reporter:
             self.say(f"note    no curves: {one_line(error)}")
             return None
         return self.folder / CURVES_FILE
+
+    def _upload(self, run: Any) -> None:
+        files = [self.folder / name for name in self._uploads if self.folder is not None]
+        files = [path for path in files if path.exists()]
+        if files:
+            artifact = importlib.import_module("wandb").Artifact(
+                f"run-{run.id}-checkpoints", type="model"
+            )
+            for path in files:
+                artifact.add_file(str(path))
+            run.log_artifact(artifact)
 
     def _write_log(self) -> None:
         # Rewritten as a whole: it is small, and so never holds half a line.

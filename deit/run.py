@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,7 +38,8 @@ class Run:
     also_evaluated: nn.Module | None
     """The averaged one, if both are."""
     train_loader: TrainLoader
-    val_loader: DeviceLoader
+    val_loader: DeviceLoader | None
+    """None with --disable-eval."""
     batches: int
     """Batches in an epoch; those that do not fill an update at its end are not used."""
     updates: int
@@ -64,10 +66,20 @@ class Run:
 
     def save(self, names: list[str]) -> None:
         """Save the state under `names` in the output folder, if there is one."""
-        if self.args.output_dir:
+        if self.args.output_dir and self.args.save_ckpt:
             checkpoint = self.state.collect()
             if self.writer is not None:
                 self.writer.save(checkpoint, names)
+                self._drop_copies(names)
+
+    def _drop_copies(self, coming: list[str]) -> None:
+        """Keep the last `--save-ckpt-num` of the epochs' copies; `coming` are being written."""
+        folder, kept = Path(self.args.output_dir), self.args.save_ckpt_num
+        present = {path.name for path in folder.iterdir()}
+        numbers = {re.fullmatch(r"checkpoint_(\d+)\.pth", name) for name in present | {*coming}}
+        epochs = sorted(int(match[1]) for match in numbers if match)
+        for epoch in epochs[:-kept] if kept else ():
+            (folder / EPOCH_COPY.format(epoch)).unlink(missing_ok=True)
 
     def names_after_epoch(self, epoch: int, best: bool, best_ema: bool = False) -> list[str]:
         """The files that the end of `epoch` is saved under; the one for resuming is the last."""
@@ -90,7 +102,8 @@ class Run:
     def close(self) -> None:
         """End the loader's workers and wait for the last write; also after a failure."""
         self.train_loader.close()
-        self.val_loader.close()
+        if self.val_loader is not None:
+            self.val_loader.close()
         if self.writer is not None:
             self.writer.close()
 

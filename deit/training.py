@@ -3,6 +3,7 @@ checkpoint that it goes on from."""
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,11 @@ from deit.build import (
     build_model,
     build_train_dataset,
     build_val_dataset,
+    compile_options,
+    mean_and_std,
     number_of_classes,
 )
-from deit.checkpoint import (
-    has_average,
-    load_weights,
-    model_state,
-    read_checkpoint,
-    which_weights,
-)
+from deit.checkpoint import has_average, load_weights, model_state, which_weights
 from deit.data import (
     DeviceLoader,
     ImageDataset,
@@ -42,13 +39,13 @@ from deit.distributed import Processes, blocks_of, shard, wrap_ddp
 from deit.ema import ModelEma
 from deit.engine import Learner, Precision, count_parameters, needs_second_order
 from deit.errors import UserError
-from deit.finetune import freeze_all_but_attention, load_for_finetune
+from deit.finetune import freeze_all_but_attention, load_for_finetune, read_for_finetune
 from deit.loading import NETWORK, adopt
 from deit.losses import build_criterion, prepare_student
 from deit.optim import build_optimizer, freeze_shift, scaled_lr
 from deit.reporting import Reporter, environment, read_log
 from deit.resume import Progress, RunningLoss, TrainingState, seed_all
-from deit.run import LAST, Run, find_checkpoint, open_writer
+from deit.run import BEST, LAST, Run, find_checkpoint, open_writer
 from deit.schedule import build_scheduler
 from deit.stopping import StopAgreement
 from deit.teacher import build_teacher
@@ -120,7 +117,7 @@ def build_networks(
     if args.compile:
         for network in [model] if ema is None else [model, ema.module]:
             for part in blocks_of(network) if spread else [network]:
-                part.compile()  # in place: the keys get no prefix
+                part.compile(**compile_options(args))  # in place: the keys get no prefix
     if not spread:
         return Networks(model, wrap_ddp(model, processes), ema, parameters, notes)
     dtype = Precision.choose(processes.device, args.use_amp, args.amp_dtype).dtype
@@ -129,13 +126,10 @@ def build_networks(
     return Networks(model, shard(model, processes, dtype), ema, parameters, notes)
 
 
-def build_state(
-    args: Namespace, networks: Networks, processes: Processes, updates: int, images: int
-) -> TrainingState:
-    """Optimizer, schedule and the rest of what changes, at the start of a training."""
-    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
-    optimizer = build_optimizer(
-        networks.model,
+def optimizer_of(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that the options name. UserError for a name or values that it does not take."""
+    return build_optimizer(
+        model,
         opt=args.opt,
         lr=lr,
         weight_decay=args.weight_decay,
@@ -145,13 +139,22 @@ def build_state(
         layer_decay=args.layer_decay,
         decay_as_compiled=args.decay_as_compiled,
     )
+
+
+def build_state(
+    args: Namespace, networks: Networks, processes: Processes, updates: int, images: int
+) -> TrainingState:
+    """Optimizer, schedule and the rest of what changes, at the start of a training."""
+    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
+    in_updates = args.warmup_steps is not None and args.warmup_steps > 0
+    optimizer = optimizer_of(args, networks.model, lr)
     check_second_order(optimizer, args, processes)
     schedule = build_scheduler(
         optimizer,
         sched=args.sched,
         epochs=args.epochs,
         updates_per_epoch=updates,
-        warmup_epochs=args.warmup_epochs,
+        warmup_epochs=args.warmup_steps / updates if in_updates else args.warmup_epochs,
         warmup_lr=args.warmup_lr,
         warmup_prefix=args.warmup_prefix,
         min_lr=args.min_lr,
@@ -243,6 +246,7 @@ def build_train_stream(
     args: Namespace, dataset: ImageDataset, processes: Processes, progress: Progress
 ) -> TrainLoader:
     """The batches of this process, from where `progress` stands to the end of the training."""
+    mean, std = mean_and_std(args)
     return build_train_loader(
         dataset,
         batch_size=args.batch_size,
@@ -253,9 +257,11 @@ def build_train_stream(
         world_size=processes.world_size,
         rank=processes.rank,
         repeats=REPEATS if args.repeated_aug else 1,
-        num_workers=args.num_workers,
+        num_workers=workers(args),
         pin_memory=args.pin_mem,
         device=processes.device,
+        mean=mean,
+        std=std,
         re_prob=0.0 if args.ThreeAugment else args.reprob,  # as published
         re_mode=args.remode,
         re_count=args.recount,
@@ -265,15 +271,37 @@ def build_train_stream(
 
 def build_val_loader(args: Namespace, dataset: ImageDataset, processes: Processes) -> DeviceLoader:
     """The validation batches of this process; all of them without --dist-eval."""
+    mean, std = mean_and_std(args)
     return build_eval_loader(
         dataset,
         batch_size=args.batch_size,
         world_size=processes.world_size if args.dist_eval else 1,
         rank=processes.rank if args.dist_eval else 0,
-        num_workers=args.num_workers,
+        num_workers=workers(args),
         pin_memory=args.pin_mem,
         device=processes.device,
+        mean=mean,
+        std=std,
     )
+
+
+def workers(args: Namespace) -> int:
+    """`--num-workers`, but no more than the cores of this process: they would only wait."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux; not what others share the machine
+    return min(args.num_workers, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+def updates_per_epoch(args: Namespace, images: int, processes: int) -> int:
+    """Optimizer updates in an epoch of `images`. UserError if they do not fill one batch."""
+    updates = images // (args.batch_size * processes) // args.update_freq
+    if updates == 0:
+        batch = args.batch_size * processes * args.update_freq
+        raise UserError(
+            f"the training set has {images} images, fewer than one global batch of {batch} "
+            f"(--batch-size {args.batch_size} x {processes} processes x "
+            f"--update-freq {args.update_freq}): use a smaller one"
+        )
+    return updates
 
 
 def build_run(args: Namespace, processes: Processes) -> Run:
@@ -282,32 +310,29 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     origin = None
     if checkpoint is None and args.finetune:
         with processes.main_first():
-            origin = read_checkpoint(args.finetune)
+            origin = read_for_finetune(args.finetune, args.model_key, args.model_prefix)
     # Of a training that goes on all outputs are needed, of one to start from the data decide.
     names = NETWORK if checkpoint is None else (*NETWORK, "nb_classes")
     adopted = _adopt(args, source or args.finetune, checkpoint or origin, names)
-    train_set, val_set = build_train_dataset(args), build_val_dataset(args)
-    check_same_classes(train_set, val_set)
-    adopted += _label(args, (train_set, val_set), source, checkpoint)
-    classes = number_of_classes(args, val_set)
+    train_set = build_train_dataset(args)
+    val_set = None if args.disable_eval else build_val_dataset(args)
+    if val_set is not None:
+        check_same_classes(train_set, val_set)
+    sets = [data for data in (train_set, val_set) if data is not None]
+    adopted += _label(args, sets, source, checkpoint)
+    classes = number_of_classes(args, train_set)
     networks = build_networks(
-        args, classes, processes, source, checkpoint, origin, val_set.class_names
+        args, classes, processes, source, checkpoint, origin, train_set.class_names
     )
     networks.notes[:0] = adopted
-    networks.notes += [data.note for data in (train_set, val_set) if data.note]
+    networks.notes += [data.note for data in sets if data.note]
     if args.ThreeAugment and args.reprob > 0:
         networks.notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
+    updates = updates_per_epoch(args, len(train_set), processes.world_size)
     batches = len(train_set) // (args.batch_size * processes.world_size)
-    updates = batches // args.update_freq
     images = args.batch_size * processes.world_size * args.update_freq
-    if updates == 0:
-        raise UserError(
-            f"the training set has {len(train_set)} images, fewer than one global batch of "
-            f"{images} (--batch-size {args.batch_size} x {processes.world_size} processes x "
-            f"--update-freq {args.update_freq}): use a smaller one"
-        )
     state = build_state(args, networks, processes, updates, images)
-    state.class_names = val_set.class_names
+    state.class_names = train_set.class_names
     learner = build_learner(args, networks, state, classes)
     # Building has drawn random numbers; from here on every rank has its own.
     seed_all(args.seed + processes.rank)
@@ -323,7 +348,7 @@ def build_run(args: Namespace, processes: Processes) -> Run:
         evaluated=state.ema if args.model_ema_eval is True and state.ema else state.model,
         also_evaluated=state.ema if args.model_ema_eval == "both" else None,
         train_loader=build_train_stream(args, train_set, processes, state.progress),
-        val_loader=build_val_loader(args, val_set, processes),
+        val_loader=None if val_set is None else build_val_loader(args, val_set, processes),
         batches=batches,
         updates=updates,
         images=images,
@@ -332,7 +357,7 @@ def build_run(args: Namespace, processes: Processes) -> Run:
         reporter=build_reporter(args, networks, state, updates, images, source),
         writer=writer,
     )
-    _introduce(run, networks, source, (len(train_set), len(val_set), classes))
+    _introduce(run, networks, source, (len(train_set), len(val_set or ()), classes))
     return run
 
 
@@ -387,6 +412,9 @@ def build_reporter(
         log_interval=args.log_interval,
         done=progress.epoch * updates + progress.step,
         wandb=args.wandb,
+        project=args.project,
+        uploads=(LAST, BEST) if args.wandb_ckpt else (),
+        log_dir=Path(args.log_dir) if args.log_dir else None,
         config={
             "args": config_dict(args),
             "environment": environment(processes.device, processes.world_size),
@@ -427,6 +455,8 @@ def _introduce(run: Run, networks: Networks, source: str, sizes: tuple[int, int,
         f"{args.opt}, peak learning rate {lr:.3g}"
     )
     say(f"output  {args.output_dir or 'none: nothing is saved without --output-dir'}")
+    if workers(args) < args.num_workers:
+        say(f"note    {workers(args)} loading processes, as many as this process has cores")
     if args.compile:
         say("note    --compile: the first steps of training and testing take minutes")
     for note in networks.notes:

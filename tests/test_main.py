@@ -290,7 +290,7 @@ def make_bad_files(folder: Path, trained: Path) -> None:
         (["--model", "d2_deit_tiny_patch16_LS", "--input-size", "40"], "40"),
         (["--model", "deit_tiny_patch16_LS", "--input-size", "40"], "32 or 48"),
         (["--attn-mixer", "--fused-attn"], "--attn-mixer.*--fused-attn"),
-        (["--model", "test_convnext", "--attn-mixer"], "no option --attn-mixer"),
+        (["--layer-scale-init-value", "1"], "no option --layer-scale-init-value"),
         (["--nb-classes", "2"], "--nb-classes 2.*3 classes"),
         (["--batch-size", "30"], "26 images, fewer than one global batch of 30"),
         (["--update-freq", "9"], "global batch of 36"),

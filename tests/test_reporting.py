@@ -110,14 +110,21 @@ def test_environment_and_memory():
 def test_wandb_continues_its_run(tmp_path, monkeypatch):
     calls = []
     run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda: calls.append("end"),
+        id="id0",
+        log_artifact=lambda artifact: calls.append(artifact),
     )
+    artifact = types.SimpleNamespace(add_file=lambda path: calls.append(path))
     fake = types.ModuleType("wandb")
     fake.util = types.SimpleNamespace(generate_id=lambda: f"id{len(calls)}")
     fake.init = lambda **kwargs: calls.append(kwargs) or run
+    fake.Artifact = lambda name, type: calls.append(name) or artifact
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for _ in range(2):
-        reporter = make_reporter(tmp_path, wandb=True)
+    (tmp_path / "last.pth").touch()
+    for project in ("", "mine"):
+        more = {"project": project, "uploads": ("last.pth", "best.pth")}
+        reporter = make_reporter(tmp_path, wandb=True, **more)
         reporter.end_epoch(RECORD)
         reporter.close()
     starts = [call for call in calls if isinstance(call, dict)]
@@ -126,7 +133,9 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
     step, values = next(call for call in calls if isinstance(call, tuple))
     assert step == 4
     assert values["test/acc1"] == 40.0
-    assert calls[-1] == "end"
+    name, project = "run-id0-checkpoints", starts[1]["project"]
+    assert calls[-4:] == [name, str(tmp_path / "last.pth"), artifact, "end"]
+    assert (starts[0]["project"], project) == ("mirror-equivariant-vision", "mine")
 
     def refuse(**kwargs):
         raise RuntimeError("no key\nno login")

@@ -47,16 +47,21 @@ def build_dataset(
     inat_category: str = "name",
     zip_archive: bool = False,
     download: bool = False,
+    class_folders: str | Path | None = None,
 ) -> ImageDataset:
     """The images of one split: `dataset[i]` is `(transform(RGB PIL image), class index)`.
 
     `name` is one of DATA_SETS in any case. Without `root`, IMNET (the default) is the bundled
     sample and FASHION is Debian's package if it is installed. `zip_archive` reads IMNET from
-    archives, `download` lets torchvision fetch CIFAR and FASHION into `root`. The result has
-    `num_classes` and `class_names`.
+    archives, `download` lets torchvision fetch CIFAR and FASHION into `root`. `class_folders` is a
+    folder with a folder a class, read in place of <root>/<split>. The result has `num_classes` and
+    `class_names`.
 
     Raises UserError for an unknown name and for missing, empty or damaged data.
     """
+    if class_folders is not None:
+        folder = _existing_root(name, name, class_folders, create=False)
+        return _class_folders(folder.parent, folder.name, transform)
     if split not in IDX_PREFIX:
         raise UserError(f"unknown split {split!r}: train or val")
     kind = name.upper().replace("-", "").replace("_", "")

@@ -107,18 +107,23 @@ def eval_transform(
     input_size: int,
     *,
     crop_ratio: float = 1.0,
+    warp: bool = False,
     interpolation: str = "bicubic",
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Transform:
-    """Resize the shorter side to int(S / crop_ratio), cut the S x S centre: uint8 (3, S, S)."""
+    """Resize the shorter side to int(S / crop_ratio), cut the S x S centre: uint8 (3, S, S).
+
+    With `warp` the whole image is resized to S x S instead, whatever its shape.
+    """
     _check_interpolation(interpolation, INTERPOLATIONS)
     if not 0 < crop_ratio <= 1:
         raise UserError(f"the crop ratio for evaluation is in (0, 1], not {crop_ratio}")
     return create_transform(
         input_size,
         is_training=False,
-        crop_pct=crop_ratio,
+        crop_pct=1.0 if warp else crop_ratio,
+        crop_mode="squash" if warp else "center",
         interpolation=interpolation,
         mean=tuple(mean),
         std=tuple(std),

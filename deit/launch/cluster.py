@@ -34,6 +34,7 @@ class Resources:
     mail_user: str | None = None
     mail_type: str | None = None
     comment: str | None = None
+    job_name: str | None = None
     signal_delay: int = 120  # seconds before the time limit at which the run is told to save
     setup: list[str] = field(default_factory=list)  # shell lines before the training starts
     sbatch: dict[str, Any] = field(default_factory=dict)  # further sbatch options, as they are

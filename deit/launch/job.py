@@ -14,6 +14,7 @@ job id, in the same folder, and `--resume auto` goes on at that update.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from submitit import JobEnvironment
     from submitit.core.utils import DelayedSubmission
 
+START = "--- start"
+"""Begins a start's part of the error log, which a requeued job goes on with."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 # Below the range from which systems hand out ports to outgoing connections.
 _PORTS = (20_000, 32_000)
@@ -44,6 +47,10 @@ class TrainingJob:
         import submitit
 
         env = submitit.JobEnvironment()
+        # submitit's local controller makes a folder of the name before %j is filled in.
+        with contextlib.suppress(OSError):
+            Path(os.environ["SUBMITIT_FOLDER"]).rmdir()  # only if it is empty
+        print(START, file=sys.stderr, flush=True)
         # An error of an earlier start would count as this one's result.
         env.paths.result_pickle.unlink(missing_ok=True)
         status = one_line_errors(lambda: self._train(env))

@@ -11,9 +11,11 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from deit.args import CommandLine, get_parser, parse_args
+from deit.cli import Switch, number
 from deit.errors import UserError
 from deit.launch.cluster import (
     DEFAULT_FILE,
@@ -32,6 +34,10 @@ from deit.launch.recipes import (
     split_batch,
 )
 
+# As typed in a checkout of this code, or anywhere if the package is installed.
+_CHECKOUT = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
+TRAINING = ("deit/main.py",) if _CHECKOUT else ("-m", "deit.main")
+LAUNCHER = "python deit/run_with_submitit.py" if _CHECKOUT else "deit-launch"
 DEFAULT_JOB_DIR = "runs/%j"
 DATA_PLACEHOLDER = "/path/to/imagenet"  # shown where a recipe is only looked at
 _RESOURCE_NAMES = {f.name for f in fields(Resources)}
@@ -39,13 +45,13 @@ _ARRAY_OPTIONS = ("seed", "model")
 
 _EPILOG = f"""\
 examples:
-  python deit/run_with_submitit.py --recipe d2_deit_base_patch16_LS --data-path IMAGENET
+  {LAUNCHER} --recipe d2_deit_base_patch16_LS --data-path IMAGENET
       a published training; --dry-run shows what would be submitted, --local needs no Slurm
-  python deit/run_with_submitit.py --recipe d2_deit_base_patch16_LS --nodes 1 --ngpus 2 ...
+  {LAUNCHER} --recipe d2_deit_base_patch16_LS --nodes 1 --ngpus 2 ...
       the same global batch on two GPUs, by accumulation
-  python deit/run_with_submitit.py --model deit_small_patch16_LS --batch 64 --nodes 1 --ngpus 4 ...
+  {LAUNCHER} --model deit_small_patch16_LS --batch 64 --nodes 1 --ngpus 4 ...
       any training; --batch-size is per GPU
-  python deit/run_with_submitit.py status runs/*
+  {LAUNCHER} status runs/*
       state, epoch, accuracy, time left and curve of each run
 
 recipes:
@@ -76,7 +82,7 @@ class Plan:
 
     def command(self, task: int = 0) -> str:
         """The same training started by hand: plain Python, or torchrun for several processes."""
-        words = ["deit/main.py", *self.argv(task)]
+        words = [*TRAINING, *self.argv(task)]
         resources = self.resources
         if resources.nodes > 1:
             meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST_NODE:29500"]
@@ -145,6 +151,13 @@ def get_launch_parser() -> CommandLine:
     add("--nodes", "N", "nodes; with a recipe as many as its GPUs fill", type=int)
     add("--ngpus", "N", "processes a node, one a GPU", type=int)
     add("--tgpu", "TYPE", f"GPU type, '{UNTYPED_GPU}' for untyped, '{NO_GPU}' for CPU runs")
+    cluster.add_argument(
+        "--timeout", metavar="HOURS", type=number(float, low=0.02), help="--time, in hours"
+    )
+    cluster.add_argument(
+        "--use-volta32", action=Switch, default=False, help="--constraint volta32gb"
+    )
+    add("--job-name", "NAME", "name of the job; the recipe's or the model's without")
     add("--time", "D-HH:MM:SS", "time limit; a run that needs more goes on by itself")
     add("--partition", "NAME", "Slurm partition")
     add("--account", "NAME", "account to charge")
@@ -173,11 +186,11 @@ def make_plan(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     """
     parser = get_launch_parser()
     flags = parser.parse_args(argv)
-    given = _explicit(argv)
+    given = {name: getattr(flags, name) for name in flags.given}
     cluster = load_cluster_file(flags.cluster_file)
     recipe = load_recipe(flags.recipe) if flags.recipe else None
     own = _RESOURCE_NAMES | {"recipe", "array", "local", "dry_run", "print_command"}
-    own |= {"job_dir", "cluster_file"}
+    own |= {"job_dir", "cluster_file", "timeout", "use_volta32"}
     options = cluster.options | (recipe.options if recipe else {})
     options |= {name: value for name, value in given.items() if name not in own}
     resources = _resources(given, cluster, recipe, flags.local)
@@ -210,20 +223,19 @@ def make_plan(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
     return plan, flags
 
 
-def _explicit(argv: Sequence[str]) -> dict[str, Any]:
-    """The options that the user wrote, without any default."""
-    parser = get_launch_parser()
-    # argparse fills in defaults only where the namespace has nothing yet, not even None.
-    empty = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
-    written = vars(parser.parse_args(argv, empty))
-    return {name: value for name, value in written.items() if value is not None}
-
-
 def _resources(
     given: dict[str, Any], cluster: ClusterFile, recipe: Recipe | None, local: bool
 ) -> Resources:
     """What to ask for. A recipe says how many GPUs, the cluster (or the user) how many a node."""
     values = cluster.resources | {k: v for k, v in given.items() if k in _RESOURCE_NAMES}
+    if "timeout" in given:
+        if "time" in given:
+            raise UserError("--timeout and --time both limit the job: give one of them")
+        seconds = round(given["timeout"] * 3600)
+        values["time"] = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    if given.get("use_volta32"):
+        constraints = (values.get("constraint"), "volta32gb")
+        values["constraint"] = "&".join(filter(None, constraints))
     values["setup"] = cluster.resources.get("setup", []) + given.get("setup", [])
     if local:
         if values.get("nodes", 1) != 1 and "nodes" in given:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deit.cli import Switch, key_value
 from deit.errors import UserError, suggest
 from deit.launch.toml import check_keys, read_toml
 
-RECIPES = Path(__file__).resolve().parents[2] / "experiments" / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # a part of the package
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
     return Recipe(path.stem, table["gpus"], options)
 
 
+def published_options(script: str, model: str) -> dict[str, Any]:
+    """Options of the published `script` (deit, convnext) that differ from deit/main.py's."""
+    options = _with_bases(RECIPES / "scripts" / f"{script}.toml", ())["options"]
+    # its code stores the shifts of these networks, and never adds them
+    return options | ({"freeze_shift": True} if model.startswith("resmlp_equi_") else {})
+
+
 def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
         raise UserError(f"recipe {above[0]} has itself as a base: {' -> '.join(map(str, above))}")
@@ -76,7 +84,8 @@ def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
     """`options` as arguments for `parser`: {"lr": 3e-3, "compile": True} is --lr 0.003 --compile.
 
-    False is the --no- form where `parser` has one, and otherwise leaves the flag out.
+    False is the --no- form where `parser` has one, and otherwise leaves the flag out. Pairs, or a
+    table, are written as key=value.
 
     Raises:
         UserError: `parser` has no such option.
@@ -87,22 +96,39 @@ def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) ->
         for string in action.option_strings
     }
     argv: list[str] = []
-    for name, value in options.items():
+    # The mode switches compilation on, which a --no-compile behind it undoes.
+    for name, value in sorted(options.items(), key=lambda item: item[0] != "compile_mode"):
         spellings = (f"--{name}", f"--{name.replace('_', '-')}")
         flag = next((spelling for spelling in spellings if spelling in known), None)
         if flag is None:
             names = [string.lstrip("-").replace("-", "_") for string in known]
             raise UserError(f"there is no option {name!r}{suggest(name, names)}")
-        takes_value = known[flag].nargs != 0
-        if value is True and not takes_value:
+        is_switch = known[flag].nargs == 0 or isinstance(known[flag], Switch)
+        if value is True and is_switch:
             argv.append(flag)
-        elif value is False and not takes_value:
-            negated = f"--no-{flag[2:]}"
-            argv += [negated] if negated in known else []
+        elif value is False and is_switch:
+            argv += [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
         else:
-            values = value if isinstance(value, list) else [value]
-            argv += [flag, *map(str, values)]
+            words = _words(value)
+            # a word that begins with a dash would be taken for an option
+            leading = words[0].startswith("-") if words else False
+            argv += [f"{flag}={words[0]}", *words[1:]] if leading else [flag, *words]
     return argv
+
+
+def _words(value: Any) -> list[str]:
+    """An option's value as words of a command line."""
+    if isinstance(value, dict):  # a table of a recipe
+        value = list(value.items())
+    if not isinstance(value, list):
+        return [str(value)]
+    return [_pair(*item) if isinstance(item, tuple) else str(item) for item in value]
+
+
+def _pair(key: str, value: Any) -> str:
+    """The `key=value` that `deit.cli.key_value` reads this pair from."""
+    plain = f"{key}={value}"
+    return plain if key_value(plain) == (key, value) else f"{key}={value!r}"
 
 
 def split_batch(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import statistics
 import time
@@ -21,11 +22,15 @@ from rich.table import Table
 
 from deit.errors import UserError
 from deit.launch import slurm
+from deit.launch.job import START
 
 RECORD = "submission.json"
 _CONFIG, _LOG = "config.json", "log.txt"
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 24
+# Slurm's and Python's; srun's own lines only say that a process failed.
+_ERROR = re.compile(r"error: |(\w+\.)*\w*(Error|Exception|Interrupt)\b|.*\b(oom|OOM|Killed)\b")
+_GOING_ON = ("pending", "running", "completing", "configuring", "requeued", "suspended")
 _RECENT = 5  # epochs that the time left is judged by
 
 
@@ -41,6 +46,8 @@ class RunStatus:
     best: float | None  # top-1 in per cent
     seconds_left: float | None
     curve: str
+    error: str | None = None
+    """The last line about an error, of a run that has ended before its last epoch."""
 
 
 def show_status(folders: Sequence[str], console: Console | None = None) -> None:
@@ -59,8 +66,9 @@ def show_status(folders: Sequence[str], console: Console | None = None) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("run", "model", "state", "epoch", "best top-1", "time left", "top-1"):
         table.add_column(title, no_wrap=title != "model")
-    for folder in runs:
-        run = read_status(folder)
+    errors = []
+    for run in map(read_status, runs):
+        errors += [f"{run.name}  {run.error}"] if run.error else []
         table.add_row(
             run.name,
             run.model or "-",
@@ -71,6 +79,8 @@ def show_status(folders: Sequence[str], console: Console | None = None) -> None:
             run.curve,
         )
     console.print(table)
+    for line in errors:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -95,21 +105,41 @@ def read_status(folder: Path) -> RunStatus:
     output = Path(submission.get("output_dir") or folder)
     args = _read_json(output / _CONFIG).get("args", {})
     log = _read_log(output / _LOG)
-    epoch, epochs = (log[-1]["epoch"] + 1 if log else 0), args.get("epochs")
+    epoch = log[-1]["epoch"] + 1 if log else 0
+    epochs = args.get("epochs", submission.get("epochs"))
     scores = [record["test_acc1"] for record in log if "test_acc1" in record]
     times = [record["time"] for record in log if "time" in record][-_RECENT:]
     finished = epochs is not None and epoch >= epochs
     left = (epochs - epoch) * statistics.median(times) if epochs and times else None
+    state = "finished" if finished else _state(submission, output)
+    ended = not finished and submission and state not in _GOING_ON
+    error = last_error(folder) if ended else None
+    if error and state == "stopped":
+        state = "failed"
     return RunStatus(
         name=folder.name,
         model=args.get("model") or submission.get("name"),
-        state="finished" if finished else _state(submission, output),
+        state=state,
         epoch=epoch,
         epochs=epochs,
         best=max(scores, default=None),
         seconds_left=None if finished else left,
         curve=sparkline(scores),
+        error=error,
     )
+
+
+def last_error(folder: Path) -> str | None:
+    """The last line about an error in what the latest start of a job has left in `folder`."""
+    logs = sorted(folder.glob("*_log.err"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for log in logs:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in reversed(lines):
+            if line.startswith(START):
+                break
+            if _ERROR.match(line):
+                return line
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

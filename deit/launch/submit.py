@@ -23,7 +23,8 @@ from deit.args import config_dict, parse_args
 from deit.errors import UserError, one_line
 from deit.launch import slurm
 from deit.launch.job import STOP_SIGNALS, TrainingJob
-from deit.launch.plan import Plan
+from deit.launch.plan import LAUNCHER, Plan
+from deit.launch.preflight import check
 from deit.launch.status import RECORD
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def submit(plan: Plan) -> list[submitit.Job]:
             "Slurm is not on this machine (no sbatch command): submit on a login node of your "
             "cluster, or add --local to train here"
         )
+    notes = check(plan)
     executor = _local_executor(plan) if plan.local else _slurm_executor(plan)
     jobs = _submit_all(executor, [TrainingJob(plan.argv(task)) for task in range(len(plan.array))])
-    print(plan.describe())
+    print("\n".join([*notes, plan.describe()]))
     _refuse_foreign_folder(plan, jobs)
     with nullcontext() if plan.local else _cancelled_on_failure(jobs):
         _record(plan, jobs)
@@ -68,6 +70,7 @@ def _record(plan: Plan, jobs: list[submitit.Job]) -> None:
             "name": plan.name,
             "recipe": plan.recipe,
             "local": plan.local,
+            "epochs": parse_args(plan.argv(task)).epochs,
             "output_dir": os.path.abspath(output_dir) if output_dir else "",
             "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": plan.command(task),
@@ -142,7 +145,7 @@ def _slurm_parameters(plan: Plan) -> dict[str, Any]:
     workers = parse_args(plan.argv()).num_workers
     path = shlex.quote(str(_REPOSITORY))
     values = {
-        "job_name": plan.name,
+        "job_name": resources.job_name or plan.name,
         "nodes": resources.nodes,
         "ntasks_per_node": resources.ngpus,
         "cpus_per_task": resources.cpus_per_task or max(1, workers),
@@ -266,5 +269,5 @@ def _announce(plan: Plan, job: submitit.Job, folder: Path, own: dict[str, Any]) 
     print(f"job {job.job_id}{title}")
     print(f"  folder  {folder}")
     print(f"  log     tail -F {job.paths.stdout}")
-    print(f"  status  python deit/run_with_submitit.py status {folder}")
+    print(f"  status  {LAUNCHER} status {folder}")
     print(f"  stop    {stop}", flush=True)

@@ -13,6 +13,8 @@ from PIL import Image, ImageFilter, ImageOps
 from timm.data import create_transform
 from torchvision import transforms as tv
 
+from deit.args import parse_args
+from deit.build import build_val_dataset
 from deit.data import build_mixup, eval_transform, train_transform
 from deit.data.stream import seed_everything
 from deit.data.transforms import build_three_augment
@@ -194,6 +196,24 @@ class TestEval:
     def test_wrong_ratio(self, ratio):
         with pytest.raises(UserError, match=str(ratio)):
             eval_transform(32, crop_ratio=ratio)
+
+    def test_warping_keeps_the_whole_image(self, photo):
+        """As ConvNeXt's published evaluation from 384 pixels on."""
+        size = (32, 32)
+        expected = tv.Compose([tv.Resize(size, tv.InterpolationMode.BICUBIC), tv.PILToTensor()])
+        made = eval_transform(32, crop_ratio=0.875, warp=True)(photo)
+        assert torch.equal(made, expected(photo))
+        assert not torch.equal(made, eval_transform(32, crop_ratio=0.875)(photo))
+
+    @pytest.mark.parametrize(("size", "warped"), [(224, False), (383, False), (384, True)])
+    def test_warping_begins_at_a_size(self, size, warped, photo):
+        args = parse_args(
+            ["--crop-pct", "0.875", "--eval-warp-from", "384", "--input-size", str(size)]
+        )
+        transform = build_val_dataset(args).transform
+        assert torch.equal(
+            transform(photo), eval_transform(size, crop_ratio=0.875, warp=warped)(photo)
+        )
 
 
 class TestMixup:

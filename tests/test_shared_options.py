@@ -6,6 +6,7 @@ import tempfile
 
 import pytest
 
+from deit import cli
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, output_file
 from deit.errors import UserError
 
@@ -64,10 +65,17 @@ def test_a_folder_that_is_read_only(monkeypatch, tmp_path):
         output_file()(str(tmp_path / "out.json"))
 
 
-def test_the_option_of_earlier_versions_is_noted(capsys):
+def test_the_option_of_earlier_versions_is_noted_once(capsys, monkeypatch):
+    monkeypatch.delenv("DEIT_KERNELS", raising=False)
+    cli._note_kernels.cache_clear()
     parser = CommandLine(prog="test")
     add_kernels(OptionGroup(parser, "options"))
     parser.parse_args(["--kernels", "plain"])
     assert capsys.readouterr().err.startswith("note: --kernels has no effect")
     parser.parse_args([])
+    parser.parse_args(["--kernels", "plain"])
     assert not capsys.readouterr().err
+    cli._note_kernels.cache_clear()
+    monkeypatch.setenv("DEIT_KERNELS", "auto")
+    parser.parse_args([])
+    assert capsys.readouterr().err.startswith("note: DEIT_KERNELS has no effect")

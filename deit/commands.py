@@ -1,0 +1,52 @@
+"""The console commands that an installed package has; each is one of the scripts of a checkout."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from deit.errors import one_line_errors
+
+
+def train() -> int:
+    """`deit-train`: `python deit/main.py`."""
+    from deit.main import command
+
+    return command()
+
+
+def evaluate() -> int:
+    """`deit-evaluate`: `python deit/main.py --eval`."""
+    from deit.main import command
+
+    return command(["--eval", *sys.argv[1:]])
+
+
+def complexity() -> int:
+    """`deit-complexity`: `python calculate_complexity.py`."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
+
+    def body() -> int:
+        from deit.complexity.command import main
+
+        return main()
+
+    return one_line_errors(body)
+
+
+def equivariance() -> int:
+    """`deit-equivariance`: `python test_equivariance.py`."""
+
+    def body() -> int:
+        from deit.verify.cli import main
+
+        return main()
+
+    return one_line_errors(body)
+
+
+def launch() -> int:
+    """`deit-launch`: `python deit/run_with_submitit.py`."""
+    from deit.run_with_submitit import run
+
+    return one_line_errors(lambda: run(sys.argv[1:]))

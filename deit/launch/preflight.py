@@ -1,0 +1,118 @@
+"""What can be told before a job starts: in the queue, or in a log, errors are found hours later.
+
+Imports torch, and so is left out where a job is only shown.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from deit.args import parse_args
+from deit.errors import UserError, suggest
+from deit.launch.plan import Plan
+
+
+def check(plan: Plan) -> list[str]:
+    """Build what the job will build, without its memory, and look at the files it will read.
+
+    Returns:
+        Remarks: data that are not on this machine, but may be on the nodes of the cluster.
+
+    Raises:
+        UserError: as the job would, or a folder that cannot be written.
+    """
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("starting jobs needs the package submitit: pip install submitit")
+    notes: list[str] = []
+    classes = 1000
+    for task in range(len(plan.array)):
+        args = parse_args(plan.argv(task))
+        for folder in (plan.job_dir, args.output_dir):
+            _check_writable(folder)
+        _check_files(args)
+        if task == 0:  # the same data for all
+            classes, notes = _check_data(plan, args)
+        _check_network(plan, args, classes)
+        _check_packages(args)
+        if plan.local:
+            from deit.distributed import choose_device
+
+            choose_device(args.device, 0)
+    return notes
+
+
+def _check_writable(folder: str) -> None:
+    """The folder may be new, and have the job's number in its name."""
+    path = Path(re.split(r"[^/]*%", folder)[0] or ".").absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        why = "cannot be written" if path.is_dir() else "is not a folder"
+        raise UserError(f"the job's folder {folder} cannot be made: {path} {why}")
+
+
+def _check_files(args: Namespace) -> None:
+    teacher = args.teacher_path if args.distillation_type != "none" else ""
+    wanted = {"--resume": args.resume, "--finetune": args.finetune, "--teacher-path": teacher}
+    for option, source in wanted.items():
+        elsewhere = re.match(r"$|auto$|https?://|hf-hub:|.*%", source)
+        if not elsewhere and not Path(source).expanduser().is_file():
+            raise UserError(f"{option} {source}: there is no such file")
+
+
+def _check_data(plan: Plan, args: Namespace) -> tuple[int, list[str]]:
+    """The number of classes, where it can be told, and remarks."""
+    from deit.build import build_train_dataset, build_val_dataset, number_of_classes
+    from deit.data import check_same_classes
+    from deit.training import updates_per_epoch
+
+    here = all(
+        Path(path).expanduser().exists() for path in (args.data_path, args.eval_data_path) if path
+    )
+    if not plan.local and not here:
+        note = f"note    {args.data_path or args.eval_data_path} is not on this machine: "
+        return args.nb_classes or 1000, [note + "the nodes must see it"]
+    if args.download or not (plan.local or args.data_set == "SAMPLE"):
+        # the first is not there yet; the second may be millions of files on a slow file system
+        return args.nb_classes or 1000, []
+    sets = [] if args.disable_eval else [build_val_dataset(args)]
+    if not args.eval:
+        sets.append(build_train_dataset(args))
+        updates_per_epoch(args, len(sets[-1]), plan.resources.processes)
+    if len(sets) > 1:
+        check_same_classes(sets[1], sets[0])
+    if args.resume or args.finetune:  # the checkpoint says how many outputs there are
+        return args.nb_classes or 1000, []
+    return number_of_classes(args, sets[0]), []
+
+
+def _check_network(plan: Plan, args: Namespace, classes: int) -> None:
+    import timm
+    import torch
+
+    from deit.build import build_model, train_transform_of
+    from deit.run import LAST
+    from deit.training import optimizer_of
+
+    train_transform_of(args)
+    names = {"--model": args.model}
+    if args.distillation_type != "none":
+        names["--teacher-model"] = args.teacher_model
+    for option, name in names.items():
+        if not timm.is_model(name):
+            raise UserError(f"{option}: unknown model {name!r}{suggest(name, timm.list_models())}")
+    if args.resume or args.finetune or (Path(plan.job_dir) / LAST).exists():
+        return  # what the command line does not say of the network stands in the checkpoint
+    with torch.device("meta"):
+        model, _ = build_model(args, classes)
+        if not args.eval:
+            optimizer_of(args, model, args.lr)
+
+
+def _check_packages(args: Namespace) -> None:
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb needs the package wandb: pip install wandb")

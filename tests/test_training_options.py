@@ -1,0 +1,160 @@
+"""Options that reach further than the command line: what they change in a training."""
+
+import os
+from argparse import Namespace
+
+import pytest
+import torch
+from torch._functorch import config as functorch_config
+from training_runs import TINY, differences, load, make_images, train
+
+from deit.args import parse_args
+from deit.build import build_model, mean_and_std, set_precision
+from deit.errors import UserError
+from deit.finetune import read_for_finetune
+from deit.reporting import read_log
+from deit.training import workers
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data"))
+
+
+def test_without_evaluation_the_test_images_are_not_needed(data, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(data / "train")
+    more = ("--disable-eval", "--save-ckpt-freq", "1", "--save-ckpt-num", "2", "--epochs", "4")
+    more += ("--log-dir", str(tmp_path / "events"), "--num-workers", "99")
+    out = tmp_path / "out"
+    assert train(*more, data=tmp_path / "data", out=out) == 0
+    files = sorted(path.name for path in out.glob("*.pth"))
+    assert files == ["checkpoint.pth", "checkpoint_0002.pth", "checkpoint_0003.pth"]
+    assert "test_acc1" not in (out / "log.txt").read_text()
+    assert any((tmp_path / "events").iterdir())
+    assert not (out / "tensorboard").exists()
+    assert "as many as this process has cores" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--disable-eval"):
+        parse_args(["--eval", "--disable-eval"])
+
+
+def test_no_checkpoints(data, tmp_path):
+    assert train("--no-save-ckpt", "--epochs", "1", data=data, out=tmp_path) == 0
+    assert (tmp_path / "log.txt").exists()
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_image_folder_reads_what_imnet_reads(data, tmp_path):
+    more = ("--epochs", "1", "--imagenet_default_mean_and_std", "false", "--warmup-steps", "3")
+    assert train(*more, data=data, out=tmp_path / "one") == 0
+    folders = ("--data_set", "image_folder", "--eval_data_path", str(data / "val"))
+    assert train(*more, *folders, data=data / "train", out=tmp_path / "other") == 0
+    one, other = (load(tmp_path / name / "checkpoint.pth") for name in ("one", "other"))
+    assert differences(one["model"], other["model"]) == []
+    losses = [read_log(tmp_path / name)[0]["test_loss"] for name in ("one", "other")]
+    assert losses[0] == losses[1]
+    assert train("--eval", *folders[2:], data=data) == 0
+    assert mean_and_std(parse_args(more)) == ((0.5,) * 3, (0.5,) * 3)
+    for words, message in (
+        (("--data-set", "image_folder"), "--eval-data-path"),
+        (("--data-set", "CIFAR", "--eval-data-path", "x"), "IMNET or image_folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_args(["--data-path", "x", *words])
+
+
+def test_warm_up_in_updates(data, tmp_path):
+    """26 images are six updates an epoch: after six of twelve steps the rate is halfway."""
+    more = ("--epochs", "1", "--warmup-steps", "12", "--warmup-lr", "0", "--sched", "constant")
+    assert train(*more, data=data, out=tmp_path) == 0
+    (record,) = read_log(tmp_path)
+    assert 0.4e-3 < record["train_lr"] <= 0.5e-3
+
+
+def test_no_more_workers_than_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert workers(Namespace(num_workers=10_000)) == cores
+    assert workers(Namespace(num_workers=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "matmul", "convolutions"),
+    [
+        ([], "highest", True),
+        (["--high-precision-matmul"], "high", True),
+        (["--full-float32"], "highest", False),
+    ],
+)
+def test_float32_precision(words, matmul, convolutions, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not convolutions)
+    set_precision(parse_args(words), CUDA)
+    assert (chosen, torch.backends.cudnn.allow_tf32) == ([matmul], convolutions)
+
+
+def test_float32_precision_cannot_be_both():
+    with pytest.raises(UserError, match="--full-float32 forbids"):
+        parse_args(["--full-float32", "--high-precision-matmul"])
+
+
+def test_activation_memory_budget(monkeypatch):
+    monkeypatch.setattr(functorch_config, "activation_memory_budget", 1.0)
+    words = ["--activation-memory-budget", "0.3"]
+    set_precision(parse_args(["--compile", *words]), torch.device("cpu"))
+    assert functorch_config.activation_memory_budget == 0.3
+    with pytest.raises(UserError, match="add --compile"):
+        parse_args(words)
+    with pytest.raises(UserError, match="from 0 to 1"):
+        parse_args(["--activation-memory-budget", "2"])
+
+
+def test_the_compile_mode_reaches_torch(data, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
+    words = ("--compile", "--compile-mode", "max-autotune", "--epochs", "1")
+    assert train(*words, data=data, out=tmp_path) == 0
+    assert asked == [{"mode": "max-autotune"}] * 2, "the network and its average"
+    resume = ("--resume", str(tmp_path / "checkpoint.pth"))
+    assert train("--eval", "--compile-mode", "reduce-overhead", *resume, data=data) == 0
+    assert asked[2:] == [{"mode": "reduce-overhead"}]
+    assert train("--eval", "--compile", *resume, data=data) == 0
+    assert asked[3:] == [{}]
+
+
+@pytest.mark.parametrize(
+    ("model", "option"),
+    [
+        ("resmlp_12", "--fused-attn"),
+        ("d2_convnext_tiny", "--attn-mixer"),
+        ("test_vit", "--symmetrized-asym-feats"),
+    ],
+)
+def test_options_of_another_family_are_noted(model, option):
+    size = () if model == "test_vit" else ("--input-size", "224")
+    args = parse_args([*TINY, "--model", model, option, *size])
+    with torch.device("meta"):
+        _, notes = build_model(args, 10)
+    assert f"{model} has no {option}: it has no effect" in notes
+
+
+def test_weights_in_a_file_of_another_layout(tmp_path):
+    path = tmp_path / "x.pth"
+    weights = {"backbone.a": torch.ones(2), "head.b": torch.zeros(1)}
+    torch.save({"module": weights, "epoch": 3}, path)
+    assert read_for_finetune(str(path), "model|module")["model"].keys() == weights.keys()
+    assert read_for_finetune(str(path), "module", "backbone.")["model"].keys() == {"a"}
+    with pytest.raises(UserError, match="neither a 'model'"):
+        read_for_finetune(str(path))
+    with pytest.raises(UserError, match="no weights whose names begin with 'neck'"):
+        read_for_finetune(str(path), "module", "neck")
+
+
+def test_wandb_ckpt_needs_checkpoints():
+    assert parse_args(["--wandb-ckpt", "--enable-wandb", "--output-dir", "x"]).wandb
+    for words in (["--wandb"], ["--output-dir", "x"]):
+        with pytest.raises(UserError, match="--wandb-ckpt uploads checkpoints"):
+            parse_args(["--wandb-ckpt", *words])
