@@ -253,7 +253,7 @@ def _train(
 ) -> dict[str, float]:
     """Relative errors of gradients in the input and in parameters, and of the output in training,
     which may take other paths through a layer than inference."""
-    parameters = dict(module.named_parameters())
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     module.train()
 
     def backward(g: int) -> tuple[Feature, dict[str, Tensor]]:
