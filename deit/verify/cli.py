@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import timm
@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_value, number
+from deit.equivariance import worst
 from deit.errors import UserError, one_line
 from deit.verify import breaks
-from deit.verify.check import Result, check
+from deit.verify.check import Case, Result, check
 from deit.verify.checkpoints import network_of
 from deit.verify.layers import LAYER_CASES
 from deit.verify.networks import DEFAULT, NetworkCase, choose
@@ -99,7 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.self_test:
         tables = [_self_test(each) for each in settings]
     else:
-        checks = [(*case, each) for case in cases for each in _arithmetic(args, case[0], settings)]
+        checks = [
+            (case, each, network)
+            for case, network in cases
+            for each in _arithmetic(args, case, settings)
+        ]
         tables = [_check_layers(settings), _check_networks(checks)]
     rows, failed = sum(t.rows for t in tables), sum(t.failed for t in tables)
     took = f"{time.monotonic() - start:.0f} s"
@@ -184,29 +189,20 @@ def _check_layers(settings: list[Settings]) -> Table:
     ]
     notes = ["the largest error of features, output and gradients; 'images differ': the smallest "
              "difference of features of different images"]  # fmt: skip
-    with Table("Layers", columns, notes) as table:
-        for case in LAYER_CASES:
-            try:
-                results = [check(case, each) for each in settings]
-            except Exception as error:
-                table.crash(str(case), error)
-                continue
-            errors = [max(result.error(), result.gradient) for result in results]
-            cells = [
-                str(case),
-                *map(shown, errors),
-                shown(min(result.contrast for result in results)),
-                shown(min(result.twin for result in results)),
-            ]
-            table.row(cells, [failure for result in results for failure in _failures(result)])
-    return table
+    rows = [[(case, each, None) for each in settings] for case in LAYER_CASES]
+    return _check("Layers", columns, notes, rows, _layer_cells)
 
 
-def _failures(result: Result) -> list[str]:
-    return [f"{result.settings.arithmetic}: {failure}" for failure in result.failures]
+def _layer_cells(results: list[Result]) -> list[str]:
+    return [
+        str(results[0].case),
+        *(shown(worst(result.error(), result.gradient)) for result in results),
+        shown(min(result.contrast for result in results)),
+        shown(min(result.twin for result in results)),
+    ]
 
 
-def _check_networks(checks: list[tuple[NetworkCase, nn.Module | None, Settings]]) -> Table:
+def _check_networks(checks: list[tuple[NetworkCase, Settings, nn.Module | None]]) -> Table:
     columns = [
         Column("network", 57, right=False),
         Column("arithmetic", 12, right=False),
@@ -224,20 +220,11 @@ def _check_networks(checks: list[tuple[NetworkCase, nn.Module | None, Settings]]
     if any(case.name.startswith("hybrid_") for case, *_ in checks):
         notes.append("(logits) of a hybrid are not promised: it is equivariant up to its bridge, "
                      "and its features are checked so far")  # fmt: skip
-    with Table("Networks", columns, notes) as table:
-        for case, network, settings in checks:
-            try:
-                result = check(case, settings, network)
-            except UserError:
-                raise
-            except Exception as error:
-                table.crash(str(case), error)
-                continue
-            table.row(_network_cells(result), _failures(result))
-    return table
+    return _check("Networks", columns, notes, [[row] for row in checks], _network_cells)
 
 
-def _network_cells(result: Result) -> list[str]:
+def _network_cells(results: list[Result]) -> list[str]:
+    (result,) = results
     logits, count = shown(result.output), result.settings.count
     return [
         str(result.case),
@@ -251,6 +238,28 @@ def _network_cells(result: Result) -> list[str]:
         shown(result.contrast),
         shown(result.twin),
     ]
+
+
+def _check(
+    title: str,
+    columns: list[Column],
+    notes: list[str],
+    rows: list[list[tuple[Case, Settings, nn.Module | None]]],
+    cells: Callable[[list[Result]], list[str]],
+) -> Table:
+    """A table of checks; a row can have several of one case."""
+    with Table(title, columns, notes) as table:
+        for row in rows:
+            try:
+                results = [check(*each) for each in row]
+            except UserError:
+                raise
+            except Exception as error:
+                table.crash(str(row[0][0]), error)
+                continue
+            failures = [f"{r.settings.arithmetic}: {text}" for r in results for text in r.failures]
+            table.row(cells(results), failures)
+    return table
 
 
 def _self_test(settings: Settings) -> Table:

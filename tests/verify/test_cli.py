@@ -85,6 +85,8 @@ def test_a_check_that_crashes_fails_and_the_others_go_on(few, monkeypatch, capsy
         (["--model", "deit_tiny_patch16_LS"], "is an ordinary network"),
         (["--model", "resnet50"], "is an ordinary network"),
         (["--dtype", "float8"], "invalid choice"),
+        (["--compile-mode", "fast"], "invalid choice"),
+        (["--self-test", "--compile-mode", "default"], "--self-test breaks networks of its own"),
         (["--device", "toaster"], "the device 'toaster' cannot be used"),
         (["--batch", "1"], "must be from 2"),
         (["--img-size", "100"], "cannot be cut into patches"),
