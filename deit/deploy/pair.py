@@ -68,11 +68,6 @@ class PairMlp(nn.Module):
         act: the nonlinearity, a module.
     """
 
-    # A CPU in eager mode runs so many rows at a time that the four hidden tensors of a piece stay
-    # in its cache; see docs/performance-log.md.
-    PIECE_BYTES = 1 << 20
-    LEAST_ROWS = 128
-
     def __init__(self, first: Sequence[Weights], second: Sequence[Weights], act: nn.Module):
         super().__init__()
         self.fc1_s, self.fc1_a = (w.linear() for w in first)
@@ -80,36 +75,6 @@ class PairMlp(nn.Module):
         self.act = act
 
     def forward(self, x: Pair) -> Pair:  # parts (..., C/2)
-        s, a = x
-        if not runs_in_pieces(s):
-            return self.whole(s, a)
-        shape = s.shape
-        s, a = s.flatten(0, -2), a.flatten(0, -2)
-        row = self.fc2_s.in_features * s.element_size()
-        rows = max(self.PIECE_BYTES // row, self.LEAST_ROWS)
-        if len(s) <= rows:
-            ys, ya = self.whole(s, a)
-        else:
-            pieces = -(-len(s) // rows)
-            parts = [self.whole(*p) for p in zip(s.chunk(pieces), a.chunk(pieces), strict=True)]
-            ys, ya = (torch.cat(own) for own in zip(*parts, strict=True))
-        return ys.view(*shape[:-1], -1), ya.view(*shape[:-1], -1)
-
-    def whole(self, s: Tensor, a: Tensor) -> Pair:
-        """All rows at once."""
-        hs, ha = self.fc1_s(s), self.fc1_a(a)
+        hs, ha = self.fc1_s(x[0]), self.fc1_a(x[1])
         plus, minus = self.act(hs + ha), self.act(hs - ha)
         return self.fc2_s(plus + minus), self.fc2_a(plus - minus)
-
-
-def runs_in_pieces(x: Tensor) -> bool:
-    """Whether a layer may cut its input: in eager mode on a CPU, where it saves memory traffic.
-
-    Compilers, exporters and tracers work on stand-ins, and shall see one graph for all sizes.
-    """
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
