@@ -196,7 +196,8 @@ class FoldedVisionTransformer(nn.Module):
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
         x = x + self.positions(height // self.patch_size[0], width // self.patch_size[1])
         if self.prefix is not None:
-            x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
+            # the size as one tuple, for symbolic tracers
+            x = torch.cat([self.prefix.expand((x.shape[0], -1, -1)), x], 1)
         half = x.shape[-1] // 2
         s, a = self.pairs((x[..., :half].contiguous(), x[..., half:].contiguous()))
         if self.bridge == "regular":

@@ -1,0 +1,112 @@
+"""Compilers, exporters and quantisers take folded networks whole."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+from torch.fx import symbolic_trace
+
+from deit.deploy import fold
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny import NAMES, create_random, images
+
+TARGETS = ("torch", "onnx")
+FOLDED = [name for name in NAMES if "d2_" in name or "hybrid" in name]
+CASES = list(itertools.product(FOLDED, TARGETS))
+BATCH = {0: Dim("batch", min=1, max=64)}
+
+
+def folded(family: str, target: str = "torch") -> nn.Module:
+    depth = dict(depths=(1, 1, 1, 1)) if family == "d2_convnext" else dict(depth=2)
+    return fold(create_random(family, **depth).float(), target)
+
+
+def x32(count: int = 2) -> torch.Tensor:
+    return images(count, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("family", "target"), CASES)
+def test_one_graph_for_all_batch_sizes(family, target):
+    torch._dynamo.reset()
+    model = folded(family, target)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch in (2, 3, 5):
+        x = x32(batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("family", "target"), CASES)
+def test_exported_with_any_batch_size_and_only_torch_operations(family, target):
+    model = folded(family, target)
+    program = torch.export.export(model, (x32(),), dynamic_shapes=(BATCH,))
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            assert type(node.target).__module__.startswith("torch") or node.target.__module__ in (
+                "_operator",
+                "math",
+            )
+            assert "deit" not in str(node.target)
+    for batch in (1, 3):
+        x = x32(batch)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FOLDED)
+def test_symbolic_tracing(family):
+    model = folded(family)
+    torch.testing.assert_close(symbolic_trace(model)(x32()), model(x32()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("family", [name for name in FOLDED if name != "d2_inv_early_deit"])
+def test_onnx_and_its_quantiser(family, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = folded(family, "onnx")
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(
+        model, (x32(),), str(path), dynamo=True, dynamic_shapes=(BATCH,), verbose=False
+    )
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph)
+    assert {node.domain for node in graph.graph.node} == {""}
+    products = {"MatMul", "Conv", "Gemm"}
+
+    def run(file: Path, x: torch.Tensor) -> torch.Tensor:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        return torch.from_numpy(logits)
+
+    for batch in (1, 3):
+        x = x32(batch)
+        torch.testing.assert_close(run(path, x), model(x), rtol=1e-3, atol=1e-4)
+    small = tmp_path / "small.onnx"
+    quantize_dynamic(path, small)
+    kinds = [node.op_type for node in onnx.load(small).graph.node]
+    weighted = [n for n in graph.graph.node if n.op_type in products]
+    assert sum(kind in ("MatMulInteger", "ConvInteger") for kind in kinds) >= len(weighted) / 2
+    x = x32()
+    assert (run(small, x) - model(x)).norm() / model(x).norm() < 0.2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("family", FOLDED)
+def test_dynamic_quantisation(family):
+    model = folded(family)
+    count = sum(type(m) is nn.Linear for m in model.modules())
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    kinds = [type(m).__module__ for m in quantised.modules()]
+    assert sum("quantized" in kind for kind in kinds) >= count
+    x = x32()
+    assert (quantised(x) - model(x)).norm() / model(x).norm() < 0.2
