@@ -85,6 +85,12 @@ def _resumed(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> Bui
     state = model_state(checkpoint, source=source, ema=ema)
     check_finite(state, source)
     adopted = adopt(args, checkpoint, state, (*NETWORK, *DATA), source=source)
+    if not isinstance(args.input_size, int):
+        height, width = args.input_size
+        raise UserError(
+            f"the network in {source} is for images of {height} x {width} pixels, those of an "
+            "evaluation are square: deit.load gives the network"
+        )
     data = build_val_dataset(args)
     outputs = number_of_outputs(state, args.model) or number_of_classes(args, data)
     if args.nb_classes not in (None, outputs):

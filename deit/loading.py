@@ -175,7 +175,8 @@ def _given(args: Namespace) -> set[str]:
 def _merge(args: Namespace, theirs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Complete `args.model_kwargs`; what was taken, and what differs, as words."""
     ours = dict(args.model_kwargs or ())
-    taken = [f"--model-kwargs {key}={v}" for key, v in theirs.items() if key not in ours]
+    words = [f"{key}={value}" for key, value in theirs.items() if key not in ours]
+    taken = [f"--model-kwargs {' '.join(words)}"] if words else []
     differing = [
         f"--model-kwargs {key}={ours[key]} (there: {value})"
         for key, value in theirs.items()

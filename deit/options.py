@@ -310,7 +310,8 @@ def _add_loss(parser: ArgumentParser) -> None:
     loss.add("--teacher-model", str, "regnety_160", "NAME",
              "network to distil, any of timm's or of this package")
     loss.add("--teacher-path", str, "", "SOURCE",
-             "checkpoint of the teacher, named as for --resume (default: timm's weights for it)")
+             "checkpoint of the teacher, named as for --resume; its trained weights are taken, not "
+             "their average (default: timm's weights for it)")
     loss.add("--distillation-type", str, "none", None,
              "learn the teacher's probabilities (soft) or its decisions (hard)",
              choices=("none", "soft", "hard"))
@@ -321,7 +322,8 @@ def _add_loss(parser: ArgumentParser) -> None:
 
     finetune = OptionGroup(parser, "fine-tune")
     finetune.add("--finetune", str, "", "SOURCE",
-                 "checkpoint, named as for --resume, whose weights the training starts from; "
+                 "checkpoint, named as for --resume, whose trained weights (not their average) the "
+                 "training starts from; "
                  "another resolution or other classes are adapted (default: random weights)")
     finetune.add("--model-key", str, "", "KEYS",
                  "where in that file the weights are: KEY, or KEY|KEY for the first that is there "
@@ -339,7 +341,8 @@ def _add_loss(parser: ArgumentParser) -> None:
 def _add_data(parser: ArgumentParser) -> None:
     data = OptionGroup(parser, "data")
     data.add("--data-path", str, "", "DIR",
-             "folder of the data set (default: the sample bundled with this package)")
+             "folder of the data set (default: the sample bundled with this package; with --eval "
+             "that of the checkpoint's training)")
     data.add("--eval-data-path", str, "", "DIR",
              "folder of the test images, a folder a class (default: val/ in --data-path)")
     data.add("--data-set", str, "IMNET", None,

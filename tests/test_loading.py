@@ -97,9 +97,19 @@ def test_evaluation_needs_nothing_but_the_file(file, data, capsys):
     printed = capsys.readouterr().out
     scores = load(file)["progress"]["history"][-1]
     assert f"Acc@1 {scores['test_acc1']:.3f}" in printed
-    taken = f"--model {MODEL} --input-size 16 --patch-size 8 --attn-mixer --model-kwargs depth=1"
+    taken = f"--model {MODEL} --input-size 16 --patch-size 8 --attn-mixer --model-kwargs depth=1 e"
     assert taken in printed
     assert f"--data-path {data}" in printed
+
+
+def test_networks_for_images_that_are_not_square(data, tmp_path, capsys):
+    network = timm.create_model(MODEL, img_size=(32, 64), depth=1, num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "wide.pth")
+    argv = ("--model", MODEL, "--model-kwargs", "depth=1", "--data-path", str(data))
+    assert run("--eval", "--resume", str(tmp_path / "wide.pth"), *argv) == 2
+    assert "is for images of 32 x 64 pixels" in capsys.readouterr().err
+    loaded = deit.load(tmp_path / "wide.pth", model=MODEL, depth=1)
+    assert_holds(loaded, network.state_dict())
 
 
 def test_differences_are_named(file, data, capsys):

@@ -32,6 +32,7 @@ import torch
 from deit.cli import CommandLine, OptionGroup, number
 from deit.distributed import choose_device
 from deit.errors import UserError, one_line, one_line_errors
+from deit.folder import claim
 from deit.reporting import duration
 from deit.saving import write_text
 from deit.stopping import Stopped, stop_on_signals, stop_reason
@@ -202,8 +203,10 @@ def work(place: str, tasks: Any, reports: Any, settings: dict[str, Any]) -> None
         while stop_reason() is None and (cell := tasks.get()) is not None:
             state = settings["states"] / cell.name
             try:
-                state.mkdir(parents=True, exist_ok=True)
-                result = Training(cell, plan, data, device, state).run(settings["command"])
+                with claim(state):  # another grid may be under way in the same folder
+                    result = Training(cell, plan, data, device, state).run(settings["command"])
+                    write_text(results / f"{cell.name}.json", json.dumps(result, indent=1) + "\n")
+                    shutil.rmtree(state)
             except Stopped:
                 break
             except UserError as error:
@@ -212,8 +215,6 @@ def work(place: str, tasks: Any, reports: Any, settings: dict[str, Any]) -> None
             except Exception:
                 reports.put((cell.name, f"failed\n{traceback.format_exc()}", False))
                 continue
-            write_text(results / f"{cell.name}.json", json.dumps(result, indent=1) + "\n")
-            shutil.rmtree(state)
             text = "{accuracy:.2f} %, mirrored {accuracy_mirrored:.2f} %, {seconds:.0f} s"
             reports.put((cell.name, text.format(**result), True))
     tasks.cancel_join_thread()
