@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from networks import NETWORKS, create, images
 from torch import nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 FAMILIES = pytest.mark.parametrize(
     "network", [name for name in NETWORKS if name != "vit, explicit attention"]
@@ -20,12 +22,18 @@ def shallow(network: str) -> nn.Module:
     return create(network, **({} if network in ("hybrid", "invariant-early") else depth))
 
 
+@functools.cache
+def exported(network: str) -> tuple[nn.Module, ExportedProgram]:
+    """A network and what torch.export makes of it, for any batch size."""
+    model = shallow(network)
+    return model, torch.export.export(model, (images(),), dynamic_shapes=(BATCH,))
+
+
 def test_exported_with_any_batch_size(any_network):
-    model = shallow(any_network)
-    exported = torch.export.export(model, (images(),), dynamic_shapes=(BATCH,)).module()
+    model, program = exported(any_network)
     for batch in (1, 3, 6):
         x = images(batch)
-        assert torch.equal(exported(x), model(x))
+        assert torch.equal(program.module()(x), model(x))
 
 
 @FAMILIES
@@ -36,8 +44,9 @@ def test_strictly_exported(network):
 
 
 def test_an_exported_network_survives_a_file(tmp_path):
-    model, x = shallow("vit"), images()
-    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    model, program = exported("vit")
+    x = images()
+    torch.export.save(program, tmp_path / "model.pt2")
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
 
 
@@ -46,16 +55,14 @@ def test_an_exported_network_survives_a_file(tmp_path):
 def test_onnx(network, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = shallow(network)
+    model, program = exported(network)
     path = str(tmp_path / "model.onnx")
     torch.onnx.export(
-        model,
-        (images(),),
-        path,
+        program,
+        f=path,
         dynamo=True,
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes=(BATCH,),
         verbose=False,
     )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
