@@ -4,9 +4,10 @@
 # Every block below was run, and what it printed stands beneath it. The blocks are the cells of
 # [tour.py](tour.py): run it with `python docs/tour.py` (half a minute, no GPU, no download), or
 # open it as a notebook in an editor that knows `# %%` cells. `python docs/render.py` writes this
-# page. It needs `pip install onnx onnxscript onnxruntime`.
+# page. It needs `pip install onnx onnxscript onnxruntime peft`.
 
 # %%
+import copy
 import logging
 import sys
 import tempfile
@@ -15,12 +16,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path.cwd()))  # the repository's root, where this is run
 
 import onnxruntime
+import peft
 import torch
 import torch.nn.functional as F
 
 from deit.checkpoint import load_model, model_state, read_checkpoint
 from deit.data.datasets import SAMPLE_FOLDER
-from deit.equivariance import assert_equivariant, channels, equivariance_error, randomize_
+from deit.equivariance import (
+    assert_equivariant,
+    channels,
+    equivariance_error,
+    image,
+    invariant,
+    randomize_,
+)
 from deit.finetune import load_for_finetune
 from deit.groups import FLOP
 from deit.layers import GELU, Linear
@@ -176,6 +185,31 @@ try:
     load_model(small_vit(28), state, source=source)
 except ValueError as error:
     print(error)
+
+# %% [markdown]
+# ## Fine-tuning with a LoRA on the halves
+#
+# Inside every equivariant `Linear` are two ordinary `nn.Linear`s, one for s and one for a, so tools
+# that adapt such layers find them. PEFT, which only this page and the tests need, puts a small
+# correction beside each. A correction of either half mixes no halves: the network stays
+# equivariant, and the merged weights are an ordinary checkpoint. The task here is new to the
+# network: the images upside down.
+
+# %%
+upside_down, test_upside_down = (
+    Images(data.pixels.flip(1), data.targets) for data in (training_set, test_set)
+)
+targets = ["linear_sym", "linear_asym"]
+config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["head"])
+adapted = peft.get_peft_model(copy.deepcopy(model), config)
+adapted.print_trainable_parameters()
+print("upside down, before", accuracy(adapted, test_upside_down))
+train(adapted, upside_down, steps=100, lr=5e-3)
+print("upside down, after", accuracy(adapted, test_upside_down))
+print("on their mirror images", accuracy(adapted, test_upside_down.mirrored()))
+print(equivariance_error(adapted, FLOP, torch.randn(4, 1, 28, 28), image(FLOP), invariant))
+load_model(model, adapted.merge_and_unload().state_dict(), source="the merged network")
+print("merged", accuracy(model, test_upside_down))
 
 # %% [markdown]
 # ## Exporting it

@@ -45,6 +45,7 @@ def test_the_page_shows_the_script(render):
 @pytest.mark.slow
 def test_the_script_runs_and_shows_what_it_claims(render, restored, monkeypatch):
     pytest.importorskip("onnxruntime")
+    pytest.importorskip("peft")
     monkeypatch.chdir(DOCS.parent)
     page = render.render((DOCS / "tour.py").read_text(encoding="utf-8"))
     outputs = re.findall(r"```text\n(.*?)\n```", page, re.DOTALL)
@@ -53,11 +54,15 @@ def test_the_script_runs_and_shows_what_it_claims(render, restored, monkeypatch)
     assert "zeros in the regular basis: 0  packed: 32" in text
     answers = re.findall(r"(?:as the network|still invariant|A = D|B = C): (\w+)", text)
     assert answers == ["True"] * 5
-    plain = re.findall(r"on the test images (.*)|^after (.*)", text, re.MULTILINE)
+    plain = re.findall(r"on the test images (.*)|^(?:upside down, )?after (.*)", text, re.MULTILINE)
     mirrored = re.findall(r"on their mirror images (.*)", text)
     assert [first or second for first, second in plain] == mirrored
     assert all(float(percent.split()[0]) > 40 for percent in mirrored)
+    before, after, merged = re.findall(
+        r"upside down, \w+ (\S+) %|^merged (\S+) %", text, re.MULTILINE
+    )
+    assert float(before[0]) + 3 < float(after[0]) == float(merged[1])
     errors = [float(error) for error in re.findall(r"error=([\d.e-]+)", text)]
-    assert max(errors[:2]) < 1e-6  # ours
-    assert min(errors[2:]) > 0.1  # the wrong layers
+    assert max(*errors[:2], errors[4]) < 1e-6  # ours, and the network with a LoRA
+    assert min(errors[2:4]) > 0.1  # the wrong layers
     assert "is not the token order" in text

@@ -26,7 +26,8 @@ class Attention(nn.Module):
         dim: C, a multiple of `num_heads` times the group's order.
         num_heads: number of heads; each is C / num_heads wide and scaled by its square root.
         use_fused_attn: `scaled_dot_product_attention` in place of the explicit products; None
-            chooses it where it is available and allowed.
+            chooses it where it is available and allowed. torch gives it first derivatives alone:
+            second and forward ones need False, or `torch.nn.attention.sdpa_kernel` with MATH.
         use_attn_mixer: weigh the irreps' logits, m_0 q_s.k_s + m_1 q_a.k_a, by learned factors
             shared by the heads (key `attn_mixer`), initially 1 for the trivial irrep and 0 for the
             others.

@@ -36,7 +36,7 @@ def test_exported_with_any_batch_size(any_network):
         assert torch.equal(program.module()(x), model(x))
 
 
-@FAMILIES
+@pytest.mark.parametrize("network", ["hybrid", "resmlp", "hierarchical convnext"])
 def test_strictly_exported(network):
     model, x = shallow(network), images(3)
     exported = torch.export.export(model, (images(),), dynamic_shapes=(BATCH,), strict=True)
