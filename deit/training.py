@@ -33,6 +33,7 @@ from deit.data import (
     build_train_loader,
     check_same_classes,
     match_classes,
+    names_of_outputs,
     read_class_map,
 )
 from deit.distributed import Processes, blocks_of, shard, wrap_ddp
@@ -378,10 +379,16 @@ def _label(
     checkpoint: Mapping[str, Any] | None,
 ) -> list[str]:
     """Number the classes as --class-map says, or as the training did that goes on."""
-    names = () if checkpoint is None else checkpoint.get("class_names") or ()
-    origin = source
+    saved = () if checkpoint is None else checkpoint.get("class_names") or ()
+    names, origin = saved, source
+    classes = data[0].class_names
     if args.class_map:
         names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
+    elif checkpoint is not None and not saved and (args.nb_classes or 0) > len(classes):
+        try:
+            names, origin = names_of_outputs(classes, args.nb_classes, source=source)
+        except UserError:
+            return [f"{source} does not say which output is which class: taken in the data's order"]
     if not names:
         return []
     outputs = len(names) if args.nb_classes is None else args.nb_classes

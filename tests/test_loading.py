@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 from training_runs import load, make_images, train
 
 import deit
@@ -240,6 +241,25 @@ def test_a_classifier_for_other_classes_is_not_taken(file, data, tmp_path, capsy
     assert "initialised anew (head" in capsys.readouterr().out
     assert run("--resume", str(file), *argv) == 2
     assert "3 classes of the data (cat, dog, owl)" in capsys.readouterr().err
+
+
+def test_published_training_goes_on_with_some_of_imagenets_classes(data, tmp_path, capsys):
+    """Its file has no names: the labels are ImageNet's, not the order of the folders."""
+    synsets = ImageNetInfo("imagenet-1k").label_names()
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number in range(3):
+            target = data / split / f"class{number}"
+            (tmp_path / split / synsets[500 + number]).symlink_to(target)
+    argv = (*OPTIONS, "--nb-classes", "1000")
+    assert train(*argv, data=tmp_path, out=tmp_path / "out") == 0
+    published = load(tmp_path / "out" / "checkpoint.pth")
+    del published["class_names"]
+    torch.save(published, tmp_path / "out" / "checkpoint.pth")
+    more = ("--resume", "auto", "--epochs", "2")
+    assert train(*OPTIONS, *more, data=tmp_path, out=tmp_path / "out") == 0
+    assert "the data have 3 of the 1000 classes of ImageNet-1K" in capsys.readouterr().out
+    assert load(tmp_path / "out" / "checkpoint.pth")["class_names"] == synsets
 
 
 # what cannot be scored
