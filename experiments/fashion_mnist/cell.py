@@ -18,11 +18,12 @@ from deit.checkpoint import read_checkpoint
 from deit.distributed import Place, Processes
 from deit.engine import Learner, evaluate, train_one_epoch
 from deit.metrics import Accuracy
+from deit.networks import build_networks
 from deit.reporting import environment
 from deit.resume import TrainingState, seed_all
 from deit.saving import CheckpointWriter
 from deit.stopping import StopAgreement, Stopped
-from deit.training import LAST, build_learner, build_networks, build_state
+from deit.training import LAST, build_learner, build_state
 from experiments.fashion_mnist.grid import Cell, Plan
 from experiments.fashion_mnist.images import Images, TestBatches, training_batches
 from experiments.fashion_mnist.networks import CLASSES, IMAGE_SIZE
