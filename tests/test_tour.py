@@ -62,7 +62,7 @@ def test_the_script_runs_and_shows_what_it_claims(render, restored, monkeypatch)
         r"upside down, \w+ (\S+) %|^merged (\S+) %", text, re.MULTILINE
     )
     assert float(before[0]) + 3 < float(after[0]) == float(merged[1])
-    errors = [float(error) for error in re.findall(r"error=([\d.e-]+)", text)]
+    errors = [float(error) for error in re.findall(r"error=([\d.e+-]+)", text)]
     assert max(*errors[:2], errors[4]) < 1e-6  # ours, and the network with a LoRA
     assert min(errors[2:4]) > 0.1  # the wrong layers
     assert "is not the token order" in text
