@@ -189,6 +189,7 @@ def test_local_run_is_stopped_and_continued(tmp_path):
     step = int(re.search(r"in epoch 2 after step (\d+)", wait_for(log, "saved   "))[1])
     folder = log.parent
     assert folder == tmp_path / "runs" / str(pid)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [str(pid)], "no folder %j"
     assert read_checkpoint(folder / "checkpoint.pth")["step"] == step
     _, log = start("--job-dir", str(folder))
     text = wait_for(log, "\nfinished")

@@ -7,15 +7,19 @@ import os
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
-from deit.args import parse_args
+from deit.args import get_parser, parse_args
+from deit.cli import Switch
 from deit.errors import UserError
+from deit.launch import submit as submit_module
 from deit.launch.cluster import load_cluster_file, parse_time
 from deit.launch.plan import make_plan
-from deit.launch.recipes import recipe_names
+from deit.launch.preflight import check
+from deit.launch.recipes import options_to_argv, recipe_names
 from deit.launch.submit import dry_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -319,3 +323,91 @@ def test_the_launcher_loads_neither_torch_nor_submitit():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def sample_words(action) -> list[str]:
+    """A value for an option that is not its default."""
+    flag = action.option_strings[0]
+    if isinstance(action, Switch):
+        return [flag if not action.default else action.option_strings[-1]]
+    if action.dest == "model_kwargs":
+        return [flag, "depth=2", "x=(1, 2)", flag, "s='4'", "pool=avg", "neg=-1", "none=None"]
+    if action.dest == "device":
+        return [flag, "cuda:1"]
+    if action.choices:
+        return [flag, next(word for word in action.choices if word != action.default)]
+    try:
+        action.type("0.5")
+        words = ["0.35", "0.75"]
+    except ArgumentTypeError:
+        words = ["7", "8"]
+    if action.type is str:
+        words = ["a b=-c %j", "d"]
+    count = {"+": 2, 2: 2}.get(action.nargs, 1)
+    return [flag, *words[:count]]
+
+
+def test_every_option_of_main_passes_through_unchanged(monkeypatch):
+    """Each with a value of its own; the parser's words come out as the same options."""
+    monkeypatch.setattr("deit.args.validate", lambda args: None)  # some need company
+    actions = [a for a in get_parser()._actions if a.dest != "help"]
+    assert len(actions) > 100
+    for action in actions:
+        words = sample_words(action)
+        made = make_plan([*words, "--dry-run"])[0]
+        direct, passed = (get_parser().parse_args(argv) for argv in (words, made.argv()))
+        assert vars(passed) == vars(direct), words
+        assert passed.given == direct.given, words
+        assert getattr(direct, action.dest) != action.default, "the sample shows nothing"
+
+
+def test_model_kwargs_reach_the_command_by_hand():
+    made = plan("--model", "d2_deit_tiny_patch16_LS", "--model-kwargs", "depth=2", "num_heads=3")
+    assert "--model-kwargs depth=2 num_heads=3" in made.command()
+    options = {"model_kwargs": {"depth": 2}}  # as in a recipe
+    assert options_to_argv(options, get_parser()) == ["--model-kwargs", "depth=2"]
+
+
+def test_a_recipe_without_its_compilation():
+    made = plan("--recipe", "resmlpL_24", "--data-path", "x", "--no-compile")
+    assert not parse_args(made.argv()).compile
+    assert parse_args(plan("--recipe", "resmlpL_24", "--data-path", "x").argv()).compile
+
+
+TINY = ("--local", "--model", "d2_deit_tiny_patch16_LS", "--input-size", "32")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "nosuch"], "unknown model 'nosuch'"),
+        (["--opt", "nosuch"], "unknown optimizer 'nosuch'"),
+        (["--aa", "nosuch"], "augmentation 'nosuch' is not understood"),
+        (["--input-size", "33"], "33"),
+        (["--model-kwargs", "nosuch=1"], "no argument 'nosuch'"),
+        (["--data-path", "/nowhere"], "the data path does not exist"),
+        (["--resume", "nosuch.pth"], "--resume nosuch.pth: there is no such file"),
+        (["--finetune", "nosuch.pth"], "--finetune nosuch.pth: there is no such file"),
+        (["--teacher-model", "nosuch", "--distillation-type", "hard"], "--teacher-model: unknown"),
+        (["--batch-size", "100000"], "fewer than one global batch of 100000"),
+        (["--nb-classes", "3"], "--nb-classes 3 is too few"),
+        (["--job-dir", "{tmp}/file/%j"], "the job's folder .* cannot be made: .*file is not"),
+        (["--output-dir", "{tmp}/file"], "the job's folder .* cannot be made: .*file is not"),
+        (["--wandb"], "pip install wandb"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_what_would_fail_is_refused_before_a_job_starts(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(submit_module, "_submit_all", lambda *args: pytest.fail("a job started"))
+    with pytest.raises(UserError, match=message):
+        submit_module.submit(plan(*TINY, *(word.format(tmp=tmp_path) for word in words)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
+
+
+def test_data_that_only_the_nodes_have_are_noted(tmp_path):
+    words = ["--model", "d2_deit_tiny_patch16_LS", "--data-path", "/nowhere"]
+    (note,) = check(plan(*words, "--job-dir", str(tmp_path / "%j")))
+    assert note == "note    /nowhere is not on this machine: the nodes must see it"
+    assert check(plan(*TINY)) == []

@@ -76,6 +76,32 @@ def test_local_runs_live_as_long_as_their_process(tmp_path):
     assert read_status(dead).state == "stopped"
 
 
+def test_the_last_error_of_a_failed_run_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(status.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(status.slurm, "job_state", {"1": "FAILED", "2": "RUNNING"}.get)
+    child = subprocess.Popen(["true"])
+    child.wait()
+    logs = {
+        "1": "--- start\nTraceback (most recent call last):\n  File x\n"
+        "torch.cuda.OutOfMemoryError: CUDA out of memory\nsrun: error: n1: Exited\n",
+        "2": "error: an earlier start\n",
+        "3": "--- start\nerror: the first start\n--- start\na warning\n",
+        "4": "--- start\nerror: unknown model 'x'\n",
+    }
+    for name, text in logs.items():
+        local = name in "34"
+        job = str(child.pid) if local else name
+        run = make_run(tmp_path / name, [1.0], job_id=job, local=local, epochs=7)
+        (run / f"{job}_0_log.err").write_text(text)
+    found = [read_status(tmp_path / name) for name in logs]
+    assert [run.state for run in found] == ["failed", "running", "stopped", "failed"]
+    wanted = ["torch.cuda.OutOfMemoryError: CUDA out of memory", None, None]
+    assert [run.error for run in found] == [*wanted, "error: unknown model 'x'"]
+    text = io.StringIO()
+    show_status([str(tmp_path)], Console(file=text))
+    assert text.getvalue().splitlines()[-1] == "4  error: unknown model 'x'"
+
+
 def test_a_run_that_has_only_been_submitted(tmp_path, monkeypatch):
     monkeypatch.setattr(status.shutil, "which", lambda name: "/usr/bin/" + name)
     monkeypatch.setattr(status.slurm, "job_state", lambda job_id: "PENDING")
