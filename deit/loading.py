@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from deit.args import config_dict, get_parser, parse_args
 from deit.build import build_model
-from deit.checkpoint import load_model, model_state, read_checkpoint, trained_model_name
+from deit.checkpoint import (
+    check_finite,
+    load_model,
+    model_state,
+    read_checkpoint,
+    trained_model_name,
+)
 from deit.errors import UserError
 from deit.finetune import load_for_finetune
 from deit.layers import MirrorGrid
@@ -62,7 +68,8 @@ def load(
         outputs stand for, in their order; None if the file does not say it.
 
     Raises:
-        UserError: the file cannot be read, does not say which network it is, or does not fit.
+        UserError: the file cannot be read, does not say which network it is, does not fit, or has
+            weights that are infinite or NaN.
     """
     checkpoint = read_checkpoint(source)
     network, _ = build_as_trained(
@@ -89,6 +96,7 @@ def build_as_trained(
 ) -> tuple[nn.Module, Namespace]:
     """`load` for a checkpoint that has been read; also returns the options that were used."""
     state = model_state(checkpoint, source=source, ema=ema)
+    check_finite(state, source)
     args = parse_args([])
     name = model or trained_model_name(checkpoint)
     if name is None:

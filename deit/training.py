@@ -20,7 +20,7 @@ from deit.build import (
     mean_and_std,
     number_of_classes,
 )
-from deit.checkpoint import model_state
+from deit.checkpoint import check_finite, model_state
 from deit.data import (
     DeviceLoader,
     ImageDataset,
@@ -294,6 +294,7 @@ def _adopt(
     if checkpoint is None:
         return []
     state = model_state(checkpoint, source=source)
+    check_finite(state, source)
     return adopt(args, checkpoint, state, names, source=source)
 
 

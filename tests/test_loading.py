@@ -269,8 +269,10 @@ def test_weights_that_are_not_finite(file, data, tmp_path, capsys):
     broken = load(file)
     broken["model"]["head.weight"][0, 0] = float("nan")
     torch.save(broken, tmp_path / "nan.pth")
-    for option in ("--resume", "--finetune"):
-        assert run("--eval", option, str(tmp_path / "nan.pth")) == 2
+    with pytest.raises(UserError, match="infinite or NaN"):
+        deit.load(tmp_path / "nan.pth")
+    for argv in (("--eval", "--resume"), ("--eval", "--finetune"), ("--resume",), ("--finetune",)):
+        assert run(*argv, str(tmp_path / "nan.pth")) == 2
         error = capsys.readouterr().err
         assert "weights that are infinite or NaN, in 1 tensor (head.weight)" in error
         assert error.count("\n") == 1
