@@ -122,6 +122,8 @@ def _validate_schedule(args: Namespace) -> None:
 
 
 def _validate_sources(args: Namespace) -> None:
+    if args.fold and not args.eval:
+        raise UserError("--fold is for --eval: a folded network is not trained")
     if args.resume == "auto" and not args.output_dir:
         raise UserError(
             "--resume auto looks for the checkpoint in --output-dir, which is not given"

@@ -16,6 +16,7 @@ from deit.checkpoint import (
     which_weights,
 )
 from deit.data import ImageDataset, match_classes, names_of_outputs, read_class_map
+from deit.deploy import fold
 from deit.distributed import Processes
 from deit.engine import Precision, describe, evaluate
 from deit.errors import UserError
@@ -52,6 +53,8 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
         for note in notes + remarks + ([data.note] if data.note else []):
             print(f"note    {note}", flush=True)
     model.to(processes.device)
+    if args.fold:
+        model = fold(model)
     if args.compile:
         model.compile(**compile_options(args))
     scores = evaluate(

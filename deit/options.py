@@ -80,6 +80,8 @@ def _add_run(parser: ArgumentParser) -> None:
             "first epoch, counted from 0; a resumed checkpoint brings its own")
     run.switch("--eval",
                "evaluate the network and stop; needs only the val/ part of the data")
+    run.switch("--fold",
+               "with --eval: evaluate the network folded for deployment (deit.deploy.fold)")
     run.switch("--flop-eval",
                "evaluate the mirrored images too: their accuracy, and the share of images that get "
                "the same answer as their mirror image")

@@ -110,6 +110,7 @@ def test_published_prefixes_stay_unique(words):
         (["--warmup-prefix", "--epochs", "5"], ["--warmup-prefix", "5"]),
         (["--resume", "auto"], ["--output-dir"]),
         (["--finetune", "auto"], ["--resume"]),
+        (["--fold"], ["--fold is for --eval"]),
         (["--resume-weights-only"], ["--resume-weights-only needs --resume"]),
         (["--data-set", "CIFAR"], ["CIFAR100", "--data-path"]),
         (["--zip-dataloader"], ["--zip-dataloader", "--data-path"]),

@@ -180,6 +180,15 @@ def evaluate(*argv: str) -> int:
     return one_line_errors(lambda: main(parse_args([*TINY, "--eval", *argv])))
 
 
+@pytest.mark.parametrize("more", [(), ("--flop-eval",)])
+def test_eval_of_the_folded_network(data, trained, capsys, more):
+    argv = ("--data-path", str(data), "--resume", str(trained / "checkpoint.pth"), *more)
+    assert evaluate(*argv) == 0
+    plain = capsys.readouterr().out
+    assert evaluate(*argv, "--fold") == 0
+    assert capsys.readouterr().out == plain
+
+
 def test_eval_prints_the_scores_of_the_training(data, trained, capsys):
     source = str(trained / "checkpoint.pth")
     assert evaluate("--data-path", str(data), "--resume", source) == 0
