@@ -1,0 +1,278 @@
+"""Folded networks beside their ordinary twins: in ONNX Runtime, and in PyTorch eager and compiled.
+
+    python benchmarks/deploy.py                                   # all, about half an hour
+    python benchmarks/deploy.py --models resmlp_equi_d2_12 --runtimes onnx
+    python benchmarks/deploy.py --runtimes                        # table and figure alone
+
+Twin and ours are exported by the same call and run in turns in one process. Results are added to
+those that `--json` holds already, each with its conditions; table and figure show all of them.
+Run it on an idle machine: the load before each measurement is kept beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import timm
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import deit.models  # noqa: F401 - registers the networks
+from deit.cli import CommandLine, OptionGroup, number
+from deit.complexity.hardware import describe, versions
+from deit.complexity.published import twin_of
+from deit.complexity.subject import prepare_compiler, release
+from deit.complexity.timing import alternate
+from deit.deploy import fold
+from deit.errors import UserError, one_line_errors
+from deit.saving import atomic_path, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "deploy.json"
+PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "assets" / "deploy.png"
+MODELS = (
+    "d2_deit_small_patch16_LS",
+    "d2_deit_base_patch16_LS",
+    "d2_convnext_isotropic_small",
+    "d2_convnext_isotropic_base",
+    "resmlp_equi_d2_12",
+)
+# what each runtime is called in the table and the figure, and the colour of its bars
+RUNTIMES = {
+    "onnx": ("ONNX Runtime", "#0072B2"),
+    "eager": ("PyTorch, eager", "#D55E00"),
+    "compiled": ("PyTorch, compiled", "#009E73"),
+}
+CPU = torch.device("cpu")
+
+
+def get_parser() -> CommandLine:
+    parser = CommandLine(description=__doc__.splitlines()[0])
+    group = OptionGroup(parser, "benchmark")
+    group.add("--models", str, list(MODELS), "NAME", "equivariant networks with a twin", nargs="+")
+    group.add(
+        "--runtimes",
+        str,
+        list(RUNTIMES),
+        "NAME",
+        f"what to measure, of {', '.join(RUNTIMES)}; none for table and figure alone",
+        nargs="*",
+        choices=tuple(RUNTIMES),
+    )
+    group.add("--batch-size", number(int, 1), 8, "N", "images a step")
+    group.add("--threads", number(int, 1), 2, "N", "CPU threads")
+    group.add("--min-time", number(float, 0), 3.0, "S", "seconds of measurement for each network")
+    group.add("--exported", Path, None, "FOLDER", "keep ONNX files here and use those that it has")
+    group.add("--json", Path, RESULTS, "FILE", "results")
+    group.switch("--page", "write the table into docs/performance.md and draw the figure")
+    return parser
+
+
+def networks(name: str, runtime: str) -> dict[str, nn.Module]:
+    """Twin, original and folded network in evaluation mode; ONNX Runtime runs no original."""
+    twin = twin_of(name)
+    if twin is None:
+        raise UserError(f"{name!r} has no ordinary twin: name an equivariant network")
+    model = timm.create_model(name).eval()
+    found = {"twin": timm.create_model(twin).eval()}
+    if runtime != "onnx":
+        found["unfolded"] = model
+    return found | {"folded": fold(model, "onnx" if runtime == "onnx" else "torch")}
+
+
+def export(model: nn.Module, images: Tensor, path: Path) -> int:
+    """Write an ONNX file for any batch size, unless it is there; its bytes, weights included."""
+    if not path.exists():
+        batch = torch.export.Dim("batch", min=1, max=512)
+        torch.onnx.export(
+            model,
+            (images,),
+            str(path),
+            dynamo=True,
+            input_names=["images"],
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def onnx_steps(
+    name: str, images: Tensor, threads: int, folder: Path
+) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """What runs each network in ONNX Runtime, and the sizes of their files."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("onnxruntime is not installed: omit onnx from --runtimes") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    steps, sizes = {}, {}
+    for kind, model in networks(name, "onnx").items():
+        path = folder / f"{name}.{kind}.onnx"
+        sizes[kind] = export(model, images, path)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feed = {"images": images.numpy()}
+        steps[kind] = lambda session=session, feed=feed: session.run(None, feed)
+    return steps, sizes
+
+
+def torch_steps(name: str, images: Tensor, compiled: bool) -> dict[str, Callable[[], object]]:
+    """What runs each network in PyTorch."""
+    steps = {}
+    for kind, model in networks(name, "torch").items():
+        forward = torch.compile(model) if compiled else model
+        steps[kind] = lambda forward=forward: forward(images)
+    return steps
+
+
+@torch.no_grad()
+def measure(name: str, runtime: str, args: Any, folder: Path) -> dict[str, Any]:
+    """Seconds of a batch for each network, and under what conditions."""
+    images = torch.randn(args.batch_size, 3, 224, 224)
+    sizes: dict[str, int] = {}
+    if runtime == "onnx":
+        steps, sizes = onnx_steps(name, images, args.threads, folder)
+    else:
+        steps = torch_steps(name, images, runtime == "compiled")
+    for step in steps.values():
+        step()
+        step()
+    load = os.getloadavg()[0]
+    timings = alternate(steps, CPU, args.min_time)
+    return {
+        "seconds": {kind: timing.median for kind, timing in timings.items()},
+        "spread": {kind: timing.spread for kind, timing in timings.items()},
+        "bytes": sizes,
+        "batch_size": args.batch_size,
+        "threads": args.threads,
+        "load": load,
+        "device": describe(CPU),
+        "versions": versions() | _runtime_versions(),
+    }
+
+
+def _runtime_versions() -> dict[str, str]:
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError:
+        return {}
+    return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+
+
+def ratio(result: dict[str, Any] | None, kind: str = "folded") -> str:
+    """The twin's time over that of `kind`."""
+    if not result or kind not in result["seconds"]:
+        return ""
+    return f"{result['seconds']['twin'] / result['seconds'][kind]:.2f}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """All ratios of times and of file sizes, as Markdown."""
+    head = ["network", *(title for title, _ in RUNTIMES.values())]
+    head += ["eager, unfolded", "compiled, unfolded", "size of the file"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name, found in results.items():
+        row = [f"`{name}`", *(ratio(found.get(runtime)) for runtime in RUNTIMES)]
+        row += [ratio(found.get(runtime), "unfolded") for runtime in ("eager", "compiled")]
+        sizes = found.get("onnx", {}).get("bytes")
+        row.append(f"{sizes['folded'] / sizes['twin']:.2f}" if sizes else "")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def conditions(results: dict[str, dict[str, Any]]) -> str:
+    """Machine, versions, batch and load, for the page and the figure."""
+    rows = [result for found in results.values() for result in found.values()]
+    used = rows[0]["versions"]
+    packages = ", ".join(f"{n} {used[n]}" for n in ("torch", "timm", "onnxruntime") if n in used)
+    batches = sorted({row["batch_size"] for row in rows})
+    loads = [row["load"] for row in rows]
+    return (
+        f"{rows[0]['device']}, float32, batch {', '.join(map(str, batches))}, {packages}; "
+        f"load average {min(loads):.1f} to {max(loads):.1f}"
+    )
+
+
+def draw(results: dict[str, dict[str, Any]]) -> Figure:
+    """Bars of all ratios, network by network."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(RUNTIMES)
+    for i, (runtime, (title, colour)) in enumerate(RUNTIMES.items()):
+        points = [
+            (x + (i - 1) * width, float(ratio(found[runtime])))
+            for x, found in enumerate(results.values())
+            if runtime in found
+        ]
+        if points:
+            bars = axes.bar(*zip(*points, strict=True), width, color=colour, label=title)
+            axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
+    labels = [re.sub(r"_patch16_LS|_equi|d2_", "", name) for name in results]
+    axes.set_xticks(range(len(labels)), labels, fontsize="small")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(ylabel="the twin's time over that of\nthe folded network")
+    axes.margins(y=0.12)
+    axes.legend(fontsize="x-small", ncols=3, loc="lower center", framealpha=1)
+    axes.set_title(conditions(results), fontsize="x-small")
+    return figure
+
+
+def write_page(results: dict[str, dict[str, Any]]) -> None:
+    """The table between its marks in docs/performance.md, and the figure."""
+    block = f"<!-- deploy -->\n\n{conditions(results)}.\n\n{table(results)}\n\n<!-- /deploy -->"
+    page, count = re.subn(
+        r"<!-- deploy -->.*?<!-- /deploy -->",
+        lambda _: block,
+        PAGE.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise UserError(f"{PAGE} has {count} places for the table 'deploy', expected one")
+    write_text(PAGE, page)
+    with atomic_path(FIGURE) as temporary:
+        draw(results).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    prepare_compiler()
+    known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.exported or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in args.models if args.runtimes else ():
+            for runtime in args.runtimes:
+                result = measure(name, runtime, args, folder)
+                known.setdefault(name, {})[runtime] = result
+                write_text(args.json, json.dumps(known, indent=1) + "\n")
+                milliseconds = {k: f"{1000 * v:.0f} ms" for k, v in result["seconds"].items()}
+                print(f"{name} {runtime}: {milliseconds}, ratio {ratio(result)}", flush=True)
+                release(CPU)
+    if known:
+        known = {name: known[name] for name in sorted(known, key=_place)}
+        print(f"\n{conditions(known)}\n\n{table(known)}")
+        if args.page:
+            write_page(known)
+    return 0
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (MODELS.index(name) if name in MODELS else len(MODELS), name)
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))
