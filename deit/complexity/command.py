@@ -26,7 +26,7 @@ from deit.cli import (
 )
 from deit.complexity.hardware import describe, measure_ceilings, versions
 from deit.complexity.measure import DEFAULT_BATCH, Result, add_bounds, count, measure_group
-from deit.complexity.networks import groups, select
+from deit.complexity.networks import fold_too, groups, select
 from deit.complexity.plan import Plan, about
 from deit.complexity.plot import FORMATS, draw
 from deit.complexity.profiling import print_profile, profile
@@ -90,6 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--symmetrized-asym-feats",
         "classify with the absolute values of antisymmetric features too, where there are any",
     )
+    what.switch("--fold", "time the folded form of each equivariant network beside it")
     what.switch("--throughput", "measure throughput and memory", default=True)
     what.switch("--train", "measure training steps too: forward, backward, AdamW")
     what.switch("--profile", "show where the time of each network goes")
@@ -129,7 +130,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.amp and args.dtype in ("float32", "float64"):
         raise UserError(f"--amp with --dtype {args.dtype}: autocast goes to bfloat16 or float16")
-    for wanted in ("train", "profile"):
+    if args.fold and args.train:
+        raise UserError("--fold with --train: a folded network is not trained; drop one")
+    for wanted in ("train", "profile", "fold"):
         if getattr(args, wanted) and not args.throughput:
             raise UserError(f"--{wanted} measures times, which --no-throughput forbids: drop one")
     if args.checkpoint and args.models and len(args.models) > 1:
@@ -192,6 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     members = groups(
         default_names(args, settings.device) if not args.models else select(args.models)
     )
+    if args.fold:
+        members = [fold_too(group) for group in members]
     names = [name for group in members for name in group.names]
     # Where both go to one terminal, rows and the bar need one console.
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from deit.complexity.flops import count_flops
 from deit.complexity.formula import closed_form
 from deit.complexity.hardware import available_memory
-from deit.complexity.networks import Group, has_asym_feats, on_meta, trainable
+from deit.complexity.networks import FOLDED, Group, has_asym_feats, on_meta, trainable
 from deit.complexity.published import twin_of
 from deit.complexity.roofline import Bound, Ceilings, Product, bound, matrix_products
 from deit.complexity.subject import Settings, Subject, is_out_of_memory, release
@@ -68,9 +68,13 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
 def count(name: str, settings: Settings, *, with_products: bool = True) -> Result:
     """Parameters, FLOPs and matrix products of a network, without building it in memory.
 
+    Of a folded network the FLOPs are left open, and the rest is that of the unfolded one.
     FLOPs are fvcore's count; where fvcore is not installed, the closed formula. The products are
     for bounds and batch sizes, and not needed for a network that is not going to be timed.
     """
+    if name.endswith(FOLDED):  # what is in it is known once it is built
+        unfolded = count(name.removesuffix(FOLDED), settings, with_products=with_products)
+        return replace(unfolded, model=name, gflops=None, notes=[])
     symmetrized = settings.symmetrized_asym_feats
     model, image = on_meta(
         name, settings.img_size, symmetrized=symmetrized, arguments=settings.arguments

@@ -15,12 +15,14 @@ from torch import nn
 
 import deit.models
 from deit.complexity.published import twin_of
+from deit.deploy import fold
 from deit.errors import UserError, one_line, suggest
 from deit.models.inputs import check_image_size
 
 __all__ = [
     "Group",
     "build",
+    "fold_too",
     "groups",
     "has_asym_feats",
     "on_meta",
@@ -31,6 +33,8 @@ __all__ = [
 
 
 EQUIVARIANT = ("d2_deit_", "d2_convnext_", "resmlp_equi_")
+HYBRIDS = ("hybrid_deit_", "d2_inv_early_deit_")
+FOLDED = ", folded"  # behind the name of a network: its form for deployment
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,16 @@ def groups(names: Sequence[str]) -> list[Group]:
     return [Group(tuple(group)) for group in members.values()]
 
 
+def fold_too(group: Group) -> Group:
+    """The group with the folded form of each of its equivariant networks beside it."""
+    names = []
+    for name in group.names:
+        names.append(name)
+        if name.startswith((*EQUIVARIANT, *HYBRIDS)):
+            names.append(name + FOLDED)
+    return Group(tuple(names))
+
+
 def build(
     name: str,
     *,
@@ -103,9 +117,16 @@ def build(
         arguments: further ones of the network; those that it does not know are left out, so that
             a twin gets what it shares.
 
+    A name with `FOLDED` behind it gives the folded network.
+
     Raises:
         UserError: a network that cannot have images of this size.
     """
+    if name.endswith(FOLDED):
+        options = dict(img_size=img_size, symmetrized=symmetrized, arguments=arguments)
+        name = name.removesuffix(FOLDED)
+        model, size = build(name, **options, device=device, dtype=dtype)
+        return fold(model), size
     config = get_pretrained_cfg(name)
     size = img_size or (config.input_size[-1] if config else 224)
     kwargs = {"img_size": size} if config is not None and config.fixed_input_size else {}

@@ -176,6 +176,8 @@ def test_figure_files(tmp_path):
         (["--amp", "--dtype", "float32"], "--amp with --dtype float32"),
         (["--train", "--no-throughput"], "--train measures times"),
         (["--profile", "--no-throughput"], "--profile measures times"),
+        (["--fold", "--no-throughput"], "--fold measures times"),
+        (["--fold", "--train"], "is not trained"),
         (["--batch-size", "0"], "at least 1"),
         *(([option, "nowhere/x.png"], "no folder") for option in OUTPUTS),
         *(([option, "tests"], "is a folder") for option in ("--json", "--csv")),
@@ -335,6 +337,16 @@ def test_measuring_command(tmp_path, capsys):
     assert "Roofline" in printed
     assert "by layer, eager" in printed
     assert "plan      2 networks in 1 group, about" in printed
+
+
+def test_folded_networks_beside_the_others(tmp_path):
+    path = tmp_path / "out.json"
+    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0 --fold"
+    assert main([*command.split(), "--device", "cpu", "--json", str(path)]) == 0
+    twin, ours, folded = json.loads(path.read_text())["results"]
+    assert folded["model"] == f"{ours['model']}, folded"
+    assert folded["ratios"]["images_per_s"] == folded["images_per_s"] / twin["images_per_s"]
+    assert folded["gflops"] is None
 
 
 class Interrupted(Exception):
