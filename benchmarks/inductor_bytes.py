@@ -1,0 +1,265 @@
+"""Operations and bytes of one block of each family, as TorchInductor would run it on a GPU.
+
+    python benchmarks/inductor_bytes.py [--batch-size 64] [--width 768]
+
+No GPU is needed: a block is traced with tensors that hold no data, under bfloat16 autocast, its
+graphs are lowered and fused for an H100, and no code is generated. Bytes are what all operations
+read and write; what stays in a cache between two of them counts all the same. Attention is one
+operation that reads q, k, v and writes its output, as flash attention does.
+
+It calls TorchInductor's own functions, which change between versions: see `SUPPORTED`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from deit import layers as L
+from deit.cli import CommandLine, OptionGroup, number
+from deit.errors import one_line_errors
+from deit.groups import FLOP
+
+__all__ = ["SUPPORTED", "Count", "blocks", "count"]
+
+SUPPORTED = torch.__version__ >= "2.14"  # the versions that it has been run with
+H100 = SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32,
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, gcnArchName="",
+    shared_memory_per_block=49152, shared_memory_per_multiprocessor=233472,
+    shared_memory_per_block_optin=232448, L2_cache_size=50 * 2**20, total_memory=80 * 2**30,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Count:
+    """Operations that are launched, and the bytes that they read and write."""
+
+    nodes: int
+    bytes: int
+
+
+def blocks(
+    batch: int = 64, width: int = 768
+) -> dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]]:
+    """A block of each family, its ordinary twin, and the shape of the twin's features."""
+    grid = L.MirrorGrid(14, 14)
+    channels = FLOP.regular(width)
+    return {
+        "ViT": (
+            lambda: L.Block(width, width // 64, use_fused_attn=True),
+            lambda: L.OrdinaryBlock(width, width // 64, use_fused_attn=True),
+            (batch, 197, width),
+        ),
+        "ResMLP": (
+            lambda: L.MixerBlock(channels, grid.rep),
+            lambda: L.OrdinaryMixerBlock(width, 196),
+            (batch, 196, width),
+        ),
+        "ConvNeXt": (
+            lambda: L.ConvBlock(width),
+            lambda: L.OrdinaryConvBlock(width),
+            (batch, 14, 14, width),
+        ),
+    }
+
+
+def count(
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    *,
+    parts: bool,
+    training: bool,
+) -> list[Count]:
+    """What a compiled block does: forward, and in training backward.
+
+    Args:
+        shape: of its features, (batch, ..., channels); with `parts` it takes two halves of them.
+    """
+    found: list[Count] = []
+    shapes = 2 * [(*shape[:-1], shape[-1] // 2)] if parts else [shape]
+    with FakeTensorMode(allow_non_fake_inputs=True), _attention_as_one_operation():
+        block = build().train(training).requires_grad_(training)
+        inputs = [torch.empty(each, requires_grad=training) for each in shapes]
+        compiled = torch.compile(block, backend=lambda *args: _compile(*args, found))
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+            outputs = compiled(tuple(inputs) if parts else inputs[0])
+            if training:
+                outputs = outputs if parts else [outputs]
+                torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    torch.compiler.reset()
+    return found
+
+
+def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor], found: list[Count]) -> Callable:
+    """TorchInductor up to the point where it would generate code."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def lower(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable:
+        found.append(_lowered(graph, inputs, options))
+        return _stand_in(graph, inputs)
+
+    return compile_fx(graph, inputs, inner_compile=lower)
+
+
+def _lowered(graph: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Count:
+    """Lower and fuse a graph that was traced on the CPU, as one on an H100."""
+    from torch._inductor import compile_fx as fx
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    fake = torch._guards.detect_fake_mode(inputs)
+    graph = copy.deepcopy(graph)
+    device = torch.device("cuda", 0)
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in graph.graph.nodes:
+        node.args = torch.fx.node.map_aggregate(node.args, moved)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, moved)
+    graph.recompile()
+    direction = {key: options.get(key, False) for key in ("is_inference", "is_backward")}
+    with _pretended_gpu(), V.set_fake_mode(fake), DebugContext():
+        with fake:
+            inputs = [
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+                if isinstance(x, Tensor) else x
+                for x in inputs
+            ]  # fmt: skip
+        fx.record_original_output_strides(graph)
+        fx.view_to_reshape(graph)
+        fx.FakeTensorProp(graph, mode=fake).propagate(*inputs)
+        fx._recursive_post_grad_passes(graph, is_inference=direction["is_inference"])
+        lowering = GraphLowering(graph, example_inputs=inputs, **direction)
+        with V.set_graph_handler(lowering):
+            lowering.run(*inputs)
+            lowering._update_scheduler()
+            nodes = lowering.scheduler.nodes
+            return Count(len(nodes), sum(node.get_read_write_buffers_sizes() for node in nodes))
+
+
+def _stand_in(graph: torch.fx.GraphModule, inputs: Any) -> Callable:
+    """What is called in place of compiled code: outputs without data."""
+    fake = torch._guards.detect_fake_mode(inputs)
+    outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+
+    def run(args: list[Any]) -> list[Any]:
+        args.clear()
+        values = [getattr(node, "meta", {}).get("val") for node in outputs]
+        with fake:
+            return [
+                torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+                if isinstance(v, Tensor) else v
+                for v in values
+            ]  # fmt: skip
+
+    run._boxed_call = True
+    return run
+
+
+@contextmanager
+def _pretended_gpu() -> Iterator[None]:
+    """Answer TorchInductor's questions about the device as an H100 would."""
+    from torch._inductor import scheduler
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    answers = {
+        "is_available": True, "current_device": 0, "get_device_properties": H100,
+        "get_device_capability": (9, 0), "is_bf16_supported": True,
+    }  # fmt: skip
+    names = ("multi_processor_count", "major", "regs_per_multiprocessor", "warp_size",
+             "max_threads_per_multi_processor")  # fmt: skip
+    properties = DeviceProperties(
+        type="cuda", index=0, cc=90, **{name: getattr(H100, name) for name in names}
+    )
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            patch = mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+            stack.enter_context(patch)
+        stack.enter_context(mock.patch.object(scheduler, "has_triton", return_value=True))
+        stack.enter_context(
+            mock.patch.object(DeviceProperties, "create", staticmethod(lambda _: properties))
+        )
+        yield
+
+
+@contextmanager
+def _attention_as_one_operation() -> Iterator[None]:
+    """Without a device PyTorch would take attention apart into products and a softmax."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return torch.ops.benchmarks.attention(q, k, v)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        yield
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """(B, heads, N, d) that lies as (B, N, heads, d), as flash attention gives it."""
+    return torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2)
+
+
+@torch.library.custom_op("benchmarks::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise NotImplementedError("it is traced, and never run")
+
+
+@torch.library.custom_op("benchmarks::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError("it is traced, and never run")
+
+
+_attention.register_fake(lambda q, k, v: _tokens_first(q))
+_attention_backward.register_fake(
+    lambda grad, q, k, v, y: tuple(_tokens_first(x) for x in (q, k, v))
+)
+_attention.register_autograd(
+    lambda ctx, grad: torch.ops.benchmarks.attention_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = CommandLine(description=__doc__.splitlines()[0])
+    group = OptionGroup(parser, "block")
+    group.add("--batch-size", number(int, 1), 64, "N", "images")
+    group.add("--width", number(int, 64), 768, "C", "channels, a multiple of 64")
+    args = parser.parse_args(argv)
+    if args.width % 64:
+        parser.error(f"--width {args.width} is no multiple of 64, the width of a head")
+    print(f"torch {torch.__version__}, batch {args.batch_size}, width {args.width}, bfloat16")
+    print(f"{'block':10} {'':22} {'operations':>10} {'MB':>7} {'twin':>10} {'MB':>7} {'ratio':>6}")
+    for name, (ours, twin, shape) in blocks(args.batch_size, args.width).items():
+        for training in (False, True):
+            own = count(ours, shape, parts=True, training=training)
+            other = count(twin, shape, parts=False, training=training)
+            for what, a, b in zip(("forward", "backward"), own, other, strict=False):
+                title = f"training, {what}" if training else "inference"
+                print(
+                    f"{name:10} {title:22} {a.nodes:10} {a.bytes / 1e6:7.0f} "
+                    f"{b.nodes:10} {b.bytes / 1e6:7.0f} {a.bytes / b.bytes:6.3f}", flush=True,
+                )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))
