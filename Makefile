@@ -14,8 +14,8 @@ $(VENV)/.run: requirements.txt pyproject.toml
 	$(PIP) install --no-deps -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt
-	$(PIP) install -r requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.run requirements-deploy.txt requirements-dev.txt
+	$(PIP) install -r requirements-deploy.txt -r requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.run

@@ -50,3 +50,14 @@ def launch() -> int:
     from deit.run_with_submitit import run
 
     return one_line_errors(lambda: run(sys.argv[1:]))
+
+
+def export() -> int:
+    """`deit-export`: `python deit/export.py`."""
+
+    def body() -> int:
+        from deit.export import main
+
+        return main()
+
+    return one_line_errors(body)

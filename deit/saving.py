@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -52,6 +53,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_files(path: str | Path) -> Iterator[Path]:
+    """As `atomic_path`, for writers that need the file's own name or put others beside it.
+
+    Yields a path of that name in a temporary folder beside `path`. On success all files that are
+    there move to the folder of `path`, that file last; on failure they go.
+
+    Raises:
+        SaveError: the folder cannot be written, or the disk or the quota is full.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            files = sorted(Path(folder).iterdir(), key=lambda file: file == temporary)
+            for file in files:
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+                os.replace(file, path.parent / file.name)
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise SaveError(_why_unwritten(path, error)) from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,0 +1,163 @@
+"""Networks as files of ONNX, torch.export and safetensors, and these files run as networks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deit.errors import UserError, one_line
+
+__all__ = ["FORMATS", "OnnxNetwork", "require_onnx", "write_safetensors"]
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+INPUT, OUTPUT = "images", "logits"
+METADATA_FILE = "metadata.json"
+SINGLE_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, and room for the graph
+
+Runner = Callable[[Tensor], Tensor]
+
+
+def require_onnx(*packages: str) -> None:
+    """Raise UserError unless `packages` (default: all that export needs) are installed."""
+    missing = []
+    for name in packages or PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    if missing:
+        raise UserError(
+            f"ONNX needs {' and '.join(missing)}: pip install '.[deploy]' "
+            "(or -r requirements-deploy.txt)"
+        )
+
+
+class OnnxNetwork:
+    """An ONNX file in ONNX Runtime: images (B, 3, H, W) to logits (B, K), float32 on the CPU.
+
+    Attributes:
+        batch: the number of images that it takes at once, None for any.
+        metadata: names to texts.
+
+    Raises:
+        UserError: the file is not there or no network, or the device cannot be used.
+    """
+
+    def __init__(self, path: str | Path, device: str = "cpu", threads: int | None = None) -> None:
+        require_onnx("onnxruntime")
+        import onnxruntime
+
+        if not Path(path).is_file():
+            raise UserError(f"no ONNX file at {str(path)!r}")
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            raise UserError(f"this ONNX Runtime does not run on {device!r}: use --device cpu")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:  # its exceptions have no common type
+            raise UserError(f"ONNX Runtime cannot open {str(path)!r}: {one_line(error)}") from error
+        (first, *others), outputs = self._session.get_inputs(), self._session.get_outputs()
+        if others or len(outputs) != 1 or len(first.shape) != 4:
+            raise UserError(f"{str(path)!r} is no classifier of images: it needs one input "
+                            "(B, 3, H, W) and one output")  # fmt: skip
+        self._name = first.name
+        self._dtype = torch.float16 if first.type == "tensor(float16)" else torch.float32
+        self.shape = tuple(first.shape)
+        self.batch = first.shape[0] if isinstance(first.shape[0], int) else None
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+
+    def __call__(self, images: Tensor) -> Tensor:
+        count = len(images)
+        if self.batch is not None:  # pad what does not fill its batch
+            missing = -count % self.batch
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        logits = []
+        for part in images.split(self.batch or max(len(images), 1)):
+            feed = {self._name: part.cpu().to(self._dtype).numpy()}
+            logits.append(torch.from_numpy(self._session.run(None, feed)[0]).float())
+        return torch.cat(logits)[:count]
+
+
+def _dynamic(dynamic: bool) -> tuple[dict[int, torch.export.Dim]] | None:
+    return ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+
+
+def write_onnx(
+    network: nn.Module,
+    example: Tensor,
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    dynamic: bool,
+    opset: int | None,
+) -> Runner:
+    """Write `network` to `path`, with its weights beside it if they exceed 2 GB; run the file.
+
+    The example says the shape and the dtype. The notes that the exporter leaves at each node are
+    taken out: they hold paths of this machine.
+    """
+    import onnx
+
+    size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network, (example,), dynamo=True, verbose=False, input_names=[INPUT],
+            output_names=[OUTPUT], dynamic_shapes=_dynamic(dynamic), opset_version=opset,
+        )  # fmt: skip
+        program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
+    model = onnx.load(path, load_external_data=False)
+    for item in (*model.graph.node, *model.graph.value_info):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    onnx.helper.set_model_props(model, dict(metadata))
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(str(path), full_check=True)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if opset is not None and opsets.get("") != opset:
+        raise UserError(f"--opset {opset} cannot be written, opset {opsets.get('')} can: omit it")
+    return OnnxNetwork(path)
+
+
+def write_torch_export(
+    network: nn.Module,
+    example: Tensor,
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    dynamic: bool,
+    opset: int | None = None,
+) -> Runner:
+    """Write `network` as a program of torch.export, with `metadata.json` in it; run the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network, (example,), dynamic_shapes=_dynamic(dynamic))
+        extra = {METADATA_FILE: json.dumps(dict(metadata))}
+        torch.export.save(program, str(path), extra_files=extra)
+        loaded = torch.export.load(str(path)).module()
+    return lambda images: loaded(images.to(example.dtype)).float()
+
+
+def write_safetensors(network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the network's own weights under their own names."""
+    from safetensors.torch import save_file
+
+    state = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt", **metadata})
+
+
+FORMATS = {"onnx": write_onnx, "torch-export": write_torch_export}
