@@ -224,8 +224,8 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
     axes.set_xticks(range(len(labels)), labels, fontsize="small")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(ylabel="the twin's time over that of\nthe folded network")
-    axes.margins(y=0.12)
-    axes.legend(fontsize="x-small", ncols=3, loc="lower center", framealpha=1)
+    axes.margins(y=0.22)  # above the bars there is room for the legend
+    axes.legend(fontsize="x-small", ncols=3, loc="upper center")
     axes.set_title(conditions(results), fontsize="x-small")
     return figure
 

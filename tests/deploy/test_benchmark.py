@@ -1,0 +1,39 @@
+"""The benchmark of folded networks, on the smallest ones."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import deploy
+from deit.errors import UserError
+
+NAME = "d2_deit_tiny_patch16_LS"
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_measures_and_adds_to_what_is_known(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"other": {}}))
+    argv = ["--models", NAME, "--runtimes", "eager", "--batch-size", "1", "--min-time", "0"]
+    assert deploy.main([*argv, "--threads", "1", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert list(results) == ["other", NAME]
+    seconds = results[NAME]["eager"]["seconds"]
+    assert set(seconds) == {"twin", "unfolded", "folded"}
+    expected = f"{seconds['twin'] / seconds['folded']:.2f}"
+    assert f"| `{NAME}` |  | {expected} |" in capsys.readouterr().out
+    figure = deploy.draw({NAME: results[NAME]})
+    (bar,) = figure.axes[0].patches
+    assert f"{bar.get_height():.2f}" == expected
+
+
+def test_a_network_without_a_twin():
+    with pytest.raises(UserError, match="has no ordinary twin"):
+        deploy.networks("deit_tiny_patch16_LS", "eager")
