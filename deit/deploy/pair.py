@@ -68,6 +68,10 @@ class PairMlp(nn.Module):
         act: the nonlinearity, a module.
     """
 
+    # Of one hidden tensor of a piece: a CPU in eager mode runs so many rows at a time that they stay
+    # in its cache, and the allocator gives no pages back; see docs/performance-log.md.
+    PIECE_BYTES = 2 << 20
+
     def __init__(self, first: Sequence[Weights], second: Sequence[Weights], act: nn.Module):
         super().__init__()
         self.fc1_s, self.fc1_a = (w.linear() for w in first)
@@ -75,6 +79,31 @@ class PairMlp(nn.Module):
         self.act = act
 
     def forward(self, x: Pair) -> Pair:  # parts (..., C/2)
-        hs, ha = self.fc1_s(x[0]), self.fc1_a(x[1])
+        s, a = x
+        if not may_cut(s):
+            return self.whole(s, a)
+        rows = max(self.PIECE_BYTES // (self.fc1_s.out_features * s.element_size()), 1)
+        shape = s.shape[:-1]
+        s, a = s.flatten(0, -2), a.flatten(0, -2)
+        pieces = [self.whole(*p) for p in zip(s.split(rows), a.split(rows), strict=True)]
+        s, a = (torch.cat(part) for part in zip(*pieces, strict=True))
+        return s.unflatten(0, shape), a.unflatten(0, shape)
+
+    def whole(self, s: Tensor, a: Tensor) -> Pair:
+        """All rows at once."""
+        hs, ha = self.fc1_s(s), self.fc1_a(a)
         plus, minus = self.act(hs + ha), self.act(hs - ha)
         return self.fc2_s(plus + minus), self.fc2_a(plus - minus)
+
+
+def may_cut(x: Tensor) -> bool:
+    """Whether a layer may cut its input into pieces: in eager mode on a CPU.
+
+    Compilers, exporters and tracers work on stand-ins, and shall see one graph for all sizes.
+    """
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )

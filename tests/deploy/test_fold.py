@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deit.deploy import fold
+from deit.deploy.pair import PairMlp
 from deit.equivariance import randomize_
 from deit.errors import UserError
 
@@ -137,6 +138,21 @@ def test_standard_layers_alone(family, target):
     others = [m for m in leaves if id(m) not in ordinary]
     assert {type(m) for m in others} <= {nn.Linear, nn.Conv2d, nn.Conv1d, nn.LayerNorm}
     assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
+@pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
+def test_pieces(family, monkeypatch):
+    """Cut into pieces or not, the numbers are the same; a last piece may be shorter."""
+    folded = fold(create_random(family))
+    x = images(3)
+    expected = folded(x)
+    monkeypatch.setattr(PairMlp, "PIECE_BYTES", 5 * 64 * 8)
+    seen = []
+    whole = PairMlp.whole
+    monkeypatch.setattr(PairMlp, "whole", lambda m, s, a: seen.append(len(s)) or whole(m, s, a))
+    assert difference(folded(x), expected) < 1e-13
+    assert max(seen) == 5
+    assert len(seen) > 10
 
 
 @pytest.mark.parametrize("family", FOLDED)
