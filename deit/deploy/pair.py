@@ -68,7 +68,7 @@ class PairMlp(nn.Module):
         act: the nonlinearity, a module.
     """
 
-    # Of one hidden tensor of a piece: a CPU in eager mode runs so many rows at a time that they stay
+    # Of one hidden tensor of a piece: a CPU in eager mode runs so few rows at a time that they stay
     # in its cache, and the allocator gives no pages back; see docs/performance-log.md.
     PIECE_BYTES = 2 << 20
 
