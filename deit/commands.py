@@ -61,3 +61,14 @@ def export() -> int:
         return main()
 
     return one_line_errors(body)
+
+
+def predict() -> int:
+    """`deit-predict`: `python deit/predict.py`."""
+
+    def body() -> int:
+        from deit.predict import main
+
+        return main()
+
+    return one_line_errors(body)

@@ -71,6 +71,8 @@ def test_recipes_sample_and_commands_are_in_the_wheel(installed, tmp_path):
         "deit-complexity",
         "deit-equivariance",
         "deit-launch",
+        "deit-export",
+        "deit-predict",
     } <= (scripts.keys())
     for entry in scripts.values():
         module, _, function = entry.partition(":")
