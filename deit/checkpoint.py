@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import pathlib
 import pickle
@@ -35,6 +36,8 @@ _HUB_PREFIX = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
 # Where published files keep their weights, in order of preference.
 _MODEL_KEYS = ("model", "state_dict")
+# What deit/export.py writes into the metadata of safetensors, as JSON.
+_EXPORTED_KEYS = ("args", "class_names")
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 
 
@@ -112,9 +115,18 @@ def _read_file(path: Path, source: str) -> Any:
         raise UserError(f"checkpoint {source!r} is empty (0 bytes): it was not written completely")
     try:
         if path.suffix == ".safetensors":
+            from safetensors import safe_open
             from safetensors.torch import load_file
 
-            return load_file(path)
+            with safe_open(path, "pt") as opened:
+                said = opened.metadata() or {}
+            state = load_file(path)
+            try:
+                saved = {key: json.loads(said[key]) for key in _EXPORTED_KEYS if key in said}
+            except ValueError:
+                return state
+            # other files than those of deit/export.py have no such args
+            return {"model": state, **saved} if isinstance(saved.get("args"), dict) else state
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from deit.args import parse_args
+from deit.args import config_dict, parse_args
 from deit.build import build_model
 from deit.checkpoint import check_finite, model_state, read_checkpoint
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
@@ -33,7 +34,7 @@ from deit.deploy import fold
 from deit.deploy.files import FORMATS, require_onnx, write_safetensors
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, one_line, one_line_errors
-from deit.loading import adopt, build_as_trained
+from deit.loading import NETWORK, adopt, build_as_trained
 from deit.saving import atomic_files
 from deit.verify.samples import images as sample_images
 
@@ -88,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = get_parser().parse_args(argv)
     _validate(args)
-    network, info = _network(args)
-    write = _write_weights if args.format == "safetensors" else _write_program
+    network, info, used = _network(args)
+    write = _write_program
+    if args.format == "safetensors":
+        saved = {name: getattr(used, name, None) for name in (*NETWORK, "eval_crop_ratio")}
+        write = partial(_write_weights, saved)
     with atomic_files(args.output) as path:
         try:
             text = write(args, network, info, path)
@@ -132,8 +136,8 @@ def _validate(args: argparse.Namespace) -> None:
         require_onnx()
 
 
-def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo]:
-    """The network as the checkpoint and the command line say, and what the file is to say."""
+def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo, argparse.Namespace]:
+    """The network as asked for, what the file is to say, and the options it was built with."""
     size: Any = args.input_size
     if size is not None:
         size = size[0] if len(size) == 1 else tuple(size)
@@ -165,7 +169,7 @@ def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo]:
         used.model, to_2tuple(used.input_size), crop_ratio=used.eval_crop_ratio,
         normalized=not args.normalize_input, class_names=None if names is None else tuple(names),
     )  # fmt: skip
-    return network.eval().requires_grad_(False), info
+    return network.eval().requires_grad_(False), info, used
 
 
 class _Normalized(nn.Module):
@@ -206,10 +210,15 @@ def _write_program(
 
 @torch.no_grad()
 def _write_weights(
-    args: argparse.Namespace, network: nn.Module, info: NetworkInfo, path: Path
+    saved: dict[str, Any],
+    args: argparse.Namespace,
+    network: nn.Module,
+    info: NetworkInfo,
+    path: Path,
 ) -> str:
     stored = copy.deepcopy(network).half() if args.half else network
-    write_safetensors(stored, path, info.to_metadata())
+    metadata = {**info.to_metadata(), "args": json.dumps(config_dict(saved))}
+    write_safetensors(stored, path, metadata)
     copied = copy.deepcopy(network)
     copied.load_state_dict(read_checkpoint(path)["model"])
     return _compare(copied, network, info, (2,), _dtype(args))

@@ -68,6 +68,10 @@ def test_safetensors_hold_the_networks_own_weights(checkpoint, tmp_path):
     assert main(argv) == 0
     state = torch.load(checkpoint)["model"]
     torch.testing.assert_close(read_checkpoint(output)["model"], dict(state), rtol=0, atol=0)
+    network = deit.load(output)  # which says itself what it is
+    assert network.class_names == ["a", "b", "é"]
+    images = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(network(images), deit.load(checkpoint)(images), rtol=0, atol=0)
     with safe_open(output, "pt") as file:
         assert NetworkInfo.from_metadata(file.metadata()).class_names == ("a", "b", "é")
 
