@@ -13,6 +13,8 @@ half mirrored.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
 
 import torch
@@ -49,62 +51,60 @@ class TokenMixing(nn.Module):
         return x + (y * self.gain + self.shift)
 
 
-class PairMixerBlock(nn.Module):
-    """A block of a ResMLP on a pair (B, N, C/2).
+class RowShiftedMlp(PairMlp):
+    """A PairMlp with shifts that are not the same on all rows.
 
-    In a middle column s stands for itself and for its mirror image, which is itself, and a for two
-    images of opposite sign. The shifts of a tell them apart, so that the perceptron is applied to
-    both, and the parts of its outputs that may stay are kept.
+    Args:
+        first, second: the maps of s and a, as for all rows.
+        middle: those before the nonlinearity as they are in the middle column, where a has no
+            shift, neither before the nonlinearity nor after it.
+        tokens: which rows these are.
     """
+
+    def __init__(
+        self,
+        first: Sequence[Weights],
+        second: Sequence[Weights],
+        act: nn.Module,
+        middle: Sequence[Weights],
+        tokens: Rep,
+    ):
+        s, a = second
+        super().__init__([replace(w, bias=None) for w in first], [s, replace(a, bias=None)], act)
+
+        def by_row(others: Tensor, own: Tensor) -> Tensor:
+            rows = others.repeat(tokens.size, 1)
+            rows[tokens.free : tokens.invariant] = own
+            return rows
+
+        self.register_buffer("shift_s", by_row(first[0].bias, middle[0].bias))
+        self.register_buffer("shift_a", by_row(first[1].bias, torch.zeros_like(first[1].bias)))
+        self.register_buffer("shift_out", by_row(a.bias, torch.zeros_like(a.bias)))
+
+    def forward(self, x: Pair) -> Pair:  # parts (B, N, C/2)
+        hs, ha = self.fc1_s(x[0]) + self.shift_s, self.fc1_a(x[1]) + self.shift_a
+        plus, minus = self.act(hs + ha), self.act(hs - ha)
+        return self.fc2_s(plus + minus), self.fc2_a(plus - minus) + self.shift_out
+
+
+class PairMixerBlock(nn.Module):
+    """A block of a ResMLP on a pair (B, N, C/2)."""
 
     def __init__(self, block: MixerBlock, target: Target):
         super().__init__()
         tokens = block.tokens
-        self.free, self.fixed = tokens.free, tokens.fixed
         self.mix_s, self.mix_a = fold_mixing(block, target)
-        alphas, betas = scales(block.norm2)
-        self.register_buffer("scale", None)
-        self.register_buffer("shift", None)
-        if self.fixed and any(beta.any() for beta in betas):  # the shift is not that of all rows
-            self.scale = torch.stack(alphas)
-            factors = torch.full((2, 2, tokens.invariant, 1), sqrt(0.5), dtype=torch.float64)
-            factors[0, :, self.free :], factors[1, :, self.free :] = 1.0, 0.0
-            self.shift = factors.flatten(1, 2) * torch.stack(betas)[:, None]
-            alphas, betas = [1.0, 1.0], [None, None]
-        first = [
-            w.reading(sqrt(2) * alpha, beta)
-            for w, alpha, beta in zip(linear_pair(block.mlp.fc1), alphas, betas, strict=True)
-        ]
-        second = [
-            w.times(sqrt(0.5) * gamma)
-            for w, gamma in zip(linear_pair(block.mlp.fc2), gamma_of(block.gamma_2), strict=True)
-        ]
-        folded = fold_butterfly(first, second, scale=block.mlp.act.scale, gain=QUICK)
-        self.mlp = PairMlp(*folded, nn.SiLU())
+        first, second = fold_perceptron(block)
+        if tokens.fixed:
+            middle, _ = fold_perceptron(block, sqrt(2))  # rows of their own, and no sums of two
+            self.mlp: nn.Module = RowShiftedMlp(first, second, nn.SiLU(), middle, tokens)
+        else:
+            self.mlp = PairMlp(first, second, nn.SiLU())
 
     def forward(self, x: Pair) -> Pair:
         s, a = self.mix_s(x[0]), self.mix_a(x[1])
-        if self.fixed:
-            ys, ya = self._reduce(*self.mlp(self._expand(s, a)))
-        else:
-            ys, ya = self.mlp((s, a))
+        ys, ya = self.mlp((s, a))
         return s + ys, a + ya
-
-    def _expand(self, s: Tensor, a: Tensor) -> Pair:
-        middle = slice(self.free, self.free + self.fixed)
-        s, a = torch.cat([s, s[:, middle]], 1), torch.cat([a, -a[:, middle]], 1)
-        if self.shift is not None:
-            s, a = s * self.scale[0] + self.shift[0], a * self.scale[1] + self.shift[1]
-        return s, a
-
-    def _reduce(self, s: Tensor, a: Tensor) -> Pair:
-        own, count = self.free, self.free + self.fixed
-        first = slice(own, count), slice(-self.fixed, None)
-        parts = []
-        for x, sign in ((s, 1.0), (a, -1.0)):
-            middle = (x[:, first[0]] + sign * x[:, first[1]]) * 0.5
-            parts.append(torch.cat([x[:, :own], middle, x[:, count : -self.fixed]], 1))
-        return parts[0], parts[1]
 
 
 class FoldedResMLP(nn.Module):
@@ -199,3 +199,19 @@ def fold_mixing(block: MixerBlock, target: Target) -> list[TokenMixing]:
         )
         layers.append(TokenMixing(own, alphas[i] * gamma, gamma * (own @ offset + shift), target))
     return layers
+
+
+def fold_perceptron(block: MixerBlock, factor: float = 1.0) -> tuple[list[Weights], list[Weights]]:
+    """The maps before and after the nonlinearity, for s and for a.
+
+    factor: on the shift of the norm before them.
+    """
+    first = [
+        w.reading(sqrt(2) * alpha, factor * beta)
+        for w, alpha, beta in zip(linear_pair(block.mlp.fc1), *scales(block.norm2), strict=True)
+    ]
+    second = [
+        w.times(sqrt(0.5) * gamma)
+        for w, gamma in zip(linear_pair(block.mlp.fc2), gamma_of(block.gamma_2), strict=True)
+    ]
+    return fold_butterfly(first, second, scale=block.mlp.act.scale, gain=QUICK)

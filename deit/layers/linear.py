@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
@@ -32,6 +33,8 @@ class Linear(nn.Module):
         group: the group of plain sizes.
         invariant: the feature is held in a basis in which the group moves places and leaves every
             part alone (see `MixerBlock`). Then each part has a shift.
+        unshifted: (start, count) of rows, along the axis before the last, that the group leaves in
+            place. There the parts but the first have no shift.
         prefix: of the blocks' names.
         pointwise: show the weights in state dicts as (out, in, 1, 1), the shape of the 1x1
             convolutions of published ConvNeXts. Both shapes load.
@@ -48,6 +51,7 @@ class Linear(nn.Module):
         *,
         group: Group = FLOP,
         invariant: bool = False,
+        unshifted: tuple[int, int] | None = None,
         prefix: str = "linear",
         pointwise: bool = False,
         **dd: Any,
@@ -61,6 +65,7 @@ class Linear(nn.Module):
                 f"{self.out_rep.group.name}"
             )
         self.prefix = prefix
+        self.unshifted = unshifted
         for irrep in self.group.irreps:
             sizes = (self.in_rep.multiplicity(irrep), self.out_rep.multiplicity(irrep))
             shift = bias and (invariant or irrep.is_trivial)
@@ -75,10 +80,15 @@ class Linear(nn.Module):
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Parts (..., in) to parts (..., out)."""
-        return tuple(
-            block(part) if irrep.dim == 1 else _on_components(block, part, irrep.dim)
-            for block, part, irrep in zip(self.blocks(), x, self.group.irreps, strict=True)
-        )
+        outputs = []
+        for block, part, irrep in zip(self.blocks(), x, self.group.irreps, strict=True):
+            if irrep.dim > 1:
+                outputs.append(_on_components(block, part, irrep.dim))
+            elif self.unshifted is None or irrep.is_trivial:
+                outputs.append(block(part))
+            else:
+                outputs.append(_shift_other_rows(block, part, *self.unshifted))
+        return tuple(outputs)
 
     def extra_repr(self) -> str:
         return f"{self.in_rep.size}, {self.out_rep.size}, group={self.group.name}"
@@ -87,6 +97,17 @@ class Linear(nn.Module):
 def _on_components(block: nn.Module, part: Tensor, dim: int) -> Tensor:
     """The same block on each of an irrep's components."""
     return block(part.unflatten(-1, (dim, -1))).flatten(-2)
+
+
+def _shift_other_rows(block: nn.Module, part: Tensor, start: int, count: int) -> Tensor:
+    """The block, without its shift on `count` rows from `start`; (..., N, in) to (..., N, out)."""
+    # The shift is what comes out for zeros: the block may be an adapter or quantised, and has to
+    # be called once, as hooks expect.
+    y = block(torch.cat([part, torch.zeros_like(part.narrow(-2, 0, 1))], -2))
+    end = part.shape[-2]
+    rows = y.narrow(-2, start, count) - y.narrow(-2, end, 1)
+    after = start + count
+    return torch.cat([y.narrow(-2, 0, start), rows, y.narrow(-2, after, end - after)], -2)
 
 
 def _weight_keys(module: Linear, prefix: str) -> list[str]:

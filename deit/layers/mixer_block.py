@@ -9,6 +9,10 @@ basis of the tokens, so it works on l = ss + sa and r = ss - sa for s, and on l 
 r = aa - as for a. There flopping exchanges l and r of either part, and a shift is the same on all
 rows. Likewise a map over tokens works on sums and differences of channels.
 
+On a grid of odd width the tokens of the middle column have no antisymmetric partner. They are the
+rows m between l and r, times root two as l and r are. Flopping leaves them in place and negates
+those of a, which therefore have no shift.
+
 Source: arXiv:2502.05169, section 4; ResMLP, arXiv:2105.03404.
 """
 
@@ -71,6 +75,7 @@ class MixerBlock(nn.Module):
             scale=sqrt(2),  # l and r are root two times the values at the places
             drop=drop,
             invariant=True,
+            unshifted=(tokens.free, tokens.fixed) if tokens.fixed else None,
             prefix="lin",
             **dd,
         )
@@ -85,50 +90,42 @@ class MixerBlock(nn.Module):
 
     def mix(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """`attn` over the tokens, on sums and differences of the channels."""
-        (ss, sa), (as_, aa) = self._rows(x[0]), self._rows(x[1])
+        (ss, sa), (as_, aa) = (self.tokens.split(part, 1) for part in x)
         symmetric = torch.cat([ss + as_, ss - as_], -1)
         antisymmetric = torch.cat([aa + sa, aa - sa], -1)
         symmetric, antisymmetric = self.attn((symmetric.mT, antisymmetric.mT))
-        ss, as_ = _means(symmetric.mT, -1)
-        aa, sa = _means(antisymmetric.mT, -1)
+        ss, as_ = _means(symmetric.mT.chunk(2, -1))
+        aa, sa = _means(antisymmetric.mT.chunk(2, -1))
         return torch.cat([ss, sa], 1), torch.cat([as_, aa], 1)
 
     def to_places(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[l | r] of both parts along the tokens; a middle column is in l and in r."""
-        (ss, sa), (as_, aa) = (self._with_middle(*self._rows(part)) for part in x)
-        return torch.cat([ss + sa, ss - sa], 1), torch.cat([aa + as_, aa - as_], 1)
+        """[l | m | r] of both parts along the tokens, same shapes; m is empty for even widths."""
+        (ss, s_middle, sa), (as_, a_middle, aa) = (self._pieces(part, sqrt(2)) for part in x)
+        return (
+            torch.cat([ss + sa, *s_middle, ss - sa], 1),
+            torch.cat([aa + as_, *a_middle, aa - as_], 1),
+        )
 
     def from_places(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The inverse of `to_places`."""
-        ss, sa = _means(x[0], 1)
-        aa, as_ = _means(x[1], 1)
-        return self._without_middle(ss, sa), self._without_middle(as_, aa)
+        (s_left, s_middle, s_right), (a_left, a_middle, a_right) = (
+            self._pieces(part, sqrt(0.5)) for part in x
+        )
+        ss, sa = _means((s_left, s_right))
+        aa, as_ = _means((a_left, a_right))
+        return torch.cat([ss, *s_middle, sa], 1), torch.cat([as_, *a_middle, aa], 1)
 
-    def _rows(self, part: Tensor) -> list[Tensor]:
-        """Symmetric and antisymmetric tokens."""
-        return self.tokens.split(part, 1)
-
-    def _with_middle(self, symmetric: Tensor, antisymmetric: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of a middle column have no antisymmetric partner: it is zero."""
-        fixed = self.tokens.fixed
-        if not fixed:
-            return symmetric, antisymmetric
-        middle = symmetric[:, -fixed:]
-        symmetric = torch.cat([symmetric[:, :-fixed], sqrt(2) * middle], 1)
-        return symmetric, torch.cat([antisymmetric, torch.zeros_like(middle)], 1)
-
-    def _without_middle(self, symmetric: Tensor, antisymmetric: Tensor) -> Tensor:
-        fixed = self.tokens.fixed
-        if fixed:
-            middle = sqrt(0.5) * symmetric[:, -fixed:]
-            symmetric = torch.cat([symmetric[:, :-fixed], middle], 1)
-            antisymmetric = antisymmetric[:, :-fixed]
-        return torch.cat([symmetric, antisymmetric], 1)
+    def _pieces(self, part: Tensor, gain: float) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The first and the last rows, and between them those of a middle column times `gain`."""
+        free, fixed = self.tokens.free, self.tokens.fixed
+        # indexing and not unpacking: symbolic tracers cannot iterate over the result of split
+        pieces = part.split([free, fixed, free] if fixed else [free, free], 1)
+        return pieces[0], [gain * pieces[1]] if fixed else [], pieces[2 if fixed else 1]
 
 
-def _means(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Half the sum, and half the difference, of the two halves along `dim`."""
-    first, second = x.chunk(2, dim)
+def _means(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Half the sum and half the difference of two tensors."""
+    first, second = pair
     return (first + second) * 0.5, (first - second) * 0.5
 
 

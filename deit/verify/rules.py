@@ -94,6 +94,22 @@ def exchange(dim: int) -> Action:
     return tokens(lambda x: torch.cat(x.chunk(2, dim)[::-1], dim))
 
 
+def exchange_places(rows: Rep) -> Action:
+    """On parts whose rows are places [l | m | r]: l and r are exchanged, m of a is negated."""
+    sizes = [rows.free, rows.fixed, rows.free]
+
+    def act(g: int, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if not g:
+            return x
+        (s_left, s_middle, s_right), (a_left, a_middle, a_right) = (p.split(sizes, 1) for p in x)
+        return (
+            torch.cat([s_right, s_middle, s_left], 1),
+            torch.cat([a_right, -a_middle, a_left], 1),
+        )
+
+    return act
+
+
 def decomposed(rows: Rep) -> Rule:
     """Parts (B, N, C/2) whose tokens are decomposed too, symmetric ones first: ss, sa, as, aa."""
     act = compose(on_parts(FLOP), tokens(lambda part: rows.act(1, part, 1)))
@@ -151,10 +167,10 @@ class Rules:
         }
         # and these work on sums and differences, which flopping exchanges; see MixerBlock
         self._mixed = {
-            inner
+            inner: Rule(action)
             for m in modules
             if isinstance(m, L.MixerBlock)
-            for mixed in (m.attn, m.mlp)
+            for mixed, action in ((m.attn, exchange(1)), (m.mlp, exchange_places(m.tokens)))
             for inner in mixed.modules()
         }
 
@@ -189,7 +205,7 @@ class Rules:
         if len(x) != len(self.group.irreps):
             return None
         if module in self._mixed:
-            return Rule(exchange(1))
+            return self._mixed[module]
         if self.rows is not None and not isinstance(module, L.PatchEmbed):
             return decomposed(self.rows)
         constant = isinstance(module, EMBEDDINGS)

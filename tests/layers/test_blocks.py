@@ -98,17 +98,20 @@ def test_block_formula():
     close(Packed(layer, EIGHT)(x), y + gamma_2(Packed(layer.mlp, EIGHT)(norm2(y))))
 
 
-def test_mixer_block_formula():
+@pytest.mark.parametrize("middle", [0, 2])
+def test_mixer_block_formula(middle):
     """The tables: lin_sym of the tokens on ss and as, of the channels on ss and sa; shifts on ss
-    and on aa; GELU by the 4-point Hadamard transform, with a factor one half each way."""
-    layer = random_layer(MixerBlock(EIGHT, Rep(FLOP, 3)))
-    x = features(2, 6, 8)
+    and on aa; GELU by the 4-point Hadamard transform, with a factor one half each way.
+
+    Middle tokens have no sa and no aa: GELU by the 2-point transform, and at their places the
+    shift of the others."""
+    axis = Rep(FLOP, 3, middle)
+    layer = random_layer(MixerBlock(EIGHT, axis))
+    x = features(2, axis.size, 8)
     tokens_, fc1, fc2 = layer.attn, layer.mlp.fc1, layer.mlp.fc2
-    halves = parts(Packed(layer.norm1)(x), Rep(FLOP, 3), 4)
-    ss, sa, as_, aa = (
-        part.mT @ block.weight.T
-        for part, block in zip(halves, 2 * [tokens_.lin_sym, tokens_.lin_asym], strict=True)
-    )
+    halves = parts(Packed(layer.norm1)(x), axis, 4)
+    blocks = (tokens_.lin_sym, tokens_.lin_asym, tokens_.lin_sym, tokens_.lin_asym)
+    ss, sa, as_, aa = (part.mT @ block.weight.T for part, block in zip(halves, blocks, strict=True))
     ss, aa = ss + tokens_.lin_sym.bias, aa + tokens_.lin_asym.bias
     mixed = torch.cat([torch.cat([ss, sa], 2).mT, torch.cat([as_, aa], 2).mT], -1)
     y = x + Packed(layer.gamma_1)(mixed)
@@ -118,29 +121,41 @@ def test_mixer_block_formula():
         out = [part @ block.weight.T for part, block in zip(four, blocks, strict=True)]
         return out[0] + linear.lin_sym.bias, out[1], out[2], out[3] + linear.lin_asym.bias
 
+    def on_middle(s, a, linear):
+        s, a = s @ linear.lin_sym.weight.T, a @ linear.lin_asym.weight.T
+        return s + linear.lin_sym.bias / 2**0.5, a
+
     hadamard = torch.tensor(
         [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64
     )
-    hidden = torch.stack(on_channels(parts(Packed(layer.norm2)(y), Rep(FLOP, 3), 4), fc1))
+    ss, sa, as_, aa = parts(Packed(layer.norm2)(y), axis, 4)
+    s, a = on_middle(ss[:, 3:], as_[:, 3:], fc1)
+    plus, minus = (quick_gelu((s + sign * a) / 2**0.5) for sign in (1, -1))
+    s, a = on_middle((plus + minus) / 2**0.5, (plus - minus) / 2**0.5, fc2)
+    hidden = torch.stack(on_channels((ss[:, :3], sa, as_[:, :3], aa), fc1))
     hidden = quick_gelu(torch.tensordot(hadamard / 2, hidden, 1))
     ss, sa, as_, aa = on_channels(torch.tensordot(hadamard / 2, hidden, 1).unbind(0), fc2)
-    out = torch.cat([torch.cat([ss, sa], 1), torch.cat([as_, aa], 1)], -1)
+    out = torch.cat([torch.cat([ss, s, sa], 1), torch.cat([as_, a, aa], 1)], -1)
     close(Packed(layer, EIGHT)(x), y + Packed(layer.gamma_2)(out))
 
 
 @pytest.mark.parametrize("middle", [0, 2])
 def test_places_and_back(middle):
-    """Flopping exchanges l and r of both parts; a middle column is in both."""
+    """Flopping exchanges l and r of both parts, and negates a middle column of a."""
     tokens_ = Rep(FLOP, 3, middle)
     layer = MixerBlock(EIGHT, tokens_)
     x = features(2, tokens_.size, 8)
     halves = tuple(x.chunk(2, -1))
     places = layer.to_places(halves)
-    assert [p.shape for p in places] == 2 * [(2, 6 + 2 * middle, 4)]
+    assert [p.shape for p in places] == 2 * [(2, 6 + middle, 4)]
+    for place, half in zip(places, halves, strict=True):
+        close(place.square().sum(), 2 * half.square().sum())  # the scale is that of all rows
     close(torch.cat(layer.from_places(places), -1), x)
     flopped = compose(channels(EIGHT), channels(tokens_, -2))(1, x)
-    for moved, place in zip(layer.to_places(tuple(flopped.chunk(2, -1))), places, strict=True):
-        close(moved, torch.cat(place.chunk(2, 1)[::-1], 1))
+    moved = layer.to_places(tuple(flopped.chunk(2, -1)))
+    for sign, after, before in zip((1, -1), moved, places, strict=True):
+        left, own, right = before.split([3, middle, 3], 1)
+        close(after, torch.cat([right, sign * own, left], 1))
 
 
 @pytest.mark.parametrize("init_value", [0.0, 0.1])

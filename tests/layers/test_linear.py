@@ -41,6 +41,24 @@ def test_every_part_of_an_invariant_feature_can_be_shifted():
     close(y[1], a @ layer.linear_asym.weight.T + layer.linear_asym.bias)
 
 
+def test_rows_without_a_shift():
+    """Of the parts but the first; one call of each block, whatever it is; any rows."""
+    s, a = features(2, 5, 2), features(2, 5, 2, seed=1)
+    for start, count in ((2, 1), (0, 2), (3, 2), (0, 5)):
+        layer = random_layer(Linear(4, 6, invariant=True, unshifted=(start, count)))
+        calls = []
+        layer.linear_asym.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        y = layer((s, a))
+        close(y[0], layer.linear_sym(s))
+        expected = a @ layer.linear_asym.weight.T
+        shift = layer.linear_asym.bias.repeat(5, 1)
+        shift[start : start + count] = 0
+        close(y[1], expected + shift)
+        assert calls == [1]
+        layer.linear_asym = torch.nn.Sequential(layer.linear_asym)  # has no weight to look at
+        close(layer((s, a))[1], y[1])
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_pointwise_weights_look_like_those_of_a_convolution(assign):
     plain, conv = random_layer(Linear(6, 8)), Linear(6, 8, pointwise=True).double()
