@@ -208,11 +208,6 @@ def number_of_classes(args: Namespace, data: ImageDataset) -> int:
     return args.nb_classes
 
 
-def compile_options(args: Namespace) -> dict[str, Any]:
-    """What `torch.nn.Module.compile` is to be told."""
-    return {} if args.compile_mode == "default" else {"mode": args.compile_mode}
-
-
 def set_precision(args: Namespace, device: torch.device) -> None:
     """Settings of the process: precision of float32, threads, and what makes fixed shapes fast."""
     if args.threads is not None:

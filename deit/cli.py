@@ -90,6 +90,8 @@ class CommandLine(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         if "kernels" in namespace:
             _note_kernels(namespace.kernels)
+        if "compile_mode" in namespace:
+            _check_compile(namespace)
         if isinstance(namespace, Options):
             # argparse leaves alone what a namespace has already, unless it is on the command line
             absent = _Absent()
@@ -144,16 +146,19 @@ class OptionGroup:
         )
 
     def switch(
-        self, flags: str, help: str, default: bool | None = False, words: tuple[str, ...] = ()
+        self,
+        flags: str,
+        help: str,
+        default: bool | None = False,
+        words: tuple[str, ...] = (),
+        kind: type[Switch] = Switch,
     ) -> None:
         """A switch --x with its --no-x; a default of None leaves the choice to the network.
 
         `words` are values that it may have too, as in `--x both`.
         """
         shown = {True: "on", False: "off", None: "the network's own"}[default]
-        action = self._group.add_argument(
-            *flags.split(), action=Switch, default=default, words=words
-        )
+        action = self._group.add_argument(*flags.split(), action=kind, default=default, words=words)
         # Set afterwards: some Python versions append the default in words of their own.
         action.help = f"{help} (default: {shown})".replace("%", "%%")
 
@@ -182,10 +187,12 @@ def _note_kernels(mode: str | None) -> None:
 
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# Each call of a block would begin a new replay, and overwrite what the one before returned.
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def add_compile(group: OptionGroup, help: str) -> None:
-    """The options `--compile` and `--compile-mode`, which turns the first one on."""
+    """The options `--compile`, and `--compile-mode` and `--compile-blocks`, which turn it on."""
     group.switch("--compile", help)
     group.add(
         "--compile-mode",
@@ -196,11 +203,32 @@ def add_compile(group: OptionGroup, help: str) -> None:
         choices=COMPILE_MODES,
         action=_CompileMode,
     )
+    group.switch(
+        "--compile-blocks",
+        "compile each block by itself, equal ones once: much sooner done than the whole network; "
+        "implies --compile",
+        kind=_CompileBlocks,
+    )
 
 
 class _CompileMode(argparse.Action):
     def __call__(self, parser, namespace, value, option_string=None) -> None:
         namespace.compile_mode, namespace.compile = value, True
+
+
+class _CompileBlocks(Switch):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        if namespace.compile_blocks:
+            namespace.compile = True
+
+
+def _check_compile(args: argparse.Namespace) -> None:
+    if args.compile and args.compile_blocks and args.compile_mode in CUDA_GRAPHS:
+        raise UserError(
+            f"--compile-blocks with --compile-mode {args.compile_mode}: its CUDA graphs hold a "
+            "whole network; use default or max-autotune-no-cudagraphs, or omit --compile-blocks"
+        )
 
 
 def output_file(*suffixes: str) -> Callable[[str], Path]:

@@ -296,7 +296,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         return [
             block for stage in model.stages for block in _called(getattr(stage, "blocks", [stage]))
         ]
-    raise UserError(f"--fsdp: {type(model).__name__} has neither 'blocks' nor 'stages' to shard")
+    raise UserError(
+        f"{type(model).__name__} has neither 'blocks' nor 'stages': omit --fsdp or --compile-blocks"
+    )
 
 
 def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:

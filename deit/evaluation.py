@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from deit.build import build_model, build_val_dataset, compile_options, number_of_classes
+from deit.build import build_model, build_val_dataset, number_of_classes
 from deit.checkpoint import (
     check_finite,
     load_weights,
     model_state,
     which_weights,
 )
+from deit.compilation import compile_network
 from deit.data import ImageDataset, match_classes, names_of_outputs, read_class_map
 from deit.deploy import fold
 from deit.distributed import Processes
@@ -56,7 +57,7 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
     if args.fold:
         model = fold(model)
     if args.compile:
-        model.compile(**compile_options(args))
+        compile_network(model, args.compile_mode, blocks=args.compile_blocks)
     scores = evaluate(
         model,
         build_val_loader(args, data, processes),

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from deit.build import build_model, compile_options
+from deit.build import build_model
 from deit.checkpoint import has_average, load_weights, model_state, which_weights
-from deit.distributed import Processes, blocks_of, shard, wrap_ddp
+from deit.compilation import compile_network
+from deit.distributed import Processes, shard, wrap_ddp
 from deit.ema import ModelEma
 from deit.engine import Precision, count_parameters
 from deit.finetune import freeze_all_but_attention, load_for_finetune
@@ -82,8 +83,8 @@ def build_networks(
     spread = args.fsdp and processes.world_size > 1
     if args.compile:
         for network in [model] if ema is None else [model, ema.module]:
-            for part in blocks_of(network) if spread else [network]:
-                part.compile(**compile_options(args))  # in place: the keys get no prefix
+            # what is sharded are blocks, which gather their weights before each call
+            compile_network(network, args.compile_mode, blocks=args.compile_blocks or spread)
     if not spread:
         return Networks(model, wrap_ddp(model, processes), ema, parameters, notes)
     dtype = Precision.choose(processes.device, args.use_amp, args.amp_dtype).dtype

@@ -26,9 +26,27 @@ def test_a_mode_turns_compilation_on(parser):
         "--compile": (True, "default"),
         "--compile-mode max-autotune": (True, "max-autotune"),
         "--compile_mode reduce-overhead --no-compile": (False, "reduce-overhead"),
+        "--compile-blocks": (True, "default"),
+        "--compile-blocks --compile-mode max-autotune-no-cudagraphs": (
+            True,
+            "max-autotune-no-cudagraphs",
+        ),
+        "--no-compile-blocks": (False, "default"),
+        "--compile --no-compile-blocks": (True, "default"),
+        "--compile-blocks --no-compile --compile-mode=default --no-compile": (False, "default"),
     }.items():
         args = parser.parse_args(arguments.split())
         assert (args.compile, args.compile_mode) == expected
+        assert args.compile_blocks == (" --compile-blocks" in f" {arguments}")
+
+
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+def test_cuda_graphs_hold_a_whole_network(parser, mode):
+    with pytest.raises(UserError, match=f"--compile-blocks with --compile-mode {mode}: .*default"):
+        parser.parse_args(["--compile-blocks", "--compile-mode", mode])
+    assert not parser.parse_args(
+        ["--compile-blocks", "--compile-mode", mode, "--no-compile"]
+    ).compile
 
 
 def test_an_output_that_can_be_written(parser, tmp_path):

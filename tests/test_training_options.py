@@ -123,6 +123,8 @@ def test_the_compile_mode_reaches_torch(data, tmp_path, monkeypatch):
     assert asked[2:] == [{"mode": "reduce-overhead"}]
     assert train("--eval", "--compile", *resume, data=data) == 0
     assert asked[3:] == [{}]
+    assert train("--eval", "--compile-blocks", *resume, data=data) == 0
+    assert asked[4:] == [{}] * 6, "the blocks of test_vit"
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def make_settings(args: Namespace) -> Settings:
         getattr(torch, name),
         args.amp,
         mode,
+        args.compile_blocks,
         args.img_size,
         args.train,
         args.symmetrized_asym_feats,
@@ -280,6 +281,7 @@ def _settings_report(args: Namespace, settings: Settings) -> dict[str, Any]:
         "amp": settings.amp,
         "compile": args.compile,
         "compile_mode": settings.compile_mode,
+        "compile_blocks": settings.compile_blocks,
         "fused_attention": True,
         "throughput": args.throughput,
         "train": settings.train,
@@ -322,7 +324,9 @@ def _settings_line(report: dict[str, Any]) -> str:
         [
             f"batch {report['batch_size']}",
             f"{'autocast to ' if report['amp'] else ''}{report['dtype']}",
-            f"compiled ({report['compile_mode']})" if report["compile"] else "not compiled",
+            f"compiled ({report['compile_mode']}{', block by block' * report['compile_blocks']})"
+            if report["compile"]
+            else "not compiled",
             "fused attention",
             f"at least {report['min_time']:g} s a network, twins in turns; medians",
         ]

@@ -40,8 +40,7 @@ def profile(name: str, batch: int, settings: Settings) -> Profile:
     """Build the network and profile its inference."""
     subject = Subject(name, batch, settings)
     by_kernel = _kernels(_events(subject.infer, settings.device))
-    subject.forward = subject.model
-    with _named_layers(subject.model):
+    with torch.compiler.set_stance("force_eager"), _named_layers(subject.model):
         by_layer = _layers(_events(subject.infer, settings.device), settings.device)
     return Profile(by_kernel, by_layer)
 

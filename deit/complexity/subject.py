@@ -13,6 +13,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
+from deit.compilation import compile_network
 from deit.complexity.hardware import synchronize
 from deit.complexity.networks import build
 
@@ -29,6 +30,7 @@ class Settings:
         dtype: of the arithmetic. With `amp` weights and inputs are float32 and autocast casts to
             it, without it they have it themselves.
         compile_mode: of torch.compile, None for no compilation.
+        compile_blocks: compile each block by itself, not the whole network.
         img_size: None for each network's own.
         symmetrized_asym_feats: classify [s, |a|] where there are antisymmetric features.
         arguments: further ones of the networks, where they know them.
@@ -38,6 +40,7 @@ class Settings:
     dtype: torch.dtype = torch.float32
     amp: bool = False
     compile_mode: str | None = None
+    compile_blocks: bool = False
     img_size: int | None = None
     train: bool = False
     symmetrized_asym_feats: bool = False
@@ -67,9 +70,8 @@ class Subject:
             device=device,
             dtype=settings.storage,
         )
-        self.forward: Callable[[Tensor], Tensor] = self.model
         if settings.compile_mode is not None:
-            self.forward = torch.compile(self.model, mode=settings.compile_mode)
+            compile_network(self.model, settings.compile_mode, blocks=settings.compile_blocks)
         self.images = torch.randn(batch, 3, size, size, device=device, dtype=settings.storage)
         outputs = getattr(self.model, "num_classes", 1000) or 1
         self.targets = torch.randint(0, outputs, (batch,), device=device)
@@ -96,12 +98,12 @@ class Subject:
     def infer(self) -> Tensor:
         """Logits of the batch."""
         with torch.no_grad(), self._autocast():
-            return self.forward(self.images)
+            return self.model(self.images)
 
     def train_step(self) -> None:
         """One update of the weights. The network must be in training mode."""
         with self._autocast():
-            loss = F.cross_entropy(self.forward(self.images).float(), self.targets)
+            loss = F.cross_entropy(self.model(self.images).float(), self.targets)
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()

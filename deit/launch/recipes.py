@@ -21,6 +21,7 @@ from deit.cli import Switch, key_value
 from deit.errors import UserError, suggest
 from deit.launch.toml import check_keys, read_toml
 
+COMPILE = ("compile_mode", "compile_blocks")
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # a part of the package
 
 
@@ -96,8 +97,8 @@ def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) ->
         for string in action.option_strings
     }
     argv: list[str] = []
-    # The mode switches compilation on, which a --no-compile behind it undoes.
-    for name, value in sorted(options.items(), key=lambda item: item[0] != "compile_mode"):
+    # These switch compilation on, which a --no-compile behind them undoes.
+    for name, value in sorted(options.items(), key=lambda item: item[0] not in COMPILE):
         spellings = (f"--{name}", f"--{name.replace('_', '-')}")
         flag = next((spelling for spelling in spellings if spelling in known), None)
         if flag is None:

@@ -20,7 +20,7 @@ class DropPath(TensorDropPath):
     """Stochastic depth (arXiv:1603.09382): one draw a sample, for all parts."""
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.drop_prob == 0.0 or not self.training:
+        if not self.training or self.drop_prob == 0.0:
             return x
         first = x[0]
         shape = first.shape[:1] + (1,) * (first.ndim - 1)

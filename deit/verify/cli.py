@@ -134,7 +134,9 @@ def _settings(args: argparse.Namespace) -> list[Settings]:
         reason = one_line(error).split(". ")[0]
         raise UserError(f"the device {name!r} cannot be used: {reason}") from error
     mode = args.compile_mode if args.compile else None
-    common = Settings(torch.float32, device, args.batch, args.seed, args.amp, mode)
+    common = Settings(
+        torch.float32, device, args.batch, args.seed, args.amp, mode, args.compile_blocks
+    )
     if args.dtype:
         return [replace(common, dtype=DTYPES[name]) for name in dict.fromkeys(args.dtype)]
     if args.amp or args.compile or args.checkpoint:
@@ -173,7 +175,8 @@ def _print_header(settings: list[Settings]) -> None:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu"
     print(f"device {device} ({name}), torch {torch.__version__}, timm {timm.__version__}")
-    compiled = f", compiled ({first.compile_mode})" if first.compile_mode else ""
+    blocks = ", block by block" if first.compile_blocks else ""
+    compiled = f", compiled ({first.compile_mode}{blocks})" if first.compile_mode else ""
     print(f"{first.count} natural and {first.count} random images, seed {first.seed}{compiled}")
     for each in settings:
         print(f"tolerance {each.tolerance():.1e} of a feature's norm in {each.arithmetic}")

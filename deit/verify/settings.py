@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deit.compilation import compile_network
 from deit.equivariance import tolerance_of
 
 __all__ = ["DTYPES", "Settings"]
@@ -25,6 +27,7 @@ class Settings:
         count: natural images, and random ones.
         amp: automatic mixed precision; parameters and images are float32 then.
         compile_mode: check what `torch.compile` makes in this mode too; None for not.
+        compile_blocks: compile each block of a network by itself.
     """
 
     dtype: torch.dtype = torch.float64
@@ -33,6 +36,7 @@ class Settings:
     seed: int = 0
     amp: bool = False
     compile_mode: str | None = None
+    compile_blocks: bool = False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -59,9 +63,16 @@ class Settings:
         return torch.autocast(self.device.type, self.compute_dtype)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A module or function, compiled if that is asked for."""
+        """A module or function, compiled if that is asked for.
+
+        Blocks of a network, and of a method's network, are compiled in place.
+        """
         if self.compile_mode is None:
             return function
         # each case is a new network: without this, recompilations stop at a limit, silently
         torch.compiler.reset()
+        network = getattr(function, "__self__", function)
+        if self.compile_blocks and (hasattr(network, "blocks") or hasattr(network, "stages")):
+            compile_network(network, self.compile_mode, blocks=True)
+            return functools.partial(function)
         return torch.compile(function, mode=self.compile_mode)

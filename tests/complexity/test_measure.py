@@ -287,7 +287,6 @@ def test_profile_names_layers_and_operators():
 
 def test_profile_by_layer_leaves_nothing_out():
     network = Subject(OURS, 2, CPU)
-    network.forward = network.model
     with profiling._named_layers(network.model):
         events = profiling._events(network.infer, CPU.device)
     by_kernel = profiling._kernels(events)

@@ -1,12 +1,17 @@
 """Compilers take every family whole: no graph breaks, no recompilation over batch
 sizes, the same logits and gradients everywhere."""
 
+from copy import deepcopy
+
 import pytest
+import timm
 import torch
 from tiny import NAMES, create, create_random, images
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from deit.compilation import compile_network
+from deit.errors import UserError
 from deit.layers import GELU, Attention, Linear
 
 BATCHES = (2, 3, 5)
@@ -115,6 +120,32 @@ def test_compiled_with_gradient_checkpointing():
     model.set_grad_checkpointing()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(model, compiled, x), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["d2_deit", "deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_serves_all_blocks(family, training, monkeypatch):
+    # the first block's rate is zero, and so a ConvNeXt's has no stochastic depth
+    model = create(family, depth=4, drop_path_rate=0.3).train(training)
+    eager = deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda m: compile_module(m, backend=counter))
+    compile_network(model, blocks=True)
+    x = x32(3)
+    model(x).square().mean().backward()
+    assert counter.frame_count == (2 if training and "convnext" in family else 1)
+    if not training:
+        torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            gradients(model, model, x), gradients(eager, eager, x), rtol=1e-3, atol=1e-5
+        )
+    assert model.state_dict().keys() == eager.state_dict().keys()
+
+
+def test_networks_without_known_blocks_are_not_compiled_by_block():
+    with pytest.raises(UserError, match=r"RegNet has neither .* --compile-blocks"):
+        compile_network(timm.create_model("regnety_002"), blocks=True)
 
 
 @pytest.mark.slow
