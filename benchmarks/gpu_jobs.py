@@ -55,6 +55,8 @@ def _settings(job: Row, train: bool = False) -> Any:
     quick = {"img_size": QUICK_SIZE, "arguments": QUICK_DEPTH} if job["quick"] else {}
     blocks = job["compile_blocks"] and job.get("mode") == "default"
     more = {"compile_blocks": True} if blocks else {}  # others have CUDA graphs
+    if "arguments" not in Settings.__dataclass_fields__:  # of an earlier version
+        quick.pop("arguments", None)
     return Settings(
         torch.device(job["device"]), torch.bfloat16, amp=True, train=train,
         compile_mode=None if job["quick"] else job.get("mode"), **quick, **more,
@@ -121,9 +123,10 @@ def exactness(job: Row) -> Iterator[Row]:
     torch.backends.cudnn.allow_tf32 = False
     row: Row = {"what": "errors", "batch": job["batch"]}
     settings = _settings(job)
+    arguments = {"arguments": settings.arguments} if getattr(settings, "arguments", None) else {}
     for role, name in (("ours", job["name"]), ("twin", twin_of(job["name"]))):
         torch.manual_seed(0)
-        model, size = build(name, img_size=settings.img_size, arguments=settings.arguments)
+        model, size = build(name, img_size=settings.img_size, **arguments)
         images = torch.randn(job["batch"], 3, size, size, dtype=torch.float64)
         model = randomize_(model.double())
 
