@@ -49,10 +49,17 @@ def results_in(folder: Path) -> list[str]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier training has left in `folder`, and nothing else."""
-    for pattern in (*_CHECKPOINTS, *_RECORDS):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+    """Remove what an earlier training has left in `folder`, and nothing else.
+
+    Raises:
+        UserError: a folder has the name of one of its files.
+    """
+    found = [path for pattern in (*_CHECKPOINTS, *_RECORDS) for path in folder.glob(pattern)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            raise UserError(f"{path} is a folder where a training writes a file: move it away")
+    for path in found:
+        path.unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 

@@ -58,6 +58,15 @@ def test_a_second_training_does_not_replace_the_first(data, tmp_path, capsys):
     assert LOCK not in listed(out)
 
 
+@pytest.mark.parametrize("name", ["curves.png", "config.json", "checkpoint_0001.pth"])
+def test_a_folder_with_the_name_of_a_file_is_not_removed(tmp_path, name):
+    (tmp_path / "log.txt").write_text("kept")
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder"):
+        clear(tmp_path)
+    assert (tmp_path / "log.txt").read_text() == "kept"
+
+
 def test_what_counts_as_results(tmp_path):
     check_unused(tmp_path, "")
     (tmp_path / "config.json").touch()
