@@ -240,7 +240,9 @@ def model_state(
                 )
             return strip_prefixes(state)
     present = ", ".join(repr(key) for key in checkpoint)
-    hint = "; evaluate without --model-ema-eval" if ema else ""
+    other = next((key for key in (_MODEL_KEYS if ema else _EMA_KEYS) if key in checkpoint), None)
+    way = "without --model-ema-eval, or ema=False" if ema else "with --model-ema-eval, or ema=True"
+    hint = f"; its '{other}' is taken {way}" if other is not None else ""
     raise UserError(f"{str(source)!r} has no '{wanted[0]}' (it has {present}){hint}")
 
 

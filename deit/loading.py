@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def load(
 
     Raises:
         UserError: the file cannot be read, does not say which network it is, does not fit, or has
-            weights that are infinite or NaN.
+            weights that are infinite or NaN; `img_size` or `num_classes` is no number.
     """
+    _check_numbers(img_size, num_classes)
     checkpoint = read_checkpoint(source)
     network, _ = build_as_trained(
         checkpoint,
@@ -82,6 +84,15 @@ def load(
         kwargs=kwargs,
     )
     return network.eval()
+
+
+def _check_numbers(img_size: Any, num_classes: Any) -> None:
+    sides = img_size if isinstance(img_size, list | tuple) else (img_size,)
+    whole = all(isinstance(side, Integral) and side > 0 for side in sides)
+    if img_size is not None and not (whole and len(sides) in (1, 2)):
+        raise UserError(f"img_size {img_size!r} is neither a side in pixels nor (height, width)")
+    if num_classes is not None and not (isinstance(num_classes, Integral) and num_classes >= 0):
+        raise UserError(f"num_classes {num_classes!r} is no number of classes: 0 or more")
 
 
 def build_as_trained(

@@ -222,6 +222,8 @@ def test_unusable_files(net, tmp_path):
 def test_absent_average_is_an_error(net, tmp_path):
     with pytest.raises(UserError, match=r"no 'model_ema'.*--model-ema-eval"):
         model_state({"model": net.state_dict()}, source="c.pth", ema=True)
+    with pytest.raises(UserError, match=r"no 'model' .*'model_ema' is taken with .*ema=True"):
+        model_state({"model_ema": net.state_dict()}, source="c.pth")
 
 
 def test_foreign_keys_are_counted(net):

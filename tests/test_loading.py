@@ -74,6 +74,23 @@ def test_load_for_other_images_and_classes(file):
     assert network.class_names is None
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"img_size": "a"},
+        {"img_size": 0},
+        {"img_size": (8, 8, 8)},
+        {"img_size": 16.0},
+        {"num_classes": -1},
+        {"num_classes": "3"},
+    ],
+)
+def test_load_refuses_what_is_no_number(file, wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"^{name} .* is n"):
+        deit.load(file, **wrong)
+
+
 def test_load_of_older_and_bare_files(file, tmp_path):
     saved = load(file)
     args = Namespace(**saved["args"])
