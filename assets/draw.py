@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from deit.cli import CommandLine
 from deit.data import build_dataset
+from deit.errors import one_line_errors
 from deit.layers import Linear, MirrorGrid, PatchEmbed
 from deit.saving import atomic_path
 
@@ -30,6 +32,7 @@ SHOE = 7  # a sneaker: its mirror image is easily told from it
 
 
 def main() -> None:
+    CommandLine(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(3)
     for name, figure in {"method": method(), "patch_embedding": patch_embedding()}.items():
         with atomic_path(FOLDER / f"{name}.png") as temporary:
@@ -133,4 +136,4 @@ def draw_order(ax: Axes, grid: MirrorGrid) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(one_line_errors(main))

@@ -8,6 +8,7 @@ A library that is not installed is skipped.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import warnings
 
@@ -66,6 +67,7 @@ def check_escnn() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     for library, check in (("timm", check_timm), ("escnn", check_escnn)):
         if importlib.util.find_spec(library):

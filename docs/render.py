@@ -13,6 +13,12 @@ import re
 import sys
 from pathlib import Path
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deit.cli import CommandLine
+from deit.errors import one_line_errors
+
 FOLDER = Path(__file__).resolve().parent
 MARK = re.compile(r"^# %%( \[markdown\])?\n", re.MULTILINE)
 
@@ -48,7 +54,12 @@ def render(script: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    CommandLine(description=__doc__.splitlines()[0]).parse_args()
     page = render((FOLDER / "tour.py").read_text(encoding="utf-8"))
     (FOLDER / "tour.md").write_text(page, encoding="utf-8")
     print(f"wrote {FOLDER / 'tour.md'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(one_line_errors(main))

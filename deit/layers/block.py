@@ -83,7 +83,7 @@ class OrdinaryBlock(TimmBlock):
     Takes timm's arguments, so that it serves as `block_fn` of timm's VisionTransformer.
 
     Args:
-        init_values: initial LayerScale.
+        init_values: initial LayerScale; None for none.
         use_fused_attn: as in `Attention`; None leaves the choice to timm.
     """
 
@@ -94,7 +94,7 @@ class OrdinaryBlock(TimmBlock):
         mlp_ratio: float = 4.0,
         *,
         qkv_bias: bool = True,
-        init_values: float = 1e-4,
+        init_values: float | None = 1e-4,
         norm_layer: Callable[..., nn.Module] = OrdinaryLayerNorm,
         use_fused_attn: bool | None = None,
         device: torch.device | str | None = None,
@@ -108,14 +108,21 @@ class OrdinaryBlock(TimmBlock):
         if use_fused_attn is not None:
             self.attn.fused_attn = use_fused_attn
         self.init_values = init_values
-        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values, **dd))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values, **dd))
+        for name in ("gamma_1", "gamma_2"):
+            gamma = None if init_values is None else torch.full((dim,), init_values, **dd)
+            self.register_parameter(name, None if gamma is None else nn.Parameter(gamma))
 
     def reset_parameters(self) -> None:
         """LayerScale's initial value; the submodules reset themselves."""
-        nn.init.constant_(self.gamma_1, self.init_values)
-        nn.init.constant_(self.gamma_2, self.init_values)
+        if self.init_values is not None:
+            nn.init.constant_(self.gamma_1, self.init_values)
+            nn.init.constant_(self.gamma_2, self.init_values)
+
+    @staticmethod
+    def _scale(gamma: Tensor | None, x: Tensor) -> Tensor:
+        return x if gamma is None else gamma * x
 
     def forward(self, x: Tensor, **attn_options) -> Tensor:  # (B, N, C)
-        x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), **attn_options))
-        return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x)))
+        attended = self.attn(self.norm1(x), **attn_options)
+        x = x + self.drop_path1(self._scale(self.gamma_1, attended))
+        return x + self.drop_path2(self._scale(self.gamma_2, self.mlp(self.norm2(x))))

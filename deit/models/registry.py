@@ -10,6 +10,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from deit.errors import one_line
+from deit.models.hub import HOSTED, hosted_cfg
+
 try:
     from timm.models._input import update_model_input_size as record_input_size
 except ImportError:  # older timm rebuilds no network from its record
@@ -25,7 +28,7 @@ LAYER_SCALE_NAMES = ("init_scale", "layer_scale_init_value", "init_values")
 
 
 def default_cfg(img_size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """timm's description of a network's inputs, as in DeiT III; no weights are hosted."""
+    """timm's description of a network's inputs, as in DeiT III; without hosted weights."""
     return {
         "url": "",
         "num_classes": 1000,
@@ -68,7 +71,7 @@ def register_sizes(
     cfgs = getattr(namespace, "default_cfgs", {})
     namespace.default_cfgs = {
         **cfgs,
-        **generate_default_cfgs(dict.fromkeys(sizes, default_cfg(**cfg))),
+        **generate_default_cfgs({name: default_cfg(**cfg, **hosted_cfg(name)) for name in sizes}),
     }
     for name, row in sizes.items():
         entry = _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices)
@@ -83,21 +86,37 @@ def _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices) -> C
             raise TypeError(f"{name} got the initial LayerScale more than once: {', '.join(given)}")
         if given:
             kwargs[layer_scale] = kwargs.pop(given[0])
-        if pretrained and not _has_weights(kwargs):
+        elsewhere = _has_weights(kwargs)
+        if pretrained and not elsewhere and name not in HOSTED:
             raise RuntimeError(
                 f"no hosted weights exist for {name}: deit.load('weights.pth') builds the network "
                 "of a file with its trained weights (ema=True: their average); timm's own "
                 "checkpoint_path and pretrained_cfg_overlay=dict(file=...) take the average where "
                 "a file has one"
             )
-        return build_model_with_cfg(
-            model_cls,
-            name,
-            pretrained,
-            pretrained_filter_fn=filter_fn,
-            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-            **{**row, **kwargs},
-        )
+
+        def build() -> nn.Module:
+            return build_model_with_cfg(
+                model_cls,
+                name,
+                pretrained,
+                pretrained_filter_fn=filter_fn,
+                feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+                **{**row, **kwargs},
+            )
+
+        if not pretrained or elsewhere:
+            return build()
+        try:
+            return build()
+        except (OSError, RuntimeError) as error:  # the hub's errors are OSErrors
+            if isinstance(error, RuntimeError) and "size mismatch" in str(error):
+                raise
+            raise RuntimeError(
+                f"the weights of {name}, {HOSTED[name]} on Hugging Face, could not be had "
+                f"({one_line(error)[:160]}): download the file where there is a network, and pass "
+                "pretrained_cfg_overlay=dict(file='model.safetensors') with pretrained=True"
+            ) from None
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"{name}: {', '.join(f'{k}={v}' for k, v in row.items())}."

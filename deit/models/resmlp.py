@@ -35,6 +35,7 @@ from deit.models.base import (
     pack,
     scale_classifier,
 )
+from deit.models.hub import resmlp_filter_fn
 from deit.models.registry import register_sizes
 from deit.models.scripting import Scriptable
 
@@ -250,4 +251,5 @@ register_sizes(
     OrdinaryResMLP,
     {name: _row(size) for name, size in ORDINARY_SIZES.items()},
     cfg={"first_conv": "patch_embed.proj", "fixed_input_size": True},
+    filter_fn=resmlp_filter_fn,
 )

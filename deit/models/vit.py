@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
-from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor, nn
 
 from deit.groups import FLOP
@@ -47,6 +46,7 @@ from deit.models.base import (
     reset_layers,
     scale_classifier,
 )
+from deit.models.hub import vit_filter_fn
 from deit.models.ordinary_vit import OrdinaryVisionTransformer
 from deit.models.registry import record_input_size, register_sizes
 from deit.models.scripting import Scriptable
@@ -446,6 +446,12 @@ DEEP_SIZES = {
     "small_patch16_36_LS": (384, 36, 6, 16),
     "base_patch16_36x1_LS": (768, 36, 12, 16),
 }
+# two parallel branches a block (arXiv:2203.09795)
+PARALLEL_SIZES = {
+    "small_patch16_18x2_LS": (384, 18, 6, 16),
+    "base_patch16_18x2_LS": (768, 18, 12, 16),
+    "huge_patch14_26x2_LS": (1280, 26, 16, 14),
+}
 FAMILIES = {"d2_deit": None, "hybrid_deit": "regular", "d2_inv_early_deit": "invariant"}
 
 
@@ -464,10 +470,20 @@ for _family, _bridge in FAMILIES.items():
         },
         filter_fn=checkpoint_filter_fn,
     )
+_ordinary = {f"deit_{name}": _row(size) for name, size in {**SIZES, **DEEP_SIZES}.items()} | {
+    f"deit_{name}": {**_row(size), "parallel": True} for name, size in PARALLEL_SIZES.items()
+}
+for _name in (
+    "deit_small_patch16_36",
+    "deit_small_patch16_18x2",
+    "deit_base_patch16_36x1",
+    "deit_base_patch16_18x2",
+):
+    _ordinary[_name] = {**_ordinary[f"{_name}_LS"], "init_scale": None}
 register_sizes(
     __name__,
     OrdinaryVisionTransformer,
-    {f"deit_{name}": _row(size) for name, size in {**SIZES, **DEEP_SIZES}.items()},
+    _ordinary,
     cfg={"first_conv": "patch_embed.proj", "fixed_input_size": True},
-    filter_fn=timm_filter_fn,
+    filter_fn=vit_filter_fn,
 )

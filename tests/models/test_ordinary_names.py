@@ -1,0 +1,135 @@
+"""Ordinary networks: parallel branches, no LayerScale, and hosted weights under our keys."""
+
+import pytest
+import timm
+import torch
+
+from deit.equivariance import randomize_
+from deit.models.hub import HOSTED, resmlp_filter_fn, vit_filter_fn
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+# name: millions of parameters, of the arithmetic of the architecture
+ADDED = {
+    "deit_huge_patch14_26x2_LS": (1280, 52, True, 26),
+    "deit_small_patch16_36": (384, 36, False, 36),
+    "deit_small_patch16_18x2": (384, 36, False, 18),
+    "deit_small_patch16_18x2_LS": (384, 36, True, 18),
+    "deit_base_patch16_18x2": (768, 36, False, 18),
+    "deit_base_patch16_18x2_LS": (768, 36, True, 18),
+    "deit_base_patch16_36x1": (768, 36, False, 36),
+}
+SECOND = {"norm11", "attn1", "norm21", "mlp1"}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_added_names(name):
+    width, branches, scaled, blocks = ADDED[name]
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert len(model.blocks) == blocks
+    of_blocks = sum(p.numel() for p in model.blocks.parameters())
+    # linear maps with their shifts, two layer norms, and LayerScale of each half
+    each = 12 * width**2 + 9 * width + 4 * width + 2 * width * scaled
+    assert of_blocks == branches * each
+    children = {name for name, _ in model.blocks[0].named_children()}
+    assert children >= {"norm1", "attn", "norm2", "mlp"}
+    assert (children >= SECOND) == (blocks < branches)
+    gammas = {name for name, _ in model.blocks[0].named_parameters() if "gamma" in name}
+    both = {"gamma_1", "gamma_2"} | ({"gamma_1_1", "gamma_2_1"} if blocks < branches else set())
+    assert gammas == (both if scaled else set())
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16_18x2", "deit_small_patch16_18x2_LS"])
+def test_branches_are_parallel(name):
+    model = randomize_(timm.create_model(name, **TINY)).eval()
+    block = model.blocks[0]
+    x = torch.randn(2, 17, 32)
+
+    def scaled(gamma, y):
+        return y if gamma is None else gamma * y
+
+    with torch.no_grad():
+        y = x + scaled(block.gamma_1, block.attn(block.norm1(x)))
+        y = y + scaled(block.gamma_1_1, block.attn1(block.norm11(x)))
+        z = y + scaled(block.gamma_2, block.mlp(block.norm2(y)))
+        z = z + scaled(block.gamma_2_1, block.mlp1(block.norm21(y)))
+        torch.testing.assert_close(block(x), z)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16_18x2", "deit_small_patch16_18x2_LS"])
+def test_added_networks_train_and_reset(name):
+    model = timm.create_model(name, **TINY, drop_path_rate=0.1).train()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for block in model.blocks:
+        for key, gamma in block.named_parameters(recurse=False):
+            assert "gamma" in key
+            torch.nn.init.zeros_(gamma)
+        block.reset_parameters()
+        assert all((p == 1e-4).all() for p in block.parameters(recurse=False))
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_hosted_networks_are_the_same(name):
+    """Every tensor of timm's network has its place and shape in ours."""
+    with torch.device("meta"):
+        options = {"patch_size": 8} if name == "resmlpB_24" else {}
+        ours = timm.create_model(name, **options)
+        theirs = timm.create_model(HOSTED[name])
+    filter_fn = resmlp_filter_fn if "resmlp" in name else vit_filter_fn
+    state = filter_fn(theirs.state_dict(), ours)
+    assert {k: v.shape for k, v in state.items()} == {
+        k: v.shape for k, v in ours.state_dict().items()
+    }
+    assert timm.is_model_pretrained(name)
+    assert ours.pretrained_cfg["hf_hub_id"] == f"timm/{HOSTED[name]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "theirs"),
+    [
+        ("deit_small_patch16_LS", TINY, {k: v for k, v in TINY.items()}),
+        (
+            "resmlp_12",
+            {k: v for k, v in TINY.items() if k != "num_heads"},
+            {("num_blocks" if k == "depth" else k): v for k, v in TINY.items() if k != "num_heads"},
+        ),
+    ],
+)
+def test_translated_weights_compute_the_same(name, options, theirs):
+    hosted = HOSTED[name].partition(".")[0]
+    if hosted == "resmlp_12_224":  # its entry point fixes the size
+        from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
+
+        theirs = MlpMixer(block_layer=ResBlock, norm_layer=Affine, **theirs)
+    else:
+        theirs = timm.create_model(hosted, **theirs)
+    theirs = randomize_(theirs).eval()
+    ours = timm.create_model(
+        name,
+        pretrained=True,
+        pretrained_cfg_overlay=dict(state_dict=theirs.state_dict(), num_classes=5),
+        **options,
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_another_patch_size_is_named():
+    state = timm.create_model("resmlp_12", img_size=32, patch_size=8, depth=1).state_dict()
+    with pytest.raises(ValueError, match="patches of 8 pixels.*patch_size=8"):
+        resmlp_filter_fn(state, timm.create_model("resmlp_12", img_size=32, depth=1))
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16_LS", "resmlp_12"])
+def test_without_a_network_one_line(name, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("We couldn't connect to\n'https://huggingface.co'")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    with pytest.raises(RuntimeError, match=f"weights of {name}.*couldn't connect.*file=") as error:
+        timm.create_model(name, pretrained=True)
+    assert error.value.__suppress_context__
+    assert "\n" not in str(error.value)
