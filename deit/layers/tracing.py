@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.fx import wrap
 
-__all__ = ["check_image_size", "check_stride", "check_total_stride", "widen"]
+__all__ = ["check_image_size", "check_images", "check_stride", "check_total_stride", "widen"]
+
+
+@wrap
+def check_images(images: Tensor, channels: int) -> None:
+    """Raise ValueError unless these are images (B, channels, H, W)."""
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"images must be of shape (batch, {channels}, height, width), not {images.shape}"
+        )
 
 
 @wrap

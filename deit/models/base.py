@@ -22,6 +22,7 @@ __all__ = [
     "Feature",
     "Pool",
     "PooledClassifier",
+    "check_sizes",
     "init_linear",
     "pack",
     "reset_layers",
@@ -43,6 +44,13 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError unless all sizes of a network are positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
 
 
 @torch.no_grad()

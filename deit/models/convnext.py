@@ -36,7 +36,7 @@ from deit.layers import (
     OrdinaryLayerNorm,
     tracing,
 )
-from deit.models.base import Feature, Pool, PooledClassifier, pack
+from deit.models.base import Feature, Pool, PooledClassifier, check_sizes, pack
 from deit.models.published import adapt_state
 from deit.models.registry import register_sizes
 
@@ -57,6 +57,7 @@ class _ConvNeXt(PooledClassifier):
         total_stride: int,
     ) -> None:
         super().__init__()
+        check_sizes(in_chans=in_chans)
         if use_symmetrized_asym_feats and not equivariant:
             raise ValueError(
                 "use_symmetrized_asym_feats needs equivariant features: an ordinary network has "
@@ -69,6 +70,7 @@ class _ConvNeXt(PooledClassifier):
         self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
 
     def _embed(self, images: Tensor) -> Feature:
+        tracing.check_images(images, self.in_chans)
         if self.equivariant:
             stride = self.feature_info[len(self._steps()) - 1]["reduction"]
             tracing.check_total_stride(images.shape[-2], images.shape[-1], stride)
@@ -155,6 +157,7 @@ class IsotropicConvNeXt(_ConvNeXt):
     ) -> None:
         patch_size = to_2tuple(patch_size)
         super().__init__(in_chans, img_size, equivariant, use_symmetrized_asym_feats, patch_size[1])
+        check_sizes(embed_dim=embed_dim, depth=depth)
         dd = {"device": device, "dtype": dtype}
         if equivariant:
             colours = Rep(FLOP, free=0, fixed=in_chans)
@@ -248,6 +251,13 @@ class ConvNeXt(_ConvNeXt):
         patch_size = to_2tuple(patch_size)
         total_stride = patch_size[1] * 2 ** (len(depths) - 1)
         super().__init__(in_chans, img_size, True, use_symmetrized_asym_feats, total_stride)
+        if len(depths) != len(dims) or not depths:
+            raise ValueError(
+                f"each stage has its depth and its width: depths {tuple(depths)} and dims "
+                f"{tuple(dims)} must be equally many, and at least one"
+            )
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            check_sizes(**{f"depths[{i}]": depth, f"dims[{i}]": dim})
         dd = {"device": device, "dtype": dtype}
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()

@@ -7,8 +7,8 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from deit.layers import OrdinaryBlock, OrdinaryLayerNorm
-from deit.models.base import scale_classifier
+from deit.layers import OrdinaryBlock, OrdinaryLayerNorm, tracing
+from deit.models.base import check_sizes, scale_classifier
 from deit.models.scripting import Scriptable
 
 __all__ = ["OrdinaryVisionTransformer", "ParallelBlock"]
@@ -72,9 +72,16 @@ class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
             )
             return (ParallelBlock if parallel else OrdinaryBlock)(**options)
 
+        sizes = ("in_chans", "embed_dim", "depth", "num_heads")
+        check_sizes(**{name: kwargs[name] for name in sizes if name in kwargs})
         super().__init__(
             block_fn=block, norm_layer=OrdinaryLayerNorm, no_embed_class=True, **kwargs
         )
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         scale_classifier(self.head, head_init_scale)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Images to normalised tokens, (B, in_chans, H, W) -> (B, prefix + N, C)."""
+        tracing.check_images(x, self.patch_embed.proj.in_channels)
+        return super().forward_features(x, *args, **kwargs)

@@ -26,11 +26,19 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from deit.groups import FLOP
-from deit.layers import MirrorHalves, MixerBlock, OrdinaryAffine, OrdinaryMixerBlock, PatchEmbed
+from deit.layers import (
+    MirrorHalves,
+    MixerBlock,
+    OrdinaryAffine,
+    OrdinaryMixerBlock,
+    PatchEmbed,
+    tracing,
+)
 from deit.models.base import (
     Feature,
     Pool,
     PooledClassifier,
+    check_sizes,
     init_linear,
     pack,
     scale_classifier,
@@ -82,6 +90,7 @@ class ResMLP(PooledClassifier):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.embed_dim = embed_dim
@@ -127,6 +136,7 @@ class ResMLP(PooledClassifier):
 
     def _embed(self, images: Tensor) -> Feature:
         """Images to parts with decomposed tokens, (B, N, C/2)."""
+        tracing.check_images(images, self.in_chans)
         return tuple(self.tokens.from_regular(part, 1) for part in self.patch_embed(images))
 
     def _steps(self) -> list[list[nn.Module]]:
@@ -179,6 +189,7 @@ class OrdinaryResMLP(Scriptable, MlpMixer):
         head_init_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        check_sizes(depth=depth, **{k: kwargs[k] for k in ("in_chans", "embed_dim") if k in kwargs})
         super().__init__(
             num_blocks=depth,
             mlp_ratio=mlp_ratio,
@@ -194,6 +205,11 @@ class OrdinaryResMLP(Scriptable, MlpMixer):
     def stem(self) -> nn.Module:
         """timm's name of `patch_embed`."""
         return self.patch_embed
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to normalised tokens, (B, in_chans, H, W) -> (B, N, C)."""
+        tracing.check_images(x, self.patch_embed.proj.in_channels)
+        return super().forward_features(x)
 
     def init_weights(self, nlhb: bool = False) -> None:
         """As in `ResMLP`, not timm's; `nlhb` (a bias of -log classes) is refused."""

@@ -36,11 +36,13 @@ from deit.layers import (
     PositionEmbedding,
     PrefixToken,
     RegularBridge,
+    tracing,
 )
 from deit.layers.tokens import resample
 from deit.models.base import (
     ClassifierMethods,
     Feature,
+    check_sizes,
     init_linear,
     pack,
     reset_layers,
@@ -112,6 +114,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         if bridge is not None and use_symmetrized_asym_feats:
             raise ValueError(
                 "use_symmetrized_asym_feats needs equivariant features at the head: "
@@ -238,6 +241,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
 
     def _embed(self, images: Tensor) -> Feature:
         """Patches with their positions after the prefix tokens, parts (B, prefix + N, C/2)."""
+        tracing.check_images(images, self.in_chans)
         x = self.patch_embed(images)
         positions = self.pos_embed(self._grid(images) if self.dynamic_img_size else None)
         batch = x[0].shape[0]
@@ -250,6 +254,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     def _grid(self, images: Tensor) -> MirrorGrid:
         if not self.dynamic_img_size:
             return self.patch_embed.grid
+        tracing.check_images(images, self.in_chans)
         return self.patch_embed.grid_for(images.shape[-2], images.shape[-1])
 
     def _run(

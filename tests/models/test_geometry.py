@@ -7,7 +7,15 @@ token shows at 1e-10 of the norm.
 import pytest
 import timm
 import torch
-from tiny import EQUIVARIANT_TRANSFORMERS, FAMILIES, INVARIANT, create, create_random, images
+from tiny import (
+    EQUIVARIANT_TRANSFORMERS,
+    FAMILIES,
+    INVARIANT,
+    NAMES,
+    create,
+    create_random,
+    images,
+)
 from torch import Tensor
 
 from deit.equivariance import assert_equivariant, equivariance_error, image, invariant
@@ -295,3 +303,27 @@ def test_an_order_that_is_no_grid_cannot_be_resized():
     state[key] = state[key].roll(1)
     with pytest.raises(ValueError, match="not that of any grid"):
         checkpoint_filter_fn(state, model)
+
+
+# what is no image, and sizes that make no network
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_what_is_no_image_is_refused_with_its_shape(family):
+    model = create(family)
+    for shape in ((3, 32, 32), (2, 1, 32, 32), (2, 3, 32)):
+        with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), not.*32"):
+            model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_sizes_that_make_no_network_are_refused(family):
+    stages = family == "d2_convnext"
+    for size in ("in_chans", *(() if stages else ("depth", "embed_dim"))):
+        with pytest.raises(ValueError, match=f"{size} must be at least 1, not 0"):
+            create(family, **{size: 0})
+    if stages:
+        with pytest.raises(ValueError, match=r"depths \(\) and dims.*equally many"):
+            create(family, depths=())
+        with pytest.raises(ValueError, match=r"depths\[1\] must be at least 1, not 0"):
+            create(family, depths=(1, 0, 1, 1))

@@ -89,7 +89,7 @@ def test_hosted_networks_are_the_same(name):
 @pytest.mark.parametrize(
     ("name", "options", "theirs"),
     [
-        ("deit_small_patch16_LS", TINY, {k: v for k, v in TINY.items()}),
+        ("deit_small_patch16_LS", TINY, dict(TINY)),
         (
             "resmlp_12",
             {k: v for k, v in TINY.items() if k != "num_heads"},
@@ -102,7 +102,7 @@ def test_translated_weights_compute_the_same(name, options, theirs):
     if hosted == "resmlp_12_224":  # its entry point fixes the size
         from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 
-        theirs = MlpMixer(block_layer=ResBlock, norm_layer=Affine, **theirs)
+        theirs = MlpMixer(mlp_ratio=4, block_layer=ResBlock, norm_layer=Affine, **theirs)
     else:
         theirs = timm.create_model(hosted, **theirs)
     theirs = randomize_(theirs).eval()
@@ -119,7 +119,7 @@ def test_translated_weights_compute_the_same(name, options, theirs):
 
 def test_another_patch_size_is_named():
     state = timm.create_model("resmlp_12", img_size=32, patch_size=8, depth=1).state_dict()
-    with pytest.raises(ValueError, match="patches of 8 pixels.*patch_size=8"):
+    with pytest.raises(ValueError, match=r"patches of 8 pixels.*patch_size=8"):
         resmlp_filter_fn(state, timm.create_model("resmlp_12", img_size=32, depth=1))
 
 
