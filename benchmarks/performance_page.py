@@ -20,6 +20,8 @@ if __package__ in (None, ""):
 
 from matplotlib.figure import Figure
 
+from deit.cli import CommandLine
+from deit.errors import one_line_errors
 from deit.saving import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +160,7 @@ def _conditions() -> str:
 
 
 def main() -> None:
+    CommandLine(description=__doc__.splitlines()[0]).parse_args()
     page = PAGE.read_text(encoding="utf-8")
     tables = {"inference": inference_table(), "variants": variants_table(),
               "conditions": _conditions() + "."}  # fmt: skip
@@ -174,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(one_line_errors(main))
