@@ -267,4 +267,7 @@ def serve(root: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "deit").is_dir():
+        print(f"gpu.py starts this with a checkout's folder, not {sys.argv[1:]}", file=sys.stderr)
+        sys.exit(2)
     serve(sys.argv[1])

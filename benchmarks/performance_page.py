@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,17 @@ def table() -> str:
     """All networks, a row each."""
     columns = ("flops", *MODES, "memory, compiled")
     head = ["network", "batch", "twin's FLOPs over ours", *MODES, "memory in training, compiled"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows = []
     for name, own in ratios().items():
         cells = [f"{own[column]:.2f}" if column in own else "" for column in columns]
-        lines.append(f"| `{name}` | {own['batch']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", str(own["batch"]), *cells])
+    return markdown(head, rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def conditions() -> str:

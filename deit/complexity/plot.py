@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,13 +55,30 @@ def make_figure(results: Mapping[str, Result], where: str = "") -> Figure:
     gains, accuracies = figure.subplots(1, 2)
     _draw_gains(gains, results, where)
     _draw_accuracies(accuracies, results)
-    for axes in (gains, accuracies):
-        axes.set_xscale("log")
-        axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], [1, 2, 5, 10, 20, 50, 100, 200])
-        axes.minorticks_off()
+    flops = [row.gflops for row in results.values() if row.gflops]
+    for axes, absent in (
+        (gains, "no network here was timed with its twin"),
+        (accuracies, "no accuracy is published of these networks"),
+    ):
+        _scale(axes, flops)
+        if not axes.get_legend_handles_labels()[0]:
+            axes.text(0.5, 0.5, absent, ha="center", va="center", transform=axes.transAxes)
+            axes.set_yticks([])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _scale(axes: Axes, flops: list[float]) -> None:
+    """A logarithmic axis around the networks, with round numbers."""
+    low, high = min(flops, default=1.0) / 1.6, max(flops, default=1.0) * 1.6
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _published(family: str, kind: str, results: Mapping[str, Result]) -> list[Published]:

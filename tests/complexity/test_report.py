@@ -161,6 +161,23 @@ def test_figure_of_all_published_networks():
     assert points == sum(row.top1 is not None for row in PUBLISHED)
 
 
+@pytest.mark.parametrize("gflops", [0.03, 1.0, 9.33, 207.0])
+def test_axes_are_around_the_networks(gflops):
+    for axes in make_figure({OURS: Result(OURS, 1, gflops, [], TWIN)}).axes:
+        low, high = axes.get_xlim()
+        assert low < gflops < high < 3 * low
+        assert len(axes.get_xticks()) >= 1
+        assert all(low <= tick <= high for tick in axes.get_xticks())
+        assert axes.get_title()
+
+
+def test_an_empty_panel_says_why():
+    name = "d2_deit_tiny_patch16_LS"
+    gains, accuracies = make_figure({name: Result(name, 1, 1.0, [], TWIN)}).axes
+    assert "timed" in gains.texts[0].get_text()
+    assert "accuracy" in accuracies.texts[0].get_text()
+
+
 def test_figure_files(tmp_path):
     draw(results(), tmp_path / "figure.png", "")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
