@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from timm.layers import to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from deit.models.scripting import Scriptable
 
 __all__ = [
+    "SIZE_ARGUMENTS",
     "ClassifierMethods",
     "Feature",
     "Pool",
@@ -46,11 +48,16 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raise ValueError unless all sizes of a network are positive."""
+# arguments of ordinary networks that timm takes without a look
+SIZE_ARGUMENTS = ("in_chans", "embed_dim", "depth", "num_heads", "patch_size", "num_classes")
+
+
+def check_sizes(**sizes: int | tuple[int, int]) -> None:
+    """Raise ValueError unless all sizes of a network are positive; `num_classes` may be 0."""
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, not {size}")
+        least = 0 if name == "num_classes" else 1
+        if min(to_2tuple(size)) < least:
+            raise ValueError(f"{name} must be at least {least}, not {size}")
 
 
 @torch.no_grad()

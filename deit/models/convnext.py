@@ -156,6 +156,7 @@ class IsotropicConvNeXt(_ConvNeXt):
         dtype: torch.dtype | None = None,
     ) -> None:
         patch_size = to_2tuple(patch_size)
+        check_sizes(patch_size=patch_size, num_classes=num_classes)
         super().__init__(in_chans, img_size, equivariant, use_symmetrized_asym_feats, patch_size[1])
         check_sizes(embed_dim=embed_dim, depth=depth)
         dd = {"device": device, "dtype": dtype}
@@ -249,6 +250,7 @@ class ConvNeXt(_ConvNeXt):
         dtype: torch.dtype | None = None,
     ) -> None:
         patch_size = to_2tuple(patch_size)
+        check_sizes(patch_size=patch_size, num_classes=num_classes)
         total_stride = patch_size[1] * 2 ** (len(depths) - 1)
         super().__init__(in_chans, img_size, True, use_symmetrized_asym_feats, total_stride)
         if len(depths) != len(dims) or not depths:

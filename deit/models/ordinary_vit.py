@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor, nn
 
 from deit.layers import OrdinaryBlock, OrdinaryLayerNorm, tracing
-from deit.models.base import check_sizes, scale_classifier
+from deit.models.base import SIZE_ARGUMENTS, check_sizes, scale_classifier
 from deit.models.scripting import Scriptable
 
 __all__ = ["OrdinaryVisionTransformer", "ParallelBlock"]
@@ -72,8 +72,7 @@ class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
             )
             return (ParallelBlock if parallel else OrdinaryBlock)(**options)
 
-        sizes = ("in_chans", "embed_dim", "depth", "num_heads")
-        check_sizes(**{name: kwargs[name] for name in sizes if name in kwargs})
+        check_sizes(**{name: kwargs[name] for name in SIZE_ARGUMENTS if name in kwargs})
         super().__init__(
             block_fn=block, norm_layer=OrdinaryLayerNorm, no_embed_class=True, **kwargs
         )

@@ -35,6 +35,7 @@ from deit.layers import (
     tracing,
 )
 from deit.models.base import (
+    SIZE_ARGUMENTS,
     Feature,
     Pool,
     PooledClassifier,
@@ -91,6 +92,7 @@ class ResMLP(PooledClassifier):
     ) -> None:
         super().__init__()
         check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
+        check_sizes(patch_size=patch_size, num_classes=num_classes)
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.embed_dim = embed_dim
@@ -189,7 +191,7 @@ class OrdinaryResMLP(Scriptable, MlpMixer):
         head_init_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        check_sizes(depth=depth, **{k: kwargs[k] for k in ("in_chans", "embed_dim") if k in kwargs})
+        check_sizes(depth=depth, **{k: kwargs[k] for k in SIZE_ARGUMENTS if k in kwargs})
         super().__init__(
             num_blocks=depth,
             mlp_ratio=mlp_ratio,

@@ -115,6 +115,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        check_sizes(patch_size=patch_size, num_classes=num_classes)
         if bridge is not None and use_symmetrized_asym_feats:
             raise ValueError(
                 "use_symmetrized_asym_feats needs equivariant features at the head: "

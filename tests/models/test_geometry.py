@@ -322,6 +322,10 @@ def test_sizes_that_make_no_network_are_refused(family):
     for size in ("in_chans", *(() if stages else ("depth", "embed_dim"))):
         with pytest.raises(ValueError, match=f"{size} must be at least 1, not 0"):
             create(family, **{size: 0})
+    with pytest.raises(ValueError, match=r"patch_size must be at least 1, not .*0"):
+        create(family, patch_size=(4, 0))
+    with pytest.raises(ValueError, match="num_classes must be at least 0, not -1"):
+        create(family, num_classes=-1)
     if stages:
         with pytest.raises(ValueError, match=r"depths \(\) and dims.*equally many"):
             create(family, depths=())
