@@ -24,9 +24,10 @@ from torch.utils.benchmark import Timer
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.cli import CommandLine, OptionGroup, number
-from deit.errors import one_line_errors
+from deit.errors import UserError, one_line, one_line_errors
 from deit.lamb import Lamb
 from deit.losses import build_criterion
+from deit.models.inputs import check_image_size
 from deit.optim import parameter_groups
 
 GOAL = 10.0  # per cent of the training step
@@ -78,7 +79,12 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device(args.device)
-    model = timm.create_model(args.model, img_size=args.input_size).to(device)
+    try:
+        model = timm.create_model(args.model, img_size=args.input_size)
+    except ValueError as error:
+        raise UserError(f"--input-size {args.input_size}: {one_line(error)}") from error
+    check_image_size(model, args.input_size, "--input-size", args.model)
+    model = model.to(device)
     step = torch.compile(model) if args.compile else model
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
     targets = torch.randint(model.num_classes, (args.batch_size,), device=device)

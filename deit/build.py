@@ -14,7 +14,6 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
-from timm.layers import to_2tuple
 from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
@@ -27,6 +26,7 @@ from deit.data import (
 )
 from deit.data.transforms import Transform
 from deit.errors import UserError, one_line, suggest
+from deit.models.inputs import check_image_size
 
 # Arguments of a network, and the options that they come from.
 _OPTION_OF = {
@@ -94,7 +94,7 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
             notes += [note] if note else []
         except (ValueError, AssertionError, RuntimeError) as error:
             raise UserError(f"model {name!r} cannot be built: {one_line(error)}") from error
-    _check_grid(model, args)
+    check_image_size(model, args.input_size, "--input-size", name)
     if args.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)
@@ -116,21 +116,6 @@ def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
     if name in _HARMLESS:
         return f"{args.model} has no {option}: it has no effect"
     raise UserError(f"model {args.model!r} has no option {option} ({name}): omit it")
-
-
-def _check_grid(model: nn.Module, args: Namespace) -> None:
-    """Some of timm's networks ignore the pixels that do not fill a patch."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is None:
-        return
-    for side, size in zip(to_2tuple(patch), to_2tuple(args.input_size), strict=True):
-        if size % side:
-            below = size // side * side
-            raise UserError(
-                f"--input-size {size} does not fit the patches of {side} pixels of "
-                f"{args.model}: use {' or '.join(str(s) for s in (below, below + side) if s)}, "
-                "or another --patch-size"
-            )
 
 
 def build_train_dataset(args: Namespace) -> ImageDataset:

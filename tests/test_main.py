@@ -392,3 +392,14 @@ def test_help():
     done = run_script("--help")
     assert done.returncode == 0
     assert "--resume" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("convnext_tiny", 20), ("d2_convnext_tiny", 33), ("resmlp_12", 40)]
+)
+def test_sizes_that_a_network_cannot_have(name, size):
+    from deit.build import build_model
+    from deit.errors import UserError
+
+    with pytest.raises(UserError, match=name):
+        build_model(parse_args(["--model", name, "--input-size", str(size)]), 3)

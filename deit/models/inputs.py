@@ -12,10 +12,11 @@ __all__ = ["check_image_size"]
 
 
 @torch.no_grad()
-def check_image_size(model: nn.Module, size: int, option: str, name: str) -> None:
-    """Run one square image of `size` pixels through `model` without computing anything.
+def check_image_size(model: nn.Module, size: int | tuple[int, int], option: str, name: str) -> None:
+    """Run one image through `model` without computing anything.
 
     Args:
+        size: pixels of a square image, or (height, width).
         option: the spelling of the option that gave the size, for the message.
         name: of the network, for the message.
 
@@ -23,19 +24,21 @@ def check_image_size(model: nn.Module, size: int, option: str, name: str) -> Non
         UserError: the network cannot take such images, or would ignore some of their pixels.
     """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    for side in () if patch is None else to_2tuple(patch):
-        if size % side:  # some of timm's networks leave out the pixels that do not fill a patch
-            below = size // side * side
+    sides = () if patch is None else zip(to_2tuple(patch), to_2tuple(size), strict=True)
+    for side, pixels in sides:
+        if pixels % side:  # some of timm's networks leave out what does not fill a patch
+            below = pixels // side * side
             fitting = " or ".join(str(s) for s in (below, below + side) if s)
             raise UserError(
-                f"{option} {size} does not fit the patches of {side} pixels of {name}: "
+                f"{option} {pixels} does not fit the patches of {side} pixels of {name}: "
                 f"use {fitting}, or another patch size"
             )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {key: tensor.to("meta") for key, tensor in tensors.items()}
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    channels = getattr(model, "in_chans", 3)
-    image = torch.empty(1, channels, size, size, device="meta", dtype=dtype)
+    convolutions = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = getattr(model, "in_chans", None) or next(convolutions, 3)
+    image = torch.empty(1, channels, *to_2tuple(size), device="meta", dtype=dtype)
     training = model.training
     try:
         torch.func.functional_call(model.eval(), on_meta, (image,))
@@ -43,9 +46,10 @@ def check_image_size(model: nn.Module, size: int, option: str, name: str) -> Non
         pass
     except (ValueError, RuntimeError, AssertionError, IndexError) as error:
         own = getattr(model, "pretrained_cfg", None) or {}
+        shown = size if isinstance(size, int) else " x ".join(map(str, size))
         usual = own.get("input_size", (3, 224, 224))[-1]
         raise UserError(
-            f"{name} cannot take images of {option} {size}, its usual size is {usual}: "
+            f"{name} cannot take images of {option} {shown}, its usual size is {usual}: "
             f"{one_line(error)}"
         ) from error
     finally:
