@@ -37,8 +37,7 @@ def hosted_cfg(name: str) -> dict[str, Any]:
     """The fields of a pretrained configuration that say where the weights of `name` are."""
     if name not in HOSTED:
         return {}
-    cfg = get_pretrained_cfg(HOSTED[name])
-    return {"hf_hub_id": cfg.hf_hub_id, "crop_pct": cfg.crop_pct}
+    return {"hf_hub_id": get_pretrained_cfg(HOSTED[name]).hf_hub_id}
 
 
 def vit_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
