@@ -69,7 +69,7 @@ class PairMlp(nn.Module):
     """
 
     # Of one hidden tensor of a piece: a CPU in eager mode runs so few rows at a time that they stay
-    # in its cache, and the allocator gives no pages back; see docs/performance-log.md.
+    # in its cache. What pieces gave differs from run to run; see docs/performance-log.md.
     PIECE_BYTES = 2 << 20
 
     def __init__(self, first: Sequence[Weights], second: Sequence[Weights], act: nn.Module):

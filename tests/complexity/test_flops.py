@@ -58,8 +58,18 @@ def test_published_counts(name):
     assert trainable(model) == FACTS[name]["trainable"]
     counted = count(name)
     assert not counted.uncounted
-    tolerance = 0.03 if is_small(name) else 0.015
-    assert counted.total / 1e9 == pytest.approx(FACTS[name]["gflops"], rel=tolerance)
+    tolerance = 0.03 if is_small(name) else 0.01
+    total = counted.total - unread(name, model)
+    assert total / 1e9 == pytest.approx(FACTS[name]["gflops"], rel=tolerance)
+
+
+def unread(name, model):
+    """Multiply-adds of a last product that no head reads: the antisymmetric half of an isotropic
+    ConvNeXt. The published count, which traces what the logits depend on, leaves it out."""
+    if not name.startswith("d2_convnext_isotropic"):
+        return 0
+    places = (224 // model.feature_info[-1]["reduction"]) ** 2
+    return places * model.blocks[-1].pwconv2.linear_asym.weight.numel()
 
 
 def test_ordinary_transformers_are_counted_exactly_as_published():
