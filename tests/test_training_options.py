@@ -101,11 +101,13 @@ def test_float32_precision_cannot_be_both():
         parse_args(["--full-float32", "--high-precision-matmul"])
 
 
-def test_activation_memory_budget(monkeypatch):
-    monkeypatch.setattr(functorch_config, "activation_memory_budget", 1.0)
+def test_activation_memory_budget():
     words = ["--activation-memory-budget", "0.3"]
-    set_precision(parse_args(["--compile", *words]), torch.device("cpu"))
-    assert functorch_config.activation_memory_budget == 0.3
+    # Not by monkeypatch, which takes the setting away from torch's configuration when it undoes.
+    with functorch_config.patch(activation_memory_budget=1.0):
+        set_precision(parse_args(["--compile", *words]), torch.device("cpu"))
+        assert functorch_config.activation_memory_budget == 0.3
+    assert functorch_config.activation_memory_budget == 1.0
     with pytest.raises(UserError, match="add --compile"):
         parse_args(words)
     with pytest.raises(UserError, match="from 0 to 1"):
