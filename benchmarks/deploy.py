@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.cli import CommandLine, OptionGroup, number
-from deit.complexity.hardware import describe, versions
-from deit.complexity.published import twin_of
-from deit.complexity.subject import prepare_compiler, release
-from deit.complexity.timing import alternate
 from deit.deploy import fold
 from deit.errors import UserError, one_line_errors
+from deit.measure.hardware import describe, versions
+from deit.measure.published import twin_of
+from deit.measure.subject import prepare_compiler, release
+from deit.measure.timing import alternate
 from deit.saving import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.device == "cpu" and not args.quick:
         raise UserError("--device cpu is for trying out: add --quick")
-    if args.against and not (args.against / "deit" / "complexity").is_dir():
+    if args.against and not (args.against / "calculate_complexity.py").is_file():
         raise UserError(f"--against {args.against} is no checkout of this project")
     import torch
 

@@ -50,7 +50,7 @@ def networks(part: str, quick: bool) -> list[str]:
 def _settings(job: Row, train: bool = False) -> Any:
     import torch
 
-    from deit.complexity.subject import Settings
+    from deit.measure.subject import Settings
 
     quick = {"img_size": QUICK_SIZE, "arguments": QUICK_DEPTH} if job["quick"] else {}
     blocks = job["compile_blocks"] and job.get("mode") == "default"
@@ -69,7 +69,7 @@ def timing(job: Row) -> Iterator[Row]:
     try:
         yield from _timing(job, train)
     except RuntimeError as error:
-        from deit.complexity.subject import is_out_of_memory
+        from deit.measure.subject import is_out_of_memory
 
         if not train or not is_out_of_memory(error):
             raise
@@ -82,9 +82,9 @@ def timing(job: Row) -> Iterator[Row]:
 
 
 def _timing(job: Row, train: bool) -> Iterator[Row]:
-    from deit.complexity.published import twin_of
-    from deit.complexity.subject import Subject
-    from deit.complexity.timing import alternate
+    from deit.measure.published import twin_of
+    from deit.measure.subject import Subject
+    from deit.measure.timing import alternate
 
     settings, batch = _settings(job, train), job["batch"]
     began = time.monotonic()
@@ -115,9 +115,9 @@ def exactness(job: Row) -> Iterator[Row]:
     """Relative errors of logits and of all gradients against float64 on the CPU."""
     import torch
 
-    from deit.complexity.networks import build
-    from deit.complexity.published import twin_of
     from deit.equivariance import randomize_
+    from deit.measure.networks import build
+    from deit.measure.published import twin_of
 
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -150,9 +150,9 @@ def profile(job: Row) -> Iterator[Row]:
     """Time by kernel of a step, and the bytes that Inductor counts for the compiled graphs."""
     from torch._inductor import config, metrics
 
-    from deit.complexity.profiling import _events, _kernels
-    from deit.complexity.published import twin_of
-    from deit.complexity.subject import Subject
+    from deit.measure.profiling import _events, _kernels
+    from deit.measure.published import twin_of
+    from deit.measure.subject import Subject
 
     for name in (twin_of(job["name"]), job["name"]):
         subject = Subject(name, job["batch"], _settings(job, train=True))
@@ -172,7 +172,7 @@ def profile(job: Row) -> Iterator[Row]:
 
 def training(job: Row) -> Iterator[Row]:
     """Two epochs of deit/main.py with EMA and random erasing on the bundled sample."""
-    from deit.complexity.published import twin_of
+    from deit.measure.published import twin_of
 
     root = Path(job["root"])
     for name in (job["name"], twin_of(job["name"]))[: 1 if job["quick"] else 2]:
@@ -202,7 +202,7 @@ def conditions(job: Row) -> Iterator[Row]:
     """What the numbers of a checkout depend on."""
     import torch
 
-    from deit.complexity.hardware import describe, measure_ceilings, versions
+    from deit.measure.hardware import describe, measure_ceilings, versions
 
     def output(*command: str) -> str | None:
         try:
@@ -233,7 +233,7 @@ KINDS: dict[str, Callable[[Row], Iterator[Row]]] = {
 def _release(job: Row) -> None:
     import torch
 
-    from deit.complexity.subject import release
+    from deit.measure.subject import release
 
     release(torch.device(job["device"]))
 

@@ -25,10 +25,10 @@ from torch.utils.benchmark import Timer
 import deit.models  # noqa: F401 - registers the networks
 from deit.cli import CommandLine, OptionGroup, number
 from deit.errors import UserError, one_line, one_line_errors
-from deit.lamb import Lamb
-from deit.losses import build_criterion
 from deit.models.inputs import check_image_size
-from deit.optim import parameter_groups
+from deit.train.lamb import Lamb
+from deit.train.losses import build_criterion
+from deit.train.optim import parameter_groups
 
 GOAL = 10.0  # per cent of the training step
 LR, WEIGHT_DECAY = 3e-3, 0.02

@@ -13,11 +13,11 @@ __all__ = ["__version__", "load"]
 
 
 def load(source: str | Path, *, ema: bool = False, **kwargs: Any) -> nn.Module:
-    """The network of a checkpoint with its weights, built as it was trained: `deit.loading.load`.
+    """The trained network of a checkpoint, built as it was trained (`deit.train.loading.load`).
 
     `load("best_checkpoint.pth")` takes the trained weights, `ema=True` their average. `img_size`
     and `num_classes` adapt it, `model` names the network where the file does not.
     """
-    from deit import loading  # which loads torch: not for those who want the version only
+    from deit.train import loading  # which loads torch: not for those who want the version only
 
     return loading.load(source, ema=ema, **kwargs)

@@ -27,7 +27,7 @@ def complexity() -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
 
     def body() -> int:
-        from deit.complexity.command import main
+        from deit.measure.command import main
 
         return main()
 

@@ -25,17 +25,17 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from deit.args import config_dict, parse_args
-from deit.build import build_model
-from deit.checkpoint import check_finite, model_state, read_checkpoint
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
 from deit.data import read_class_map
 from deit.deploy import fold
 from deit.deploy.files import FORMATS, require_onnx, write_safetensors
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, one_line, one_line_errors
-from deit.loading import NETWORK, adopt, build_as_trained
 from deit.saving import atomic_files
+from deit.train.args import config_dict, parse_args
+from deit.train.build import build_model
+from deit.train.checkpoint import check_finite, model_state, read_checkpoint
+from deit.train.loading import NETWORK, adopt, build_as_trained
 from deit.verify.samples import images as sample_images
 
 __all__ = ["get_parser", "main"]

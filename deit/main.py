@@ -19,8 +19,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-# Torch's own lines about a broken connection come with pages of C++ frames; `deit.watchdog` says
-# what happened. Read when torch is imported.
+# Torch's own lines about a broken connection come with pages of C++ frames; `deit.train.watchdog`
+# says what happened. Read when torch is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if __package__ in (None, ""):
@@ -28,11 +28,12 @@ if __package__ in (None, ""):
 
 from torch import nn
 
-from deit.args import parse_args
-from deit.build import set_precision
 from deit.data.workers import is_worker_death, worker_death
-from deit.distributed import choose_device, connect, find_place
-from deit.engine import (
+from deit.errors import UserError, one_line_errors
+from deit.train.args import parse_args
+from deit.train.build import set_precision
+from deit.train.distributed import choose_device, connect, find_place
+from deit.train.engine import (
     Batches,
     NonFiniteLossError,
     as_log,
@@ -41,23 +42,22 @@ from deit.engine import (
     mean_loss,
     train_one_epoch,
 )
-from deit.errors import UserError, one_line_errors
-from deit.evaluation import evaluate_once
-from deit.metrics import Scores
-from deit.reporting import duration
-from deit.run import LAST, Run, claim_folder
-from deit.stopping import Stopped, request_stop, stop_on_signals
-from deit.training import build_run
+from deit.train.evaluation import evaluate_once
+from deit.train.metrics import Scores
+from deit.train.reporting import duration
+from deit.train.run import LAST, Run, claim_folder
+from deit.train.stopping import Stopped, request_stop, stop_on_signals
+from deit.train.training import build_run
 
 __all__ = ["main", "request_stop"]
 
 
 def main(args: Namespace) -> int:
-    """Train or evaluate as `args` (from `deit.args.parse_args`) say.
+    """Train or evaluate as `args` (from `deit.train.args.parse_args`) say.
 
     Returns:
         The exit status: 0 when the training is complete, or was stopped after saving its state
-        (`deit.stopping.stop_reason()` then says why).
+        (`deit.train.stopping.stop_reason()` then says why).
 
     Raises:
         UserError: something that was asked for cannot be.

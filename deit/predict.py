@@ -27,16 +27,16 @@ from rich.progress import track
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from deit.checkpoint import check_finite, model_state, read_checkpoint
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
 from deit.data import eval_transform
 from deit.data.photos import Photos, find_photos
 from deit.deploy.files import OnnxNetwork
 from deit.deploy.info import NetworkInfo
-from deit.distributed import choose_device
 from deit.errors import UserError, one_line_errors
-from deit.loading import adopt, build_as_trained
 from deit.saving import atomic_path
+from deit.train.checkpoint import check_finite, model_state, read_checkpoint
+from deit.train.distributed import choose_device
+from deit.train.loading import adopt, build_as_trained
 
 __all__ = ["get_parser", "main"]
 

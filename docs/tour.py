@@ -20,7 +20,6 @@ import peft
 import torch
 import torch.nn.functional as F
 
-from deit.checkpoint import load_model, model_state, read_checkpoint
 from deit.data.datasets import SAMPLE_FOLDER
 from deit.equivariance import (
     assert_equivariant,
@@ -30,10 +29,11 @@ from deit.equivariance import (
     invariant,
     randomize_,
 )
-from deit.finetune import load_for_finetune
 from deit.groups import FLOP
 from deit.layers import GELU, Linear
 from deit.models.vit import VisionTransformer
+from deit.train.checkpoint import load_model, model_state, read_checkpoint
+from deit.train.finetune import load_for_finetune
 from experiments.fashion_mnist.images import Images, TestBatches, training_batches
 
 torch.manual_seed(0)

@@ -28,11 +28,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import deit
-from deit.args import parse_args
-from deit.build import build_val_dataset
 from deit.data import ImageDataset, build_eval_loader
 from deit.errors import one_line_errors
-from deit.reporting import read_log
+from deit.train.args import parse_args
+from deit.train.build import build_val_dataset
+from deit.train.reporting import read_log
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "runs" / "demo"

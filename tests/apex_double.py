@@ -11,7 +11,7 @@ import types
 
 import torch
 
-from deit import optim
+from deit.train import optim
 
 
 class FusedLAMB(torch.optim.Optimizer):

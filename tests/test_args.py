@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deit.args import config_dict, get_parser, parse_args
 from deit.cli import OptionGroup
 from deit.errors import UserError
+from deit.train.args import config_dict, get_parser, parse_args
 
 # The published options and their defaults, as the Namespace holds them.
 PUBLISHED = {

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from deit.checkpoint import (
+from deit.errors import UserError
+from deit.train.checkpoint import (
     load_model,
     model_state,
     read_checkpoint,
     strip_prefixes,
     trained_model_name,
 )
-from deit.errors import UserError
 
 
 @pytest.fixture

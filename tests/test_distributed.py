@@ -14,12 +14,12 @@ import pytest
 import torch
 from training_runs import PLAIN, TINY, differences, load, make_images, run_processes, train
 
-import deit.engine
 import deit.main
-import deit.watchdog
-from deit.distributed import SHARDS_ON_CPU, Place, choose_device, find_place, first_host
+import deit.train.engine
+import deit.train.watchdog
 from deit.errors import UserError
-from deit.watchdog import Watchdog
+from deit.train.distributed import SHARDS_ON_CPU, Place, choose_device, find_place, first_host
+from deit.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,7 +176,7 @@ def test_accumulation_is_a_larger_batch(data, one_process, tmp_path):
 
 def stop_after(update: int, *argv: str, data: Path, out: Path) -> int:
     """Train until a signal that reaches only the last rank."""
-    original = deit.engine.Learner.update
+    original = deit.train.engine.Learner.update
     calls = 0
 
     def interrupted(*args):
@@ -186,7 +186,7 @@ def stop_after(update: int, *argv: str, data: Path, out: Path) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         original(*args)
 
-    deit.engine.Learner.update = interrupted
+    deit.train.engine.Learner.update = interrupted
     return train(*argv, data=data, out=out)
 
 
@@ -231,9 +231,9 @@ def test_interrupted_ranks_resume_exactly(data, tmp_path):
 
 
 def evaluate_on_ranks(*argv: str) -> int:
-    from deit.args import parse_args
     from deit.errors import one_line_errors
     from deit.main import main
+    from deit.train.args import parse_args
 
     return one_line_errors(lambda: main(parse_args([*TINY, *argv])))
 
@@ -261,8 +261,8 @@ def test_evaluation_is_exact(count, options, data, one_process, tmp_path, capfd)
 
 def doomed(way: str, data: Path, out: Path) -> int:
     """Train; rank 1 comes to grief at its third update."""
-    deit.watchdog.INTERVAL, deit.watchdog.SILENCE = 1.0, 8.0
-    original = deit.engine.Learner.update
+    deit.train.watchdog.INTERVAL, deit.train.watchdog.SILENCE = 1.0, 8.0
+    original = deit.train.engine.Learner.update
     calls = 0
 
     def update(*args):
@@ -274,7 +274,7 @@ def doomed(way: str, data: Path, out: Path) -> int:
             os.kill(os.getpid(), signal.SIGKILL if way.startswith("kill") else signal.SIGSTOP)
         original(*args)
 
-    deit.engine.Learner.update = update
+    deit.train.engine.Learner.update = update
     return train(data=data, out=out)
 
 
@@ -301,7 +301,7 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(way, message, data, tmp_p
 
 def fail_beside(data: Path) -> int:
     """Rank 0 has a wrong input while rank 1 trains and rank 2 is stopped."""
-    deit.watchdog.INTERVAL, deit.watchdog.SILENCE = 1.0, 8.0
+    deit.train.watchdog.INTERVAL, deit.train.watchdog.SILENCE = 1.0, 8.0
     original = deit.main.build_run
 
     def build_run(*args):

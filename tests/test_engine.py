@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit.distributed import Place, Processes
-from deit.ema import ModelEma, Pairs
-from deit.engine import (
+from deit.train.distributed import Place, Processes
+from deit.train.ema import ModelEma, Pairs
+from deit.train.engine import (
     Learner,
     NonFiniteLossError,
     Precision,
@@ -18,9 +18,9 @@ from deit.engine import (
     evaluate,
     train_one_epoch,
 )
-from deit.lamb import Lamb
-from deit.losses import build_criterion
-from deit.stopping import StopAgreement, Stopped, forget_stop, request_stop
+from deit.train.lamb import Lamb
+from deit.train.losses import build_criterion
+from deit.train.stopping import StopAgreement, Stopped, forget_stop, request_stop
 
 CPU = torch.device("cpu")
 PROCESSES = Processes(Place(), CPU)

@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 
 import deit
-from deit.checkpoint import read_checkpoint
 from deit.deploy import files
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError
 from deit.export import main
+from deit.train.checkpoint import read_checkpoint
 
 KWARGS = {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
 SMALL = ("--model", "d2_deit_tiny_patch16_LS", "--model-kwargs",

@@ -13,7 +13,7 @@ import torch
 
 from deit.data.datasets import SAMPLE_FOLDER
 from deit.errors import UserError
-from deit.stopping import Stopped, forget_stop, request_stop
+from deit.train.stopping import Stopped, forget_stop, request_stop
 from experiments.fashion_mnist import cell as cell_module
 from experiments.fashion_mnist import draw, run, summary
 from experiments.fashion_mnist.cell import Data, Training

@@ -7,7 +7,7 @@ from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
-from deit.finetune import classifier_names, freeze_all_but_attention, load_for_finetune
+from deit.train.finetune import classifier_names, freeze_all_but_attention, load_for_finetune
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
 NAMES = ["vit_tiny_patch16_224", "deit_tiny_patch16_LS", "d2_deit_tiny_patch16_LS"]

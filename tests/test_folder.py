@@ -10,12 +10,12 @@ import signal
 import pytest
 from training_runs import differences, load, make_images, run_processes, train
 
-import deit.folder
 import deit.main
+import deit.train.folder
 from deit.errors import UserError
-from deit.folder import LOCK, check_unused, claim, clear
-from deit.reporting import Reporter
-from deit.stopping import request_stop
+from deit.train.folder import LOCK, check_unused, claim, clear
+from deit.train.reporting import Reporter
+from deit.train.stopping import request_stop
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +143,9 @@ def test_the_lock_of_another_host(tmp_path, monkeypatch):
 
 
 def test_a_job_that_slurm_starts_again_elsewhere_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(deit.folder.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(deit.train.folder.shutil, "which", lambda name: f"/usr/bin/{name}")
     states = {"7": "COMPLETING", "8": "RUNNING", "9": "NODE_FAIL"}
-    monkeypatch.setattr(deit.folder.slurm, "job_state", states.get)
+    monkeypatch.setattr(deit.train.folder.slurm, "job_state", states.get)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for job, free in (("7", True), ("8", False), ("9", True), ("6", True)):
         leave_lock(tmp_path, slurm_job=job)
@@ -169,7 +169,7 @@ def test_without_locks_of_the_kernel_processes_count(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    host = deit.folder.platform.node()
+    host = deit.train.folder.platform.node()
     leave_lock(tmp_path, host=host, process=os.getppid())
     with pytest.raises(UserError, match=f"process {os.getppid()} on {host}"), claim(tmp_path):
         pass
@@ -219,7 +219,7 @@ def test_boards_and_curves_that_fail_do_not_end_the_training(data, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
-    monkeypatch.setattr(deit.reporting, "draw_curves", fail)
+    monkeypatch.setattr(deit.train.reporting, "draw_curves", fail)
     assert train("--epochs", "1", data=data, out=tmp_path) == 0
     output = capsys.readouterr().out
     assert output.count("TensorBoard failed, the training goes on without it: [Errno 28]") == 1
@@ -228,13 +228,13 @@ def test_boards_and_curves_that_fail_do_not_end_the_training(data, tmp_path, mon
 
 
 def test_a_log_that_cannot_be_written_says_where_to_go_on(data, tmp_path, monkeypatch, capsys):
-    written = deit.reporting.write_text
+    written = deit.train.reporting.write_text
 
     def write(path, text):
         written(path / "x" if path.name == "log.txt" and text else path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(deit.reporting, "write_text", write)
+        patch.setattr(deit.train.reporting, "write_text", write)
         assert train("--epochs", "1", data=data, out=tmp_path) == 2
     error = capsys.readouterr().err
     assert "log.txt" in error

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from training_runs import run_processes
 
 import deit.models  # noqa: F401 - registers the networks
-from deit.distributed import SHARDS_ON_CPU, Place, Processes, blocks_of, shard
 from deit.errors import UserError
+from deit.train.distributed import SHARDS_ON_CPU, Place, Processes, blocks_of, shard
 
 FAMILIES = {
     "d2_deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},

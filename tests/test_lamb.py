@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit.distributed import SHARDS_ON_CPU
-from deit.lamb import Lamb
+from deit.train.distributed import SHARDS_ON_CPU
+from deit.train.lamb import Lamb
 
 SHAPES = [(5, 7), (7,), (1, 3, 6), (4, 3, 2, 2), (1,), ()]
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deit.checkpoint import read_checkpoint
 from deit.errors import UserError
 from deit.launch import aftermath, job, slurm, submit
+from deit.train.checkpoint import read_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"

@@ -12,13 +12,13 @@ from timm.data import ImageNetInfo
 from training_runs import load, make_images, train
 
 import deit
-from deit.args import parse_args
-from deit.complexity import command as complexity
 from deit.data import build_dataset, build_eval_loader, eval_transform
 from deit.errors import UserError, one_line_errors
-from deit.loading import NETWORK, adopt, build_as_trained
 from deit.main import main
-from deit.teacher import build_teacher
+from deit.measure import command as complexity
+from deit.train.args import parse_args
+from deit.train.loading import NETWORK, adopt, build_as_trained
+from deit.train.teacher import build_teacher
 
 MODEL = "d2_deit_tiny_patch16_LS"
 KWARGS = ("depth=1", "embed_dim=16", "num_heads=2")
@@ -296,7 +296,7 @@ def test_weights_that_are_not_finite(file, data, tmp_path, capsys):
 
 
 def test_logits_that_are_not_finite(file, data, monkeypatch, capsys):
-    from deit import evaluation
+    from deit.train import evaluation
 
     def overflow(*args, **kwargs):
         model, *rest = build(*args, **kwargs)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from deit.errors import UserError
-from deit.losses import DistillationLoss, build_criterion, prepare_student
+from deit.train.losses import DistillationLoss, build_criterion, prepare_student
 
 CLASSES = 7
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from training_runs import TINY, TRAIN_IMAGES, VAL_IMAGES, load, make_images, train
 
-import deit.engine
-import deit.reporting
-from deit.args import parse_args
+import deit.train.engine
+import deit.train.reporting
 from deit.errors import one_line_errors
 from deit.main import main
+from deit.train.args import parse_args
 
 ROOT = Path(__file__).parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -78,7 +78,7 @@ def test_configuration_is_written_before_the_first_step(data, tmp_path, monkeypa
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(deit.engine.Learner, "update", fail)
+    monkeypatch.setattr(deit.train.engine.Learner, "update", fail)
     with pytest.raises(KeyboardInterrupt):
         train(data=data, out=tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -118,8 +118,8 @@ def test_frozen_and_fixed_parameters_stay(data, tmp_path):
     options = ("--model", "d2_deit_tiny_patch16_LS", "--attn-only", "--epochs", "1")
     assert train(*options, "--seed", "3", data=data, out=tmp_path) == 0
     trained = load(tmp_path / "checkpoint.pth")["model"]
-    from deit.build import build_model
-    from deit.resume import seed_all
+    from deit.train.build import build_model
+    from deit.train.resume import seed_all
 
     seed_all(3)
     model, _ = build_model(parse_args([*TINY, *options]), 3)
@@ -156,7 +156,7 @@ def test_long_trainings_do_not_leak(data, tmp_path, monkeypatch):
     """Memory, open files and threads are the same after 10 and after 40 epochs."""
     resident, files, threads = {}, {}, {}
     before = set(threading.enumerate())
-    original = deit.reporting.Reporter.end_epoch
+    original = deit.train.reporting.Reporter.end_epoch
 
     def end_epoch(self, record):
         original(self, record)
@@ -166,7 +166,7 @@ def test_long_trainings_do_not_leak(data, tmp_path, monkeypatch):
         files[epoch] = len(os.listdir("/proc/self/fd"))
         threads[epoch] = set(threading.enumerate()) - before
 
-    monkeypatch.setattr(deit.reporting.Reporter, "end_epoch", end_epoch)
+    monkeypatch.setattr(deit.train.reporting.Reporter, "end_epoch", end_epoch)
     assert train("--epochs", "40", "--num-workers", "1", data=data, out=tmp_path) == 0
     assert resident[39] - resident[9] < 10
     assert files[39] <= files[9] + 3  # a checkpoint may be being written
@@ -398,8 +398,8 @@ def test_help():
     ("name", "size"), [("convnext_tiny", 20), ("d2_convnext_tiny", 33), ("resmlp_12", 40)]
 )
 def test_sizes_that_a_network_cannot_have(name, size):
-    from deit.build import build_model
     from deit.errors import UserError
+    from deit.train.build import build_model
 
     with pytest.raises(UserError, match=name):
         build_model(parse_args(["--model", name, "--input-size", str(size)]), 3)

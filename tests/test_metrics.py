@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from deit.metrics import Accuracy, SmoothedMeter
+from deit.train.metrics import Accuracy, SmoothedMeter
 
 
 def data(images=103, classes=11):

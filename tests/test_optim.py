@@ -14,13 +14,13 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
-from deit import optim
-from deit.engine import Learner, Precision, RunningLoss
 from deit.errors import UserError
-from deit.lamb import Lamb
-from deit.losses import build_criterion
-from deit.moments import load_optimizer, optimizer_state
-from deit.optim import (
+from deit.train import optim
+from deit.train.engine import Learner, Precision, RunningLoss
+from deit.train.lamb import Lamb
+from deit.train.losses import build_criterion
+from deit.train.moments import load_optimizer, optimizer_state
+from deit.train.optim import (
     build_optimizer,
     decays,
     freeze_shift,
@@ -28,7 +28,7 @@ from deit.optim import (
     parameter_groups,
     scaled_lr,
 )
-from deit.training import check_second_order
+from deit.train.training import check_second_order
 
 
 def tiny_vit(**kwargs):

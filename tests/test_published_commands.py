@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from deit.args import get_parser, parse_args
 from deit.cli import CommandLine, OptionGroup
 from deit.errors import UserError
 from deit.launch.plan import make_plan
 from deit.launch.recipes import load_recipe, options_to_argv
+from deit.train.args import get_parser, parse_args
 
 BOTH = (
     "--epochs 400 --sched cosine --input-size 224 --color-jitter 0.3 --eval-crop-ratio 1.0 "

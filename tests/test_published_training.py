@@ -21,12 +21,12 @@ from torch import nn
 from training_runs import load, make_images, train
 
 import deit.models  # noqa: F401 - registers the networks
-from deit.checkpoint import load_model, load_weights, read_checkpoint, strip_prefixes
-from deit.engine import Precision
-from deit.finetune import load_for_finetune
 from deit.models.published import own_name
-from deit.moments import load_optimizer, optimizer_names, positions_of, published_names
-from deit.optim import build_optimizer, freeze_shift
+from deit.train.checkpoint import load_model, load_weights, read_checkpoint, strip_prefixes
+from deit.train.engine import Precision
+from deit.train.finetune import load_for_finetune
+from deit.train.moments import load_optimizer, optimizer_names, positions_of, published_names
+from deit.train.optim import build_optimizer, freeze_shift
 
 FAMILIES = json.loads((Path(__file__).parent / "fixtures" / "networks.json").read_text())[
     "families"

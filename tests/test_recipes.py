@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import pytest
 
-from deit.args import get_parser, parse_args
 from deit.errors import UserError
 from deit.launch.recipes import (
     RECIPES,
@@ -16,6 +15,7 @@ from deit.launch.recipes import (
     recipe_names,
     split_batch,
 )
+from deit.train.args import get_parser, parse_args
 
 
 class Row(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from deit.errors import UserError
-from deit.reporting import Reporter, draw_curves, duration, environment, memory_used, read_log
+from deit.train.reporting import Reporter, draw_curves, duration, environment, memory_used, read_log
 
 CPU = torch.device("cpu")
 RECORD = {

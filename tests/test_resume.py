@@ -13,16 +13,16 @@ import pytest
 import torch
 from training_runs import differences, load, make_images, run_processes, train
 
-import deit.engine
 import deit.main
-import deit.run
-from deit.checkpoint import read_checkpoint
+import deit.train.engine
+import deit.train.run
 from deit.errors import UserError
-from deit.moments import load_optimizer
-from deit.optim import build_optimizer
-from deit.reporting import Reporter
-from deit.resume import random_state, seed_all, set_random_state
-from deit.stopping import request_stop
+from deit.train.checkpoint import read_checkpoint
+from deit.train.moments import load_optimizer
+from deit.train.optim import build_optimizer
+from deit.train.reporting import Reporter
+from deit.train.resume import random_state, seed_all, set_random_state
+from deit.train.stopping import request_stop
 
 # Three epochs of three updates of two batches; workers, fp32, every random augmentation.
 OPTIONS = ("--epochs", "3", "--update-freq", "2", "--drop", "0.1", "--clip-grad", "1")
@@ -101,12 +101,12 @@ def die_after_half_a_file(save, state, file):
 def killed(moment: str, data: Path, out: Path) -> int:
     """Train in a process of its own until it kills itself at `moment`."""
     place = {
-        "first update": (deit.engine.Learner, "update", 1, die),
-        "mid-epoch": (deit.engine.Learner, "update", 5, die),
+        "first update": (deit.train.engine.Learner, "update", 1, die),
+        "mid-epoch": (deit.train.engine.Learner, "update", 5, die),
         "evaluation": (deit.main, "evaluate", 2, die),
         "before the log": (Reporter, "end_epoch", 2, die),
-        "before the state is saved": (deit.run.Run, "save", 3, die),
-        "before the save": (deit.run.Run, "save", 4, die),
+        "before the state is saved": (deit.train.run.Run, "save", 3, die),
+        "before the save": (deit.train.run.Run, "save", 4, die),
         "in the write": (torch, "save", 4, die_after_half_a_file),
         "before the rename": (os, "replace", 10, die),
         "at the end": (Reporter, "close", 1, die),
@@ -154,8 +154,8 @@ def test_signal_stops_between_updates(number, update, data, whole, tmp_path, mon
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(deit.engine.Learner, "update", deit.engine.Learner.update)
-        at_call(deit.engine.Learner, "update", update, interrupted)
+        patch.setattr(deit.train.engine.Learner, "update", deit.train.engine.Learner.update)
+        at_call(deit.train.engine.Learner, "update", update, interrupted)
         before = signal.getsignal(number)
         assert train(*OPTIONS, data=data, out=tmp_path) == 0
         assert signal.getsignal(number) == before
@@ -192,15 +192,15 @@ def test_stop_in_the_evaluation(data, whole, tmp_path, monkeypatch):
 
 
 def test_second_interrupt_quits_at_once(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(deit.stopping, "_DOUBLE_INTERRUPT", -1.0)
+    monkeypatch.setattr(deit.train.stopping, "_DOUBLE_INTERRUPT", -1.0)
 
     def interrupted(original, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(deit.engine.Learner, "update", deit.engine.Learner.update)
-    at_call(deit.engine.Learner, "update", 2, interrupted)
+    monkeypatch.setattr(deit.train.engine.Learner, "update", deit.train.engine.Learner.update)
+    at_call(deit.train.engine.Learner, "update", 2, interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(*OPTIONS, data=data, out=tmp_path)
     assert not (tmp_path / "checkpoint.pth").exists()

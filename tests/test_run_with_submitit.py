@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from deit.args import get_parser, parse_args
 from deit.cli import Switch
 from deit.errors import UserError
 from deit.launch import submit as submit_module
@@ -21,6 +20,7 @@ from deit.launch.plan import make_plan
 from deit.launch.preflight import check
 from deit.launch.recipes import options_to_argv, recipe_names
 from deit.launch.submit import dry_run
+from deit.train.args import get_parser, parse_args
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -349,7 +349,7 @@ def sample_words(action) -> list[str]:
 
 def test_every_option_of_main_passes_through_unchanged(monkeypatch):
     """Each with a value of its own; the parser's words come out as the same options."""
-    monkeypatch.setattr("deit.args.validate", lambda args: None)  # some need company
+    monkeypatch.setattr("deit.train.args.validate", lambda args: None)  # some need company
     actions = [a for a in get_parser()._actions if a.dest != "help"]
     assert len(actions) > 100
     for action in actions:

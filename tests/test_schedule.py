@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deit.errors import UserError
-from deit.schedule import build_scheduler
+from deit.train.schedule import build_scheduler
 
 EPOCHS, UPDATES = 10, 20
 TOTAL = EPOCHS * UPDATES

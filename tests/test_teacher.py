@@ -10,8 +10,8 @@ from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import nn
 
 from deit.errors import UserError
-from deit.losses import build_criterion
-from deit.teacher import Teacher, build_teacher
+from deit.train.losses import build_criterion
+from deit.train.teacher import Teacher, build_teacher
 
 CLASSES = 7
 

@@ -8,12 +8,12 @@ import torch
 from torch._functorch import config as functorch_config
 from training_runs import TINY, differences, load, make_images, train
 
-from deit.args import parse_args
-from deit.build import build_model, mean_and_std, set_precision
 from deit.errors import UserError
-from deit.finetune import read_for_finetune
-from deit.reporting import read_log
-from deit.training import workers
+from deit.train.args import parse_args
+from deit.train.build import build_model, mean_and_std, set_precision
+from deit.train.finetune import read_for_finetune
+from deit.train.reporting import read_log
+from deit.train.training import workers
 
 CUDA = torch.device("cuda")
 

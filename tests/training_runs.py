@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.args import parse_args
 from deit.errors import one_line_errors
 from deit.main import main
-from deit.stopping import forget_stop
+from deit.train.args import parse_args
+from deit.train.stopping import forget_stop
 
 CLASSES = 3
 TRAIN_IMAGES, VAL_IMAGES = 26, 17

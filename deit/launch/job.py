@@ -65,10 +65,10 @@ class TrainingJob:
 
     def _train(self, env: JobEnvironment) -> None:
         _export_rendezvous(env)
-        from deit.args import parse_args
         from deit.main import main
-        from deit.run import LAST
-        from deit.stopping import request_stop, stop_reason
+        from deit.train.args import parse_args
+        from deit.train.run import LAST
+        from deit.train.stopping import request_stop, stop_reason
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             request_stop(signal.Signals(number).name)
@@ -91,7 +91,7 @@ class TrainingJob:
 
 
 def _export_rendezvous(env: JobEnvironment) -> None:
-    """Set the variables that torchrun sets, as `deit.distributed` reads them."""
+    """Set the variables that torchrun sets, as `deit.train.distributed` reads them."""
     from submitit.helpers import TorchDistributedEnvironment
 
     # All processes of a start draw the same port, another start another: sockets may linger, and

@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from deit.args import CommandLine, get_parser, parse_args
 from deit.cli import Switch, number
 from deit.errors import UserError
 from deit.launch.cluster import (
@@ -33,6 +32,7 @@ from deit.launch.recipes import (
     recipe_names,
     split_batch,
 )
+from deit.train.args import CommandLine, get_parser, parse_args
 
 # As typed in a checkout of this code, or anywhere if the package is installed.
 _CHECKOUT = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()

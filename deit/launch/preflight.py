@@ -11,9 +11,9 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from deit.args import parse_args
 from deit.errors import UserError, suggest
 from deit.launch.plan import Plan
+from deit.train.args import parse_args
 
 
 def check(plan: Plan) -> list[str]:
@@ -39,7 +39,7 @@ def check(plan: Plan) -> list[str]:
         _check_network(plan, args, classes)
         _check_packages(args)
         if plan.local:
-            from deit.distributed import choose_device
+            from deit.train.distributed import choose_device
 
             choose_device(args.device, 0)
     return notes
@@ -66,9 +66,9 @@ def _check_files(args: Namespace) -> None:
 
 def _check_data(plan: Plan, args: Namespace) -> tuple[int, list[str]]:
     """The number of classes, where it can be told, and remarks."""
-    from deit.build import build_train_dataset, build_val_dataset, number_of_classes
     from deit.data import check_same_classes
-    from deit.training import updates_per_epoch
+    from deit.train.build import build_train_dataset, build_val_dataset, number_of_classes
+    from deit.train.training import updates_per_epoch
 
     here = all(
         Path(path).expanduser().exists() for path in (args.data_path, args.eval_data_path) if path
@@ -94,9 +94,9 @@ def _check_network(plan: Plan, args: Namespace, classes: int) -> None:
     import timm
     import torch
 
-    from deit.build import build_model, train_transform_of
-    from deit.run import LAST
-    from deit.training import optimizer_of
+    from deit.train.build import build_model, train_transform_of
+    from deit.train.run import LAST
+    from deit.train.training import optimizer_of
 
     train_transform_of(args)
     names = {"--model": args.model}

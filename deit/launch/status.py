@@ -152,7 +152,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """One object a line, one line an epoch (`deit.reporting`, which would load torch)."""
+    """One object a line, one line an epoch (`deit.train.reporting`, which would load torch)."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     try:
         return [json.loads(line) for line in lines]

@@ -19,13 +19,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deit.args import config_dict, parse_args
 from deit.errors import UserError, one_line
 from deit.launch import slurm
 from deit.launch.job import STOP_SIGNALS, TrainingJob
 from deit.launch.plan import LAUNCHER, Plan
 from deit.launch.preflight import check
 from deit.launch.status import RECORD
+from deit.train.args import config_dict, parse_args
 
 if TYPE_CHECKING:
     import submitit

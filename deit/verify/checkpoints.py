@@ -8,9 +8,9 @@ from typing import Any
 from timm.layers import to_2tuple
 from torch import nn
 
-from deit.build import model_arguments
-from deit.checkpoint import read_checkpoint
-from deit.loading import build_as_trained, number_of_outputs
+from deit.train.build import model_arguments
+from deit.train.checkpoint import read_checkpoint
+from deit.train.loading import build_as_trained, number_of_outputs
 from deit.verify.networks import NetworkCase, choose
 
 __all__ = ["network_of"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from deit.compilation import compile_network
 from deit.equivariance import tolerance_of
+from deit.train.compilation import compile_network
 
 __all__ = ["DTYPES", "Settings"]
 

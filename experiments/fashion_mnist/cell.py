@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.args import parse_args
-from deit.checkpoint import read_checkpoint
-from deit.distributed import Place, Processes
-from deit.engine import Learner, evaluate, train_one_epoch
-from deit.metrics import Accuracy
-from deit.networks import build_networks
-from deit.reporting import environment
-from deit.resume import TrainingState, seed_all
 from deit.saving import CheckpointWriter
-from deit.stopping import StopAgreement, Stopped
-from deit.training import LAST, build_learner, build_state
+from deit.train.args import parse_args
+from deit.train.checkpoint import read_checkpoint
+from deit.train.distributed import Place, Processes
+from deit.train.engine import Learner, evaluate, train_one_epoch
+from deit.train.metrics import Accuracy
+from deit.train.networks import build_networks
+from deit.train.reporting import environment
+from deit.train.resume import TrainingState, seed_all
+from deit.train.stopping import StopAgreement, Stopped
+from deit.train.training import LAST, build_learner, build_state
 from experiments.fashion_mnist.grid import Cell, Plan
 from experiments.fashion_mnist.images import Images, TestBatches, training_batches
 from experiments.fashion_mnist.networks import CLASSES, IMAGE_SIZE

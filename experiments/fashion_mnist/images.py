@@ -90,7 +90,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 class TestBatches:
-    """All images in order, as `deit.engine.evaluate` wants them."""
+    """All images in order, as `deit.train.engine.evaluate` wants them."""
 
     __test__ = False  # no test of pytest's
 

@@ -10,7 +10,7 @@ import torch
 from timm import create_model, is_model
 from torch import nn
 
-from deit.complexity.flops import count_flops
+from deit.measure.flops import count_flops
 from deit.models.convnext import IsotropicConvNeXt
 from deit.models.registry import register_sizes
 from deit.models.resmlp import OrdinaryResMLP, ResMLP

@@ -30,12 +30,12 @@ if __package__ in (None, ""):
 import torch
 
 from deit.cli import CommandLine, OptionGroup, number
-from deit.distributed import choose_device
 from deit.errors import UserError, one_line, one_line_errors
-from deit.folder import claim
-from deit.reporting import duration
 from deit.saving import write_text
-from deit.stopping import Stopped, stop_on_signals, stop_reason
+from deit.train.distributed import choose_device
+from deit.train.folder import claim
+from deit.train.reporting import duration
+from deit.train.stopping import Stopped, stop_on_signals, stop_reason
 from experiments.fashion_mnist.cell import Data, Training
 from experiments.fashion_mnist.grid import FULL, QUICK, Cell, Plan, cells
 from experiments.fashion_mnist.images import find_data

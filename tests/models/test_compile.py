@@ -10,9 +10,9 @@ from tiny import NAMES, create, create_random, images
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from deit.compilation import compile_network
 from deit.errors import UserError
 from deit.layers import GELU, Attention, Linear
+from deit.train.compilation import compile_network
 
 BATCHES = (2, 3, 5)
 

@@ -24,8 +24,8 @@ import pytest
 from cluster import Cluster
 from PIL import Image
 
-from deit.checkpoint import read_checkpoint
 from deit.launch.status import read_status
+from deit.train.checkpoint import read_checkpoint
 
 pytestmark = [
     pytest.mark.slurm,

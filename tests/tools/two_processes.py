@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from deit.distributed import SHARDS_ON_CPU, Place, Processes, blocks_of, shard, wrap_ddp
+from deit.train.distributed import SHARDS_ON_CPU, Place, Processes, blocks_of, shard, wrap_ddp
 
 FAMILIES = [name for name in NETWORKS if name != "vit, explicit attention"]
 BATCH = 4

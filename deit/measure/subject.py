@@ -1,0 +1,181 @@
+"""A network on the device, ready to be timed: built, cast, compiled, fed with random images."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit.measure.hardware import synchronize
+from deit.measure.networks import build
+from deit.train.compilation import compile_network
+
+__all__ = ["Settings", "Subject", "is_out_of_memory", "prepare_compiler", "release"]
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How networks are run; the same for all that are compared.
+
+    Attributes:
+        dtype: of the arithmetic. With `amp` weights and inputs are float32 and autocast casts to
+            it, without it they have it themselves.
+        compile_mode: of torch.compile, None for no compilation.
+        compile_blocks: compile each block by itself, not the whole network.
+        img_size: None for each network's own.
+        symmetrized_asym_feats: classify [s, |a|] where there are antisymmetric features.
+        arguments: further ones of the networks, where they know them.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    amp: bool = False
+    compile_mode: str | None = None
+    compile_blocks: bool = False
+    img_size: int | None = None
+    train: bool = False
+    symmetrized_asym_feats: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype of weights and inputs."""
+        return torch.float32 if self.amp else self.dtype
+
+
+class Subject:
+    """A network and a batch of random images; `infer` and `train_step` are what is timed.
+
+    A training step is forward, cross-entropy, backward and AdamW, without stochastic depth.
+    """
+
+    def __init__(self, name: str, batch: int, settings: Settings) -> None:
+        device = settings.device
+        self.settings = settings
+        self._before = _allocated(device)
+        self.model, size = build(
+            name,
+            img_size=settings.img_size,
+            symmetrized=settings.symmetrized_asym_feats,
+            arguments=settings.arguments,
+            device=device,
+            dtype=settings.storage,
+        )
+        if settings.compile_mode is not None:
+            compile_network(self.model, settings.compile_mode, blocks=settings.compile_blocks)
+        self.images = torch.randn(batch, 3, size, size, device=device, dtype=settings.storage)
+        outputs = getattr(self.model, "num_classes", 1000) or 1
+        self.targets = torch.randint(0, outputs, (batch,), device=device)
+        self._optimizer: torch.optim.Optimizer | None = None
+        scaled = settings.train and settings.dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self.peak_memory: int | None = None
+        self.train_peak_memory: int | None = None
+
+    def warm_up(self) -> None:
+        """Compile, let libraries choose their algorithms, and measure peak memory in bytes.
+
+        Memory counts what this network alone needs: weights, images, and all that a step holds.
+        """
+        self.model.eval()
+        self.peak_memory = self._peak(self.infer)
+        if self.settings.train:
+            fused = True if self.settings.device.type == "cuda" else None  # as in training
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=fused)
+            self.model.train()
+            self.train_peak_memory = self._peak(self.train_step)
+            self.model.eval()
+
+    def infer(self) -> Tensor:
+        """Logits of the batch."""
+        with torch.no_grad(), self._autocast():
+            return self.model(self.images)
+
+    def train_step(self) -> None:
+        """One update of the weights. The network must be in training mode."""
+        with self._autocast():
+            loss = F.cross_entropy(self.model(self.images).float(), self.targets)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _autocast(self) -> torch.autocast:
+        settings = self.settings
+        return torch.autocast(settings.device.type, settings.dtype, enabled=settings.amp)
+
+    def _peak(self, step: Callable[[], object]) -> int | None:
+        device = self.settings.device
+        for _ in range(WARM_UP if device.type == "cuda" else 1):
+            step()
+        if device.type == "cuda":
+            synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            step()
+            synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - self._before
+        if device.type == "cpu":
+            return self._held() + _cpu_peak(step)
+        return None
+
+    def _held(self) -> int:
+        """Bytes that stay allocated between steps: weights, moments, images."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), self.images]
+        if self._optimizer is not None:
+            for state in self._optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _cpu_peak(step: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator holds during a step beyond those from before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that an allocation failed, on any device."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in text for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
+def release(device: torch.device) -> None:
+    """Free what dropped subjects held, compiled code too."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def prepare_compiler() -> None:
+    """Let one process compile as many networks as a group has; report its errors alone.
+
+    Networks of one class share their code, and torch.compile falls back to eager execution, with
+    nothing but a warning, once one function has been compiled a handful of times.
+    """
+    torch._dynamo.config.cache_size_limit = 64
+    for library in ("torch._dynamo", "torch._inductor"):
+        logging.getLogger(library).setLevel(logging.ERROR)

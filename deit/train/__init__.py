@@ -1,0 +1,1 @@
+"""Training and evaluation: options, building, the step, checkpoints, resuming, reports."""

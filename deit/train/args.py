@@ -1,0 +1,173 @@
+"""The command line of training and evaluation, grouped by effect.
+
+    args = parse_args()                     # for deit/main.py
+    parser = get_parser()                   # add options of your own to it, then
+    args = parse_args(argv, parser)
+
+Every option may be written with dashes or underscores and shortened to a unique prefix. A wrong
+command line raises `UserError`, which the scripts print as one line. What one option implies for
+another is settled in the Namespace that `parse_args` returns (see `resolve`).
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from typing import Any
+
+from deit.cli import CommandLine
+from deit.errors import UserError
+from deit.launch.recipes import published_options
+from deit.train.options import get_parser
+
+__all__ = [
+    "CommandLine",
+    "config_dict",
+    "get_parser",
+    "parse_args",
+    "resolve",
+    "uses_mixup",
+    "validate",
+]
+
+
+def parse_args(
+    argv: Sequence[str] | None = None, parser: ArgumentParser | None = None
+) -> Namespace:
+    """Parse, resolve and check a command line (default: this process's own).
+
+    Raises:
+        UserError: an unknown option, a value out of range, or options that exclude each other.
+    """
+    args = (parser or get_parser()).parse_args(argv)
+    if args.published:
+        for name, value in published_options(args.published, args.model).items():
+            if name not in args.given:
+                setattr(args, name, value)
+        if args.published == "convnext" and args.model_ema_eval and not args.eval:
+            args.model_ema_eval = "both"  # what --model_ema_eval means there
+    resolve(args)
+    validate(args)
+    return args
+
+
+def resolve(args: Namespace) -> None:
+    """Settle in place what options imply for each other."""
+    if args.data_set == "IMNETZIP":
+        args.data_set, args.zip_dataloader = "IMNET", True
+    if not args.data_path and args.data_set == "IMNET" and not args.zip_dataloader:
+        args.data_set = "SAMPLE"
+    if args.data_set == "SAMPLE":
+        args.data_path = ""
+    if args.auto_resume and args.output_dir and not args.resume:
+        args.resume = "auto"
+    if args.data_set == "CIFAR":
+        args.data_set = "CIFAR100"
+    if args.aa.lower() == "none":
+        args.aa = ""
+    if not args.aug:
+        args.aa, args.ThreeAugment, args.src, args.repeated_aug = "", False, False, False
+        args.color_jitter = args.hflip = args.reprob = 0.0
+    if args.ThreeAugment and "reprob" not in getattr(args, "given", ()):
+        args.reprob = 0.0
+    if args.bce_loss:
+        # Smoothed targets are all above zero: binarised, every class would be a target.
+        args.smoothing = 0.0
+
+
+def uses_mixup(args: Namespace) -> bool:
+    """Whether the options ask for mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def validate(args: Namespace) -> None:
+    """Raise `UserError` for options that contradict each other; `args` have been resolved."""
+    if args.attn_mixer and args.fused_attn:
+        raise UserError(
+            "--attn-mixer cannot be used with --fused-attn: fused attention computes its logits "
+            "inside the kernel, where they cannot be mixed; drop one of the two"
+        )
+    training = not args.eval
+    if training and uses_mixup(args) and args.mixup_prob > 0 and args.batch_size % 2:
+        raise UserError(
+            f"--batch-size {args.batch_size} is odd, but mixup and cutmix work on pairs: use an "
+            "even one, or --mixup 0 --cutmix 0"
+        )
+    if args.cosub and args.distillation_type != "none":
+        raise UserError("--cosub cannot be combined with --distillation-type; drop one of the two")
+    if args.full_float32 and args.high_precision_matmul:
+        raise UserError("--full-float32 forbids the TF32 of --high-precision-matmul: drop one")
+    if args.activation_memory_budget is not None and not args.compile:
+        raise UserError("--activation-memory-budget is for what --compile makes: add --compile")
+    if args.wandb_ckpt and not (args.wandb and args.output_dir and args.save_ckpt):
+        raise UserError("--wandb-ckpt uploads checkpoints: it needs --wandb and --output-dir")
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        low, high = args.cutmix_minmax
+        raise UserError(f"--cutmix-minmax {low:g} {high:g}: the first must be the smaller one")
+    _validate_schedule(args)
+    _validate_sources(args)
+
+
+def _validate_schedule(args: Namespace) -> None:
+    if args.opt_betas is not None and max(args.opt_betas) >= 1:
+        raise UserError(f"--opt-betas {args.opt_betas}: every beta must be less than 1")
+    if args.lr_noise is not None and len(args.lr_noise) > 2:
+        raise UserError(f"--lr-noise takes a start and an end, got {len(args.lr_noise)} numbers")
+    if args.warmup_prefix and args.warmup_epochs >= args.epochs:
+        raise UserError(
+            f"--warmup-prefix leaves no epoch after the warm-up: --warmup-epochs "
+            f"{args.warmup_epochs:g} of --epochs {args.epochs}"
+        )
+
+
+def _validate_sources(args: Namespace) -> None:
+    if args.fold and not args.eval:
+        raise UserError("--fold is for --eval: a folded network is not trained")
+    if args.resume == "auto" and not args.output_dir:
+        raise UserError(
+            "--resume auto looks for the checkpoint in --output-dir, which is not given"
+        )
+    if args.resume_weights_only and not args.resume:
+        raise UserError("--resume-weights-only needs --resume, the checkpoint that it is about")
+    if args.finetune == "auto":
+        raise UserError("--finetune needs the name of a checkpoint, 'auto' is for --resume")
+    if args.eval_data_path and (
+        args.data_set not in ("IMNET", "image_folder") or args.zip_dataloader
+    ):
+        raise UserError("--eval-data-path is for --data-set IMNET or image_folder, in folders")
+    if args.data_set == "image_folder" and not (args.eval_data_path or args.disable_eval):
+        raise UserError(
+            "--data-set image_folder needs --eval-data-path, the folder of the test images, or "
+            "--disable-eval"
+        )
+    if args.eval and args.disable_eval:
+        raise UserError("--eval evaluates, which --disable-eval forbids: drop one of the two")
+    if not args.data_path and (args.data_set != "SAMPLE" or args.zip_dataloader):
+        wanted = "--zip-dataloader" if args.zip_dataloader else f"--data-set {args.data_set}"
+        raise UserError(f"{wanted} needs --data-path, the folder that the data are in")
+    if args.zip_dataloader and args.data_set != "IMNET":
+        raise UserError(f"--zip-dataloader reads IMNET's layout, not --data-set {args.data_set}")
+    if args.download and args.data_set not in ("CIFAR10", "CIFAR100", "FASHION"):
+        raise UserError(f"--download fetches CIFAR and FASHION, not --data-set {args.data_set}")
+
+
+def config_dict(args: Namespace | Mapping[str, Any]) -> dict[str, Any]:
+    """The options as plain values that `json.dumps` takes, in alphabetical order.
+
+    Paths become strings, tuples lists, nested namespaces dicts, anything else its `str`.
+    """
+    values = vars(args) if isinstance(args, Namespace) else args
+    return {str(name): _plain(values[name]) for name in sorted(values, key=str)}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, (Namespace, Mapping)):
+        return config_dict(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,207 @@
+"""From the command line's options to the objects that `deit.main` works with."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from typing import Any
+
+import timm
+import torch
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from torch import nn
+
+import deit.models  # noqa: F401 - registers the networks
+from deit.data import (
+    ImageDataset,
+    build_dataset,
+    eval_transform,
+    train_transform,
+)
+from deit.data.transforms import Transform
+from deit.errors import UserError, one_line, suggest
+from deit.models.inputs import check_image_size
+from deit.train.args import get_parser
+
+# Arguments of a network, and the options that they come from.
+_OPTION_OF = {
+    "patch_size": "--patch-size",
+    "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+    "use_symmetrized_asym_feats": "--symmetrized-asym-feats",
+    "use_attn_mixer": "--attn-mixer",
+    "use_fused_attn": "--fused-attn",
+    "layer_scale_init_value": "--layer-scale-init-value",
+    "head_init_scale": "--head-init-scale",
+}
+
+# Options of one family that published command lines of the others carry too, without effect.
+_HARMLESS = ("use_fused_attn", "use_symmetrized_asym_feats", "use_attn_mixer")
+
+
+def model_arguments(args: Namespace, num_classes: int) -> dict[str, Any]:
+    """The keyword arguments for `timm.create_model`: those that say something."""
+    silent = {
+        "patch_size": None,
+        "drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "use_symmetrized_asym_feats": False,
+        "use_attn_mixer": False,
+        "use_fused_attn": None,
+        "layer_scale_init_value": None,
+        "head_init_scale": 1.0,
+    }
+    given = {
+        name: getattr(args, _OPTION_OF[name].removeprefix("--").replace("-", "_"))
+        for name in silent
+    }
+    # Off is what networks without equivariant features are anyway.
+    given = {name: value for name, value in given.items() if value != silent[name]}
+    # a Namespace that was saved in a checkpoint may lack options that are newer
+    others = dict(getattr(args, "model_kwargs", None) or ())
+    return {"num_classes": num_classes, "img_size": args.input_size} | given | others
+
+
+def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """The network `args.model`, in training mode on the CPU.
+
+    Returns:
+        The network, and remarks for the user.
+
+    Raises:
+        UserError: an unknown name, an option that this network does not have, or values of which
+            it cannot be built.
+    """
+    name = args.model
+    if not timm.is_model(name):
+        raise UserError(f"unknown model {name!r}{suggest(name, timm.list_models())}")
+    kwargs = model_arguments(args, num_classes)
+    notes: list[str] = []
+    while True:
+        try:
+            model = timm.create_model(name, **kwargs)
+            break
+        except TypeError as error:
+            lacking = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if lacking is None or lacking.group(1) not in kwargs:
+                raise
+            note = _without(kwargs, lacking.group(1), args)
+            notes += [note] if note else []
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise UserError(f"model {name!r} cannot be built: {one_line(error)}") from error
+    check_image_size(model, args.input_size, "--input-size", name)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"model {name!r} has no --grad-checkpointing") from error
+    return model, notes
+
+
+def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
+    """Take the argument that the network lacks out of `kwargs`, if that does no harm."""
+    value = kwargs.pop(name)
+    if name in dict(getattr(args, "model_kwargs", None) or ()):
+        raise UserError(f"model {args.model!r} has no argument {name!r} (--model-kwargs)")
+    if name == "img_size":  # convolutional networks take any size
+        return ""
+    option = _OPTION_OF[name]
+    if value == get_parser().get_default(option.removeprefix("--").replace("-", "_")):
+        return f"{args.model} has no {option}; its default, {value}, is not applied"
+    if name in _HARMLESS:
+        return f"{args.model} has no {option}: it has no effect"
+    raise UserError(f"model {args.model!r} has no option {option} ({name}): omit it")
+
+
+def build_train_dataset(args: Namespace) -> ImageDataset:
+    """The training split with its random transforms, or with those of evaluation (--no-aug)."""
+    if not args.aug:
+        return build_dataset(
+            "train", transform=_eval_transform(args), **_data_options(args, "train")
+        )
+    return build_dataset(
+        "train", transform=train_transform_of(args), **_data_options(args, "train")
+    )
+
+
+def train_transform_of(args: Namespace) -> Transform:
+    """The random transform of training images.
+
+    Raises:
+        UserError: an augmentation that is not understood.
+    """
+    return train_transform(
+        args.input_size,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        three_augment=args.ThreeAugment,
+        simple_crop=args.src,
+        hflip=args.hflip,
+        mean=mean_and_std(args)[0],
+    )
+
+
+def build_val_dataset(args: Namespace) -> ImageDataset:
+    """The validation split with the deterministic transform."""
+    return build_dataset("val", transform=_eval_transform(args), **_data_options(args, "val"))
+
+
+def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What images are normalised by, a number for each of red, green, blue."""
+    if args.imagenet_default_mean_and_std:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def _eval_transform(args: Namespace) -> Transform:
+    warp = args.eval_warp_from is not None and args.input_size >= args.eval_warp_from
+    return eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio, warp=warp)
+
+
+def _data_options(args: Namespace, split: str) -> dict[str, Any]:
+    folders = {"train": args.data_path if args.data_set == "image_folder" else ""}
+    folders["val"] = args.eval_data_path
+    return {
+        # Without a path IMNET is the bundled sample.
+        "class_folders": folders[split] or None,
+        "name": "IMNET" if args.data_set == "SAMPLE" else args.data_set,
+        "root": args.data_path or None,
+        "inat_category": args.inat_category,
+        "zip_archive": args.zip_dataloader,
+        "download": args.download,
+    }
+
+
+def number_of_classes(args: Namespace, data: ImageDataset) -> int:
+    """The outputs that a new network needs.
+
+    Raises:
+        UserError: --nb-classes is too small for the data.
+    """
+    if args.nb_classes is None:
+        return data.num_classes
+    if args.nb_classes < data.num_classes:
+        raise UserError(
+            f"--nb-classes {args.nb_classes} is too few: the data have {data.num_classes} classes"
+        )
+    return args.nb_classes
+
+
+def set_precision(args: Namespace, device: torch.device) -> None:
+    """Settings of the process: precision of float32, threads, and what makes fixed shapes fast."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if args.high_precision_matmul else "highest")
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = not args.full_float32
+    if args.activation_memory_budget is not None:
+        from torch._functorch import config
+
+        config.activation_memory_budget = args.activation_memory_budget

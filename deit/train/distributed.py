@@ -1,0 +1,356 @@
+"""Many processes: who am I, where do we meet, how a model is spread.
+
+Processes are started by torchrun or submitit (both set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT) or by plain srun (Slurm's own variables). Without any of these there is one process,
+and everything here works for it too. Torch does the work: NCCL between GPUs, gloo between CPUs,
+DDP or FSDP2 around the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from deit.errors import EXIT_USER_ERROR, UserError, one_line
+from deit.train.watchdog import ARRIVAL, Watchdog
+
+# A collective that takes longer hangs; ranks that die are noticed sooner (`deit.train.watchdog`).
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# FSDP2 records events in streams, which those of CPUs in torch 2.6 cannot.
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the processes this is, and where all of them meet."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    url: str = "env://"
+    """For `torch.distributed.rendezvous`: env://, tcp://HOST:PORT or file://PATH."""
+    address: str = "localhost"
+    """The host of rank 0."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[03-05,9],n7` is `gpu03`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
+    if first is None:
+        raise UserError(f"cannot read the Slurm node list {nodelist!r}")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
+
+
+def find_place(
+    environ: Mapping[str, str] = os.environ, *, url: str = "env://", world_size: int = 1
+) -> Place:
+    """Read this process's place from the environment of its launcher.
+
+    Args:
+        url: `--dist-url`. Anything but env:// says where to meet whatever the launcher is.
+        world_size: `--world-size`, which must fit what the launcher says.
+
+    Raises:
+        UserError: the variables are incomplete, or contradict `world_size`.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+        local = _integer(environ, "LOCAL_RANK", rank)
+        address = environ.get("MASTER_ADDR", "")
+        if url == "env://" and size > 1 and not (address and environ.get("MASTER_PORT")):
+            raise UserError("RANK is set but not MASTER_ADDR and MASTER_PORT: start by torchrun")
+    elif _in_slurm_step(environ):
+        rank, local = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID", 0)
+        size = _integer(environ, "SLURM_STEP_NUM_TASKS", _integer(environ, "SLURM_NTASKS"))
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+        address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else "localhost")
+        if url == "env://":
+            url = f"tcp://{address}:{environ.get('MASTER_PORT') or _slurm_port(environ)}"
+    else:
+        rank, size, local, address = 0, 1, 0, "localhost"
+        if world_size > 1:
+            raise UserError(
+                f"--world-size {world_size}, but no launcher started the processes: use "
+                f"torchrun --nproc-per-node {world_size} deit/main.py ..."
+            )
+    if world_size not in (1, size):
+        raise UserError(f"--world-size {world_size}, but the launcher started {size} processes")
+    if not 0 <= rank < size:
+        raise UserError(f"rank {rank} does not exist among {size} processes")
+    if not url.startswith("env://") and urlparse(url).hostname:
+        address = urlparse(url).hostname
+    return Place(rank, size, local, url, address)
+
+
+def _in_slurm_step(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process: a batch script has all these variables but the step's."""
+    return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ
+
+
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """One that all tasks of a job step agree on, and two steps of a node hardly share."""
+    job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
+    return 20000 + (int(job) * 7 + int(step)) % 20000
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UserError(f"the environment variable {name} is {text!r}, not a number") from None
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this process for `--device` (auto, cpu, cuda, cuda:N, mps).
+
+    Raises:
+        UserError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = "" if torch.version.cuda or torch.version.hip else " (this PyTorch has no CUDA)"
+            raise UserError(
+                f"--device {name}: no CUDA device is available{built}; use --device cpu"
+            )
+        count = torch.cuda.device_count()
+        # Where a launcher shows each process its own GPU only, that one is number 0.
+        index = device.index if device.index is not None else (0 if count == 1 else local_rank)
+        if index >= count:
+            raise UserError(f"process {index} of this node has no GPU: there are {count}")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: no Apple GPU is available; use --device cpu")
+    return device
+
+
+class Processes:
+    """The processes of a job after they have met; the collectives that training needs.
+
+    Made by `connect`. With a single process every method is the trivial one.
+    """
+
+    def __init__(self, place: Place, device: torch.device) -> None:
+        self.place = place
+        self.rank = place.rank
+        self.world_size = place.world_size
+        self.is_main = place.is_main
+        self.device = device
+        self.control: dist.ProcessGroup | None = None
+        """A gloo group for host-side messages, so that they never wait for the GPU."""
+        self.watchdog: Watchdog | None = None
+
+    def all_reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+        """`values` of all processes combined, in place, on whatever device it is."""
+        if self.control is not None:
+            dist.all_reduce(values, op=op)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in the order of ranks, on every process."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def note(self, error: BaseException) -> None:
+        """Tell the others of a failure before what has to be done at its end."""
+        if self.watchdog is not None and not _is_network_error(error):
+            self.watchdog.note(error)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the body on rank 0 first: it may download what the others then find."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+
+@contextmanager
+def connect(place: Place, device: torch.device) -> Iterator[Processes]:
+    """Meet the other processes; take everything down afterwards.
+
+    Inside, an exception on one process ends all of them, with a message that names it.
+    """
+    processes = Processes(place, device)
+    if place.world_size == 1:
+        yield processes
+        return
+    try:
+        _meet(processes)
+        processes.control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        yield processes
+        processes.barrier()
+    except Exception as error:
+        if processes.watchdog is not None:
+            if _is_network_error(error):
+                processes.watchdog.blame()
+            if processes.watchdog.fail(error) and isinstance(error, UserError):
+                raise SystemExit(EXIT_USER_ERROR) from None  # rank 0 prints the line
+        raise
+    finally:
+        if processes.watchdog is not None:
+            processes.watchdog.close()
+    dist.destroy_process_group()
+
+
+def _meet(processes: Processes) -> None:
+    place, device = processes.place, processes.device
+    start = time.monotonic()
+    try:
+        store, rank, world_size = next(
+            dist.rendezvous(
+                place.url, place.rank, place.world_size, timeout=timedelta(seconds=ARRIVAL)
+            )
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        waited = f" after {time.monotonic() - start:.0f} s" if time.monotonic() - start > 1 else ""
+        raise UserError(
+            f"the {place.world_size} processes cannot meet at {place.url} "
+            f"(host {place.address}){waited}: {one_line(error)[:300]}"
+        ) from error
+    watchers = dist.PrefixStore("watchdog", store)
+    processes.watchdog = Watchdog(watchers, rank, world_size, place.address)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("default", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def _is_network_error(error: BaseException) -> bool:
+    """Whether a collective broke, which is most often another process's fault."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(s in text for s in ("gloo", "NCCL", "Gloo"))
+    )
+
+
+def wrap_ddp(model: nn.Module, processes: Processes) -> nn.Module:
+    """`model` with its gradients averaged over all processes (as it is for a single one)."""
+    if processes.world_size == 1:
+        return model
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
+    # Of gradients of (1, 1, C) tokens. They are copied, which costs nothing at that size.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # The name of the option depends on the version of torch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # Nothing else in these networks changes its buffers in training.
+    changing = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return DistributedDataParallel(
+        model,
+        device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **{sync: changing},
+    )
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a network: those of `model.blocks`, or of each of `model.stages`.
+
+    They are modules whose forward is called. A stage, or a group of blocks, that is a container
+    may be run module by module.
+    """
+    if hasattr(model, "blocks"):
+        return _called(model.blocks)
+    if hasattr(model, "stages"):
+        return [
+            block for stage in model.stages for block in _called(getattr(stage, "blocks", [stage]))
+        ]
+    raise UserError(
+        f"{type(model).__name__} has neither 'blocks' nor 'stages': omit --fsdp or --compile-blocks"
+    )
+
+
+def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    containers = (nn.Sequential, nn.ModuleList)
+    return [
+        block
+        for module in modules
+        for block in (_called(module) if isinstance(module, containers) else [module])
+    ]
+
+
+def shard(model: nn.Module, processes: Processes, dtype: torch.dtype | None = None) -> nn.Module:
+    """Shard `model` in place with FSDP2, block by block. All ranks hold equal weights before.
+
+    Args:
+        dtype: what autocast computes in, None for none. Blocks then gather their weights in it,
+            half the bytes; what surrounds them keeps the residual stream in float32, as without
+            sharding, and gradients are summed in float32.
+
+    Raises:
+        UserError: this version of torch cannot do it on this device.
+    """
+    if processes.device.type == "cpu" and not SHARDS_ON_CPU:
+        raise UserError(f"--fsdp: torch {torch.__version__} shards on GPUs only; use a later one")
+    mesh = dist.device_mesh.init_device_mesh(processes.device.type, (processes.world_size,))
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
+
+
+def unsynchronised(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """The context of one backward pass of several that are accumulated.
+
+    Args:
+        last: only the last one reduces the gradients over the processes.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if last else model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def like_sharded(value: Tensor, reference: Tensor) -> Tensor:
+    """This process's part of `value`, sharded and placed as `reference` is; always a copy."""
+    if isinstance(reference, DTensor) and value.shape == reference.shape:
+        return dist.tensor.distribute_tensor(
+            value.to(reference.device), reference.device_mesh, reference.placements
+        )
+    return value.to(reference.device, copy=True)

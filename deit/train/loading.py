@@ -1,0 +1,259 @@
+"""A network as its checkpoint needs it: the options that it was trained with, then the weights.
+
+Every command that takes a checkpoint asks the file what the command line does not say. Which of a
+file's two sets of weights is meant is always explicit: the trained ones, or with `ema` their
+average.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers import to_2tuple
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+
+from deit.errors import UserError
+from deit.layers import MirrorGrid
+from deit.train.args import config_dict, get_parser, parse_args
+from deit.train.build import build_model
+from deit.train.checkpoint import (
+    check_finite,
+    load_model,
+    model_state,
+    read_checkpoint,
+    trained_model_name,
+)
+from deit.train.finetune import load_for_finetune
+
+__all__ = ["DATA", "NETWORK", "adopt", "build_as_trained", "load", "number_of_outputs"]
+
+# The options of deit/main.py that weights depend on, and those that an evaluation depends on.
+NETWORK = ("model", "input_size", "patch_size", "symmetrized_asym_feats", "attn_mixer",
+           "layer_scale_init_value", "model_kwargs")  # fmt: skip
+DATA = ("data_path", "eval_data_path", "data_set", "zip_dataloader", "inat_category",
+        "eval_crop_ratio", "eval_warp_from", "imagenet_default_mean_and_std")  # fmt: skip
+
+_TOKEN_ORDER = "patch_embed.flatten_and_permute.permutation"
+# where the families keep their patch kernels, (C/2, 3, patch, half a patch)
+_PATCHES = ("patch_embed.proj_sym.weight", "stem.proj_sym.weight",
+            "downsample_layers.0.0.proj_sym.weight")  # fmt: skip
+
+
+def load(
+    source: str | Path,
+    *,
+    ema: bool = False,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The network of a checkpoint with its weights, built as it was trained.
+
+    Args:
+        source: a `.pth` or `.safetensors` file, an https:// address, or `hf-hub:owner/name`.
+        ema: load the average of the weights in place of the trained weights themselves.
+        model: the network's name, for files that do not say it.
+        img_size: side, or (height, width), of the images if not those that it was trained on.
+        num_classes: outputs; another number than the checkpoint's starts a new classifier.
+        kwargs: further arguments of the network, in place of those that it was trained with.
+
+    Returns:
+        The network on the CPU, in evaluation mode. Its attribute `class_names` lists what its
+        outputs stand for, in their order; None if the file does not say it.
+
+    Raises:
+        UserError: the file cannot be read, does not say which network it is, does not fit, or has
+            weights that are infinite or NaN; `img_size` or `num_classes` is no number.
+    """
+    _check_numbers(img_size, num_classes)
+    checkpoint = read_checkpoint(source)
+    network, _ = build_as_trained(
+        checkpoint,
+        source=source,
+        ema=ema,
+        model=model,
+        img_size=img_size,
+        num_classes=num_classes,
+        kwargs=kwargs,
+    )
+    return network.eval()
+
+
+def _check_numbers(img_size: Any, num_classes: Any) -> None:
+    sides = img_size if isinstance(img_size, list | tuple) else (img_size,)
+    whole = all(isinstance(side, Integral) and side > 0 for side in sides)
+    if img_size is not None and not (whole and len(sides) in (1, 2)):
+        raise UserError(f"img_size {img_size!r} is neither a side in pixels nor (height, width)")
+    if num_classes is not None and not (isinstance(num_classes, Integral) and num_classes >= 0):
+        raise UserError(f"num_classes {num_classes!r} is no number of classes: 0 or more")
+
+
+def build_as_trained(
+    checkpoint: Mapping[str, Any],
+    *,
+    source: str | Path,
+    ema: bool = False,
+    model: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Namespace]:
+    """`load` for a checkpoint that has been read; also returns the options that were used."""
+    state = model_state(checkpoint, source=source, ema=ema)
+    check_finite(state, source)
+    args = parse_args([])
+    name = model or trained_model_name(checkpoint)
+    if name is None:
+        raise UserError(f"{str(source)!r} does not say which model it is: give its name (--model)")
+    args.model, args.model_kwargs = name, list((kwargs or {}).items())
+    args.given = frozenset({"model", "model_kwargs"})
+    args.drop = args.drop_path = 0.0
+    adopt(args, checkpoint, state, NETWORK, source=source)
+    trained_size = to_2tuple(args.input_size)
+    args.input_size = args.input_size if img_size is None else img_size
+    outputs = number_of_outputs(state, name) or 0
+    wanted = outputs if num_classes is None else num_classes
+    network, _ = build_model(args, wanted)
+    if _lacks_symmetrized_features(network, state, name):
+        args.symmetrized_asym_feats = True
+        network, _ = build_model(args, wanted)
+    if wanted != outputs or to_2tuple(args.input_size) != trained_size:
+        load_for_finetune(network, state, source=source)
+    else:
+        load_model(network, state, source=source, trained_as=trained_model_name(checkpoint))
+    names = checkpoint.get("class_names")
+    network.class_names = list(names) if names and wanted == outputs else None
+    return network, args
+
+
+def adopt(
+    args: Namespace,
+    checkpoint: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    names: Iterable[str],
+    *,
+    source: str | Path,
+) -> list[str]:
+    """Take from a checkpoint those of the options `names` that the command line does not give.
+
+    Of `model_kwargs` each one counts by itself. If the command line names another model than the
+    checkpoint, nothing is taken.
+
+    Args:
+        args: changed in place.
+        state: the weights that are to be loaded; their names and shapes say what the checkpoint's
+            `args` do not.
+
+    Returns:
+        What was taken, and where the command line and the checkpoint differ, for the user.
+    """
+    trained = vars(checkpoint.get("args") or Namespace())
+    given = _given(args)
+    model = trained.get("model", args.model)
+    if "model" in given and model != args.model:
+        return [f"--model {args.model}, but {source} was saved from {model}"]
+    said = {name: value for name, value in trained.items() if value is not None}
+    saved = _inferred(state, model) | said
+    if given & {"data_path", "eval_data_path", "data_set"}:
+        # what the file says of the data belongs to its own folder
+        given |= {"data_path", "eval_data_path", "zip_dataloader"}
+        given |= {"data_set"} if saved.get("data_set") == "SAMPLE" else set()
+    taken, differing = [], []
+    for name in names:
+        ours = getattr(args, name, None)
+        if name == "model_kwargs":
+            words = _merge(args, dict(said.get(name, ())))
+            taken += words[0]
+            differing += words[1]
+        elif name in given:
+            if name in trained and name not in DATA and not _same(ours, trained[name]):
+                theirs = _spelled(name, trained[name])
+                differing.append(f"{_spelled(name, ours)} (there: {theirs})")
+        elif name in saved and hasattr(args, name) and not _same(ours, saved[name]):
+            setattr(args, name, saved[name])
+            taken += [_spelled(name, saved[name])] if name in said else []
+    notes = [f"taken from {source}: {' '.join(taken)}"] if taken else []
+    return notes + ([f"other than in {source}: {', '.join(differing)}"] if differing else [])
+
+
+def _given(args: Namespace) -> set[str]:
+    """The options that the command line has; for other namespaces those that say something."""
+    if hasattr(args, "given"):
+        return set(args.given)
+    parser = get_parser()
+    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+
+
+def _merge(args: Namespace, theirs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Complete `args.model_kwargs`; what was taken, and what differs, as words."""
+    ours = dict(args.model_kwargs or ())
+    words = [f"{key}={value}" for key, value in theirs.items() if key not in ours]
+    taken = [f"--model-kwargs {' '.join(words)}"] if words else []
+    differing = [
+        f"--model-kwargs {key}={ours[key]} (there: {value})"
+        for key, value in theirs.items()
+        if key in ours and not _same(ours[key], value)
+    ]
+    args.model_kwargs = list((dict(theirs) | ours).items())
+    return taken, differing
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two options are equal once both are plain values, as they are in files."""
+    return config_dict({"": ours}) == config_dict({"": theirs})
+
+
+def _spelled(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}" if value is not None else f"no --{flag}"
+
+
+def number_of_outputs(state: Mapping[str, Tensor], name: str) -> int | None:
+    """The rows of the classifier in the weights of the model `name`; None without one."""
+    weight = state.get(f"{_classifier(name)}.weight")
+    return None if weight is None else len(weight)
+
+
+def _classifier(name: str) -> str:
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    found = (config.classifier if config is not None else None) or "head"
+    return found if isinstance(found, str) else found[0]
+
+
+def _lacks_symmetrized_features(network: nn.Module, state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the classifier in `state` sees twice the features that the network gives it."""
+    theirs = state.get(f"{_classifier(name)}.weight")
+    own = network.state_dict().get(f"{_classifier(name)}.weight")
+    return theirs is not None and own is not None and theirs.shape[1] == 2 * own.shape[1]
+
+
+def _inferred(state: Mapping[str, Tensor], name: str | None) -> dict[str, Any]:
+    """The options that the names and shapes of weights tell."""
+    found: dict[str, Any] = {}
+    if name is None or not timm.is_model(name):
+        return found
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.input_size:
+        found["input_size"] = config.input_size[-1]
+    for key in _PATCHES:
+        if key in state:
+            found["patch_size"] = state[key].shape[-2]
+    if _TOKEN_ORDER in state and _PATCHES[0] in state:
+        grid = MirrorGrid.from_permutation(state[_TOKEN_ORDER])
+        height, width = (n * found["patch_size"] for n in (grid.height, grid.width))
+        found["input_size"] = height if height == width else (height, width)
+    if any(key.endswith("attn.attn_mixer") for key in state):
+        found["attn_mixer"] = True
+    if "convnext" in name and model_entrypoint(name).__module__.startswith("deit."):
+        scaled = any(".gamma" in key for key in state)
+        found["layer_scale_init_value"] = 1e-6 if scaled else 0.0
+    return found

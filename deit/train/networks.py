@@ -1,0 +1,93 @@
+"""The network of a training in all the forms that it is needed in."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from deit.train.build import build_model
+from deit.train.checkpoint import has_average, load_weights, model_state, which_weights
+from deit.train.compilation import compile_network
+from deit.train.distributed import Processes, shard, wrap_ddp
+from deit.train.ema import ModelEma
+from deit.train.engine import Precision, count_parameters
+from deit.train.finetune import freeze_all_but_attention, load_for_finetune
+from deit.train.losses import prepare_student
+from deit.train.optim import freeze_shift
+from deit.train.resume import seed_all
+
+
+@dataclass
+class Networks:
+    """One network in all the forms that it is needed in."""
+
+    model: nn.Module
+    """Itself: on the device, compiled and sharded in place if asked for."""
+    wrapped: nn.Module
+    """What is trained: `model`, in DDP if there are several processes."""
+    ema: ModelEma | None
+    parameters: int
+    notes: list[str]
+    """Remarks for the user."""
+
+
+def build_networks(
+    args: Namespace,
+    classes: int,
+    processes: Processes,
+    source: str,
+    checkpoint: Mapping[str, Any] | None,
+    origin: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] = (),
+) -> Networks:
+    """Build the network, with its first weights, and its average.
+
+    Args:
+        checkpoint: that `source` holds and the training goes on from.
+        origin: the checkpoint that --finetune names.
+        class_names: of the data; a classifier for others is not taken from `origin`.
+
+    The order matters: the average copies what is neither compiled nor sharded, and weights are
+    loaded whole, before they are sharded.
+    """
+    seed_all(args.seed)  # the same weights on every rank
+    model, notes = build_model(args, classes)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, source=source)
+    elif origin is not None:
+        state = model_state(origin, source=args.finetune)
+        theirs = origin.get("class_names")
+        others = bool(theirs and class_names) and list(theirs) != list(class_names)
+        report = load_for_finetune(model, state, source=args.finetune, new_classes=others)
+        which = which_weights(origin)
+        notes.append(f"--finetune {args.finetune}: {which}; {report}")
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    if args.freeze_shift and (note := freeze_shift(model)):
+        notes.append(note)
+    if args.distillation_type != "none":
+        prepare_student(model)
+    model.to(processes.device)
+    parameters = count_parameters(model)
+    ema = None
+    if args.model_ema:
+        ema = ModelEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
+        if checkpoint is not None and has_average(checkpoint):
+            load_weights(ema.module, checkpoint, source=source, ema=True)
+        elif checkpoint is not None:
+            notes.append(f"{source} has no average, it starts as a copy of the weights")
+    spread = args.fsdp and processes.world_size > 1
+    if args.compile:
+        for network in [model] if ema is None else [model, ema.module]:
+            # what is sharded are blocks, which gather their weights before each call
+            compile_network(network, args.compile_mode, blocks=args.compile_blocks or spread)
+    if not spread:
+        return Networks(model, wrap_ddp(model, processes), ema, parameters, notes)
+    dtype = Precision.choose(processes.device, args.use_amp, args.amp_dtype).dtype
+    if ema is not None:
+        shard(ema.module, processes, dtype)
+    return Networks(model, shard(model, processes, dtype), ema, parameters, notes)

@@ -1,0 +1,225 @@
+"""Optimizers: which parameters decay, how fast each layer learns, and which implementation runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from timm.models._manipulate import group_with_matcher  # timm.models has it for whole modules only
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
+from torch.optim import Optimizer
+
+from deit.errors import UserError, one_line, suggest
+from deit.train.lamb import Lamb
+
+_logger = logging.getLogger(__name__)
+
+# The batch size that learning rates are quoted for.
+REFERENCE_BATCH = 512
+# timm's names of the optimizers of torch that have a fused form.
+_FUSED = frozenset({"adam", "adamw"})
+# Embeddings are positions in feature space, not maps: shrinking them has no meaning. The parts of
+# an equivariant embedding are pos_embed.0, pos_embed.1, ...
+_TOKENS = frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
+
+
+def scaled_lr(lr: float, global_batch: int) -> float:
+    """The learning rate for `global_batch` images an update, if `lr` is meant for 512."""
+    return lr * global_batch / REFERENCE_BATCH
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The network inside what `torch.compile` and DDP wrap around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the network under its own names, compiled as a whole, in parts or not."""
+    for name, parameter in plain_model(model).named_parameters():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), parameter
+
+
+def decays(name: str, parameter: torch.Tensor, exempt: Collection[str] = ()) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    It does not to vectors (also those stored with leading axes of length 1, such as (1, 1, C)),
+    biases, tokens and position embeddings, and what `exempt`, the network's own
+    `no_weight_decay()`, lists by name, by wildcard, or by the name of a module that holds it.
+    """
+    is_vector = parameter.ndim <= 1 or (
+        parameter.ndim > 2 and parameter.numel() == parameter.shape[-1]
+    )
+    parts = name.split(".")
+    if is_vector or parts[-1] == "bias" or not _TOKENS.isdisjoint(parts):
+        return False
+    return not any(
+        fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in exempt
+    )
+
+
+def decays_as_compiled(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applied to a parameter in the published runs that were compiled.
+
+    They looked parameters up under the names that compilation gives (`_orig_mod.pos_embed`), which
+    no list of exceptions knows: all but vectors and biases decayed, position embeddings and class
+    tokens too, and the LayerScale of ordinary ConvNeXts, which they store with four axes.
+    """
+    leaf = name.split(".")[-1]
+    return leaf == "gamma" or (parameter.ndim > 1 and leaf != "bias")
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    as_compiled: bool = False,
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups of equal weight decay and learning rate.
+
+    A group has `weight_decay` (0 where `decays` says no), `wd_scale` (1 or 0, for schedules), and
+    `lr_scale`, which timm's schedulers multiply the learning rate by: layer_decay^k for the k-th
+    layer from the output, layers being those of the network's `group_matcher`.
+
+    Args:
+        as_compiled: decide by `decays_as_compiled` in place of `decays`.
+
+    Raises:
+        UserError: nothing is trainable, or a layer decay for a network without `group_matcher`.
+    """
+    network = plain_model(model)
+    exempt = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    parameters = list(named_parameters(model))
+    depth = _layers_from_output(network, parameters) if layer_decay != 1 else {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        layer = depth.get(name, 0)
+        if as_compiled:
+            decay = decays_as_compiled(name, parameter)
+        else:
+            decay = decays(name, parameter, exempt)
+        group = groups.setdefault(
+            (layer, decay),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decay else 0.0,
+                "wd_scale": float(decay),
+                "lr_scale": layer_decay**layer,
+            },
+        )
+        group["params"].append(parameter)
+    if not groups:
+        raise UserError(f"{type(network).__name__} has no trainable parameter")
+    return list(groups.values())
+
+
+def freeze_shift(model: nn.Module) -> str:
+    """Keep the shifts of equivariant ResMLPs (`beta_sym`, `beta_asym`) at what they are.
+
+    The published networks hold them, and never add them: they stayed at zero.
+
+    Returns:
+        A remark for the user, if the network has none.
+    """
+    shifts = [p for name, p in named_parameters(model) if name.split(".")[-1].startswith("beta_")]
+    for parameter in shifts:
+        parameter.requires_grad_(False)
+    return "" if shifts else "--freeze-shift has no effect: this network has no such shift"
+
+
+def _layers_from_output(
+    network: nn.Module, parameters: list[tuple[str, nn.Parameter]]
+) -> dict[str, int]:
+    """For each parameter name its layer's distance from the output, 0 being the head."""
+    if not hasattr(network, "group_matcher"):
+        raise UserError(
+            f"{type(network).__name__} does not say what its layers are (no group_matcher): layer "
+            "decay must be 1"
+        )
+    layers = group_with_matcher(parameters, network.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: last - layer for name, layer in layers.items()}
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    opt: str = "adamw",
+    lr: float,
+    weight_decay: float = 0.0,
+    eps: float | None = None,
+    betas: Collection[float] | None = None,
+    momentum: float = 0.9,
+    layer_decay: float = 1.0,
+    decay_as_compiled: bool = False,
+) -> Optimizer:
+    """The optimizer `opt` over `parameter_groups(model, ...)`.
+
+    Adam and AdamW are torch's fused ones where the network is on a GPU. `lamb` is
+    `deit.train.lamb.Lamb`. `fusedlamb` is apex's where that is installed and the network is on a
+    GPU and not sharded, else `Lamb` too, which makes the same updates; the log says which.
+    Everything else is timm's; what an optimizer has no use for (betas, eps, momentum) is ignored.
+
+    Args:
+        eps, betas: None for the optimizer's own.
+
+    Raises:
+        UserError: an unknown optimizer, or one that does not take these settings.
+    """
+    groups = parameter_groups(model, weight_decay, layer_decay, decay_as_compiled)
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    if eps is not None:
+        settings["eps"] = eps
+    if betas is not None:
+        settings["betas"] = tuple(betas)
+    name = opt.lower()
+    known = list_optimizers()
+    inner = name.removeprefix("lookahead_")
+    if inner not in known:
+        raise UserError(f"unknown optimizer {opt!r}{suggest(name, known)}")
+    info = get_optimizer_info(inner)
+    if inner in _FUSED and _on_gpu(groups):
+        settings["fused"] = True
+    if betas is not None and info.has_betas and len(betas) != info.num_betas:
+        raise UserError(f"optimizer {opt!r} takes {info.num_betas} betas, got {len(betas)}")
+    try:
+        if name in ("lamb", "fusedlamb"):
+            return _build_lamb(groups, settings, fused=name == "fusedlamb")
+        return create_optimizer_v2(groups, opt=name, momentum=momentum, **settings)
+    except Exception as error:  # timm asserts, imports and raises whatever the optimizer does
+        raise UserError(f"optimizer {opt!r} cannot be built: {one_line(error)}") from error
+
+
+def _build_lamb(groups: list[dict[str, Any]], settings: dict[str, Any], fused: bool) -> Optimizer:
+    if fused and _on_one_gpu(groups):
+        try:
+            from apex.optimizers import FusedLAMB
+
+            optimizer = FusedLAMB(groups, **settings)
+        except (ImportError, RuntimeError) as error:  # absent, or built without its extensions
+            _logger.info("apex's FusedLAMB is not available (%s)", one_line(error))
+        else:
+            _logger.info("LAMB is apex's FusedLAMB")
+            return optimizer
+    _logger.info("LAMB is this package's own implementation, by foreach operations")
+    return Lamb(groups, **settings)
+
+
+def _on_gpu(groups: list[dict[str, Any]]) -> bool:
+    return groups[0]["params"][0].is_cuda
+
+
+def _on_one_gpu(groups: list[dict[str, Any]]) -> bool:
+    """Whether apex's kernels can have the parameters: on a GPU, and not sharded."""
+    return _on_gpu(groups) and not hasattr(groups[0]["params"][0], "to_local")

@@ -1,0 +1,351 @@
+"""The exact state of a training, to save and to go on from: nothing that a later bit depends on
+is missing.
+
+On top of the published checkpoint format (`model`, `model_ema`, `optimizer`, `lr_scheduler`,
+`epoch`, `scaler`, `args`) a checkpoint has
+
+    step        optimizer updates done in the epoch after `epoch`; 0 unless stopped in mid-epoch
+    parameters  the names of the parameters in `optimizer`, in its order
+    class_names the classes that the outputs stand for, in their order
+    progress    images seen and time spent in that epoch, best result, the lines of log.txt
+    processes   for every rank: the states of all random generators, the running loss
+
+`epoch` is the last completed one, -1 before the first is. All tensors are whole, whatever they
+were sharded over, and no key has a prefix, so that checkpoints move between any numbers of
+processes, DDP and FSDP, compiled and not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from deit.errors import UserError
+from deit.train.args import config_dict
+from deit.train.checkpoint import has_average, raw_state
+from deit.train.distributed import Processes
+from deit.train.engine import Precision, RunningLoss
+from deit.train.moments import (
+    REMEDY,
+    load_optimizer,
+    optimizer_names,
+    optimizer_state,
+    positions_of,
+    published_names,
+)
+from deit.train.schedule import TrainingSchedule
+
+
+@dataclass
+class Progress:
+    """How far a training has come."""
+
+    epoch: int = 0
+    """The epoch under way, from 0."""
+    step: int = 0
+    """Updates done in it."""
+    images: int = 0
+    """Images seen in it by all processes: `step` for another global batch."""
+    best_acc1: float = -1.0
+    best_epoch: int = -1
+    best_ema_acc1: float = -1.0
+    """That of the average, where both are evaluated."""
+    best_ema_epoch: int = -1
+    seconds: float = 0.0
+    """Time spent on it, in all sessions together."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What log.txt holds."""
+
+    def next_epoch(self, record: Mapping[str, Any]) -> None:
+        """The epoch under way is over, with `record` as its line in log.txt."""
+        self.history.append(dict(record))
+        self.epoch, self.step, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
+
+
+# What may differ without changing what is trained.
+_PLACE = frozenset(
+    {"resume", "resume_weights_only", "output_dir", "overwrite", "start_epoch", "eval", "dist_eval"}
+    | {"device", "threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_interval"}
+    | {"log_dir", "save_freq", "save_ckpt", "save_ckpt_num", "auto_resume", "wandb", "wandb_ckpt"}
+    | {"project", "job_dir", "flop_eval", "kernels", "download"}
+)
+
+
+# Values that mean the same: LAMB in two implementations.
+_SAME = {"opt": ("lamb", "fusedlamb")}
+
+
+def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
+    """One sentence for each option that is not what it was in the run that is gone on with."""
+    if not isinstance(saved, argparse.Namespace | Mapping):
+        return []
+    before, now = config_dict(saved), config_dict(args)
+    given = getattr(args, "given", now)
+    # What nobody asked for, then and now, was settled from the network.
+    names = [
+        name
+        for name in now
+        if name in before and name not in _PLACE and (name in given or before[name] is not None)
+    ]
+    return [
+        f"--{name.replace('_', '-')} is {_shown(now[name])}, it was {_shown(before[name])}"
+        for name in names
+        if _shown(now[name]) != _shown(before[name])
+        and not (now[name] in _SAME.get(name, ()) and before[name] in _SAME.get(name, ()))
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "not given" if value in (None, "", []) else f"{value}"
+
+
+def _epoch(checkpoint: Mapping[str, Any], start_epoch: int, source: str) -> int:
+    """The last epoch that was completed.
+
+    Raises:
+        UserError: it is a word, as in the best files of ConvNeXt's authors, and the command line
+            does not say it.
+    """
+    epoch = checkpoint.get("epoch", start_epoch - 1)
+    try:
+        return int(epoch)
+    except (TypeError, ValueError):
+        if start_epoch > 0:
+            return start_epoch - 1
+        raise UserError(
+            f"{source!r} does not say which epoch it is of (epoch is {epoch!r}): give the one to "
+            "go on with by --start-epoch"
+        ) from None
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's global generators, as safe plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - timm's mixup
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore what `random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    keys = keys.numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every global generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - timm's mixup draws from the global generator
+    torch.manual_seed(seed)
+
+
+def whole(value: Any, keep: bool) -> Any:
+    """`value` with every sharded tensor in it made whole (a collective).
+
+    Args:
+        keep: whether this process wants them; the others only take part. Whole tensors go to the
+            host one by one, so that no device has to hold all of them.
+    """
+    if isinstance(value, DTensor):
+        gathered = value.detach().full_tensor()
+        return gathered.cpu() if keep else None
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key: whole(item, keep) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(item, keep) for item in value)
+    return value
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while training, gathered for saving and restoring."""
+
+    model: nn.Module
+    """Not wrapped in DDP; possibly sharded or compiled in place."""
+    optimizer: Optimizer
+    schedule: TrainingSchedule
+    precision: Precision
+    processes: Processes
+    args: argparse.Namespace
+    running: RunningLoss
+    ema: nn.Module | None = None
+    progress: Progress = field(default_factory=Progress)
+    class_names: Sequence[str] = ()
+    """Of the network's outputs, in their order."""
+
+    def collect(self) -> dict[str, Any]:
+        """The checkpoint (a collective; only what rank 0 returns is to be saved)."""
+        keep = self.processes.is_main
+        own = {
+            "random": random_state(self.processes.device),
+            "running": self.running.state(),
+            "threads": torch.get_num_threads(),
+        }
+        checkpoint = {
+            "model": whole(self.model.state_dict(), keep),
+            "optimizer": whole(optimizer_state(self.optimizer), keep),
+            "parameters": optimizer_names(self.model, self.optimizer),
+            "lr_scheduler": self.schedule.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "epoch": self.progress.epoch - 1,
+            "step": self.progress.step,
+            "progress": asdict(self.progress),
+            "processes": self.processes.gather(own),
+            "args": config_dict(self.args),
+            "class_names": list(self.class_names),
+        }
+        if self.ema is not None:
+            checkpoint["model_ema"] = whole(self.ema.state_dict(), keep)
+        return checkpoint
+
+    def restore(
+        self, checkpoint: Mapping[str, Any], *, source: str, global_batch: int
+    ) -> list[str]:
+        """Go on from `checkpoint`, whose `model` and `model_ema` have been loaded already.
+
+        Args:
+            global_batch: images an update of this run.
+
+        Returns:
+            What could not be restored exactly, in sentences for the user; none if all was.
+        """
+        notes = changed_options(checkpoint.get("args"), self.args)
+        if self.args.resume_weights_only:
+            notes.append("--resume-weights-only: the optimizer's moments start at zero")
+        elif isinstance(checkpoint.get("optimizer"), Mapping):
+            self._check_optimizer(checkpoint.get("args"), source)
+            notes += self._restore_optimizer(checkpoint, source)
+            scaler = checkpoint.get("scaler") or checkpoint.get("amp_scaler")  # timm's name
+            if scaler and self.precision.scaler.is_enabled():
+                self.precision.scaler.load_state_dict(scaler)
+        else:
+            notes.append("it has no optimizer state, so the moments start at zero")
+        course = checkpoint.get("lr_scheduler")
+        if not self.schedule.load_state_dict(course if isinstance(course, Mapping) else {}):
+            notes.append(
+                "the accuracies that --sched plateau has seen are not in it: it starts anew"
+            )
+        if self.ema is None and has_average(checkpoint):
+            notes.append("its average (model_ema) is dropped, as this run keeps none: --model-ema")
+        known = {f.name for f in fields(Progress)}
+        saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
+        started = self.progress.epoch  # --start-epoch, for a file that does not say
+        self.progress = Progress(**saved)
+        self.progress.epoch = _epoch(checkpoint, started, source) + 1
+        self.progress.step = int(checkpoint.get("step", 0))
+        if self.progress.step and self.progress.images != self.progress.step * global_batch:
+            self.progress.step, rest = divmod(self.progress.images, global_batch)
+            self.progress.images -= rest
+            notes.append("its global batch was another one, so the rest of the epoch differs")
+        notes += self._restore_processes(checkpoint.get("processes"))
+        return notes
+
+    def _restore_optimizer(self, checkpoint: Mapping[str, Any], source: str) -> list[str]:
+        saved, order = checkpoint["optimizer"], None
+        own = optimizer_names(self.model, self.optimizer)
+        published = "processes" not in checkpoint  # our own code has always written it
+        names = checkpoint.get("parameters")
+        if published:
+            names = published_names(self.model, raw_state(checkpoint), saved)
+            if names is None:
+                raise UserError(
+                    f"the optimizer state in {source!r} cannot be told apart: no grouping of the "
+                    f"published code fits this network; use the same model, {REMEDY}"
+                )
+        if names is not None:
+            order = positions_of(names, own)
+        new = load_optimizer(self.optimizer, saved, source, order)
+        notes = []
+        if new:
+            notes.append(
+                f"it has no moments of {own[new[0]]}"
+                + (f" and {len(new) - 1} other parameters" if len(new) > 1 else "")
+                + ", which start at zero"
+            )
+        if published:
+            course = None
+            if "model" in checkpoint:  # timm's own script has another name for it
+                course = "deit" if "lr_scheduler" in checkpoint else "convnext"
+            notes += self._published_differences(saved, names, own, course)
+        return notes
+
+    def _published_differences(
+        self, saved: Mapping[str, Any], names: list[str], own: list[str], course: str | None
+    ) -> list[str]:
+        """What the published run did otherwise than this one, unless the options ask for it."""
+        notes = []
+        decayed = [bool(g["weight_decay"]) for g in saved["param_groups"] for _ in g["params"]]
+        theirs = dict(zip(names, decayed, strict=True))
+        groups = self.optimizer.param_groups
+        ours = dict(
+            zip(own, [bool(g["weight_decay"]) for g in groups for _ in g["params"]], strict=True)
+        )
+        other = [name for name in own if theirs.get(name) and not ours[name]]
+        if other and any(ours.values()):
+            notes.append(
+                f"it was trained with weight decay on {', '.join(other[:3])}: "
+                "--decay-as-compiled goes on so"
+            )
+        if course is not None and self.args.sched_as_published != course:
+            notes.append(
+                "its learning rates were those of the published code: --sched-as-published "
+                f"{course} goes on with them"
+            )
+        return notes
+
+    def _check_optimizer(self, saved: Any, source: str) -> None:
+        """Moments mean something else to another optimizer."""
+        theirs, ours = (str(getattr(a, "opt", "")).lower() for a in (saved, self.args))
+        if theirs and theirs != ours and {theirs, ours} != {*_SAME["opt"]}:
+            raise UserError(
+                f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
+                f"same, {REMEDY}"
+            )
+
+    def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:
+        if saved is None:
+            return ["it has no states of random generators, so they start from --seed"]
+        world_size, rank = self.processes.world_size, self.processes.rank
+        if len(saved) == world_size:
+            self.running.load(saved[rank]["running"])
+            set_random_state(saved[rank]["random"], self.processes.device)
+            threads = saved[rank]["threads"]
+            if self.processes.device.type == "cpu" and threads != torch.get_num_threads():
+                return [
+                    f"it was saved with {threads} CPU threads, this run has "
+                    f"{torch.get_num_threads()}: sums are rounded differently; --threads {threads}"
+                ]
+            return []
+        # Of the running sums only the total matters; random streams cannot be split or joined.
+        for n, state in enumerate(saved):
+            if n % world_size == rank:
+                self.running.total += state["running"]["total"].to(self.running.total)
+                self.running.count += state["running"]["count"].to(self.running.count)
+        if rank < len(saved):
+            set_random_state(saved[rank]["random"], self.processes.device)
+        return [
+            f"it was saved by {len(saved)} processes, this run has {world_size}: the same images "
+            "in the same order, but dropout, stochastic depth and mixup draw differently"
+        ]

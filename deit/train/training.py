@@ -1,0 +1,405 @@
+"""Everything that a training needs, built from the command line and, when resuming, from the
+checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from deit.data import (
+    DeviceLoader,
+    ImageDataset,
+    TrainLoader,
+    build_eval_loader,
+    build_mixup,
+    build_train_loader,
+    check_same_classes,
+    match_classes,
+    names_of_outputs,
+    read_class_map,
+)
+from deit.errors import UserError
+from deit.train.args import config_dict, uses_mixup
+from deit.train.build import (
+    build_train_dataset,
+    build_val_dataset,
+    mean_and_std,
+    number_of_classes,
+)
+from deit.train.checkpoint import check_finite, model_state
+from deit.train.distributed import Processes
+from deit.train.engine import Learner, Precision, needs_second_order
+from deit.train.finetune import read_for_finetune
+from deit.train.loading import NETWORK, adopt
+from deit.train.losses import build_criterion
+from deit.train.networks import Networks, build_networks
+from deit.train.optim import build_optimizer, scaled_lr
+from deit.train.reporting import Reporter, environment, read_log
+from deit.train.resume import Progress, RunningLoss, TrainingState, seed_all
+from deit.train.run import BEST, LAST, Run, find_checkpoint, open_writer
+from deit.train.schedule import build_scheduler
+from deit.train.stopping import StopAgreement
+from deit.train.teacher import build_teacher
+
+# Repeated augmentation uses each image so often in an epoch.
+REPEATS = 3
+
+
+def optimizer_of(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that the options name. UserError for a name or values that it does not take."""
+    return build_optimizer(
+        model,
+        opt=args.opt,
+        lr=lr,
+        weight_decay=args.weight_decay,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        momentum=args.momentum,
+        layer_decay=args.layer_decay,
+        decay_as_compiled=args.decay_as_compiled,
+    )
+
+
+def build_state(
+    args: Namespace, networks: Networks, processes: Processes, updates: int, images: int
+) -> TrainingState:
+    """Optimizer, schedule and the rest of what changes, at the start of a training."""
+    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
+    in_updates = args.warmup_steps is not None and args.warmup_steps > 0
+    optimizer = optimizer_of(args, networks.model, lr)
+    check_second_order(optimizer, args, processes)
+    schedule = build_scheduler(
+        optimizer,
+        sched=args.sched,
+        epochs=args.epochs,
+        updates_per_epoch=updates,
+        warmup_epochs=args.warmup_steps / updates if in_updates else args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        warmup_prefix=args.warmup_prefix,
+        min_lr=args.min_lr,
+        decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate,
+        patience_epochs=args.patience_epochs,
+        cooldown_epochs=args.cooldown_epochs,
+        lr_noise=args.lr_noise,
+        lr_noise_pct=args.lr_noise_pct,
+        lr_noise_std=args.lr_noise_std,
+        seed=args.seed,
+        weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end,
+        as_published=args.sched_as_published,
+    )
+    return TrainingState(
+        model=networks.model,
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
+        processes=processes,
+        args=args,
+        running=RunningLoss.on(processes.device),
+        ema=None if networks.ema is None else networks.ema.module,
+        progress=Progress(epoch=args.start_epoch),
+    )
+
+
+def check_second_order(optimizer: Optimizer, args: Namespace, processes: Processes) -> None:
+    """Raise `UserError` where the gradients cannot be differentiated, as this optimizer does."""
+    if needs_second_order(optimizer) and (args.compile or processes.world_size > 1):
+        what = "--compile" if args.compile else "several processes"
+        raise UserError(
+            f"--opt {args.opt} needs second derivatives, which {what} cannot give: "
+            f"{'omit it' if args.compile else 'use one process'}, or use another optimizer"
+        )
+
+
+def build_learner(
+    args: Namespace, networks: Networks, state: TrainingState, classes: int
+) -> Learner:
+    """What turns batches into updates."""
+    device = state.processes.device
+    distil = args.distillation_type != "none"
+    teacher = None
+    if distil:
+        with state.processes.main_first():
+            teacher = build_teacher(
+                args.teacher_model,
+                args.teacher_path,
+                classes,
+                device,
+                class_names=state.class_names,
+            )
+    criterion = build_criterion(
+        smoothing=args.smoothing,
+        mixup=uses_mixup(args),
+        bce=args.bce_loss,
+        cosub=args.cosub,
+        teacher=teacher,
+        distillation_type=args.distillation_type,
+        distillation_alpha=args.distillation_alpha,
+        distillation_tau=args.distillation_tau,
+    )
+    return Learner(
+        model=networks.wrapped,
+        criterion=criterion.to(device),
+        optimizer=state.optimizer,
+        schedule=state.schedule.step_update,
+        precision=state.precision,
+        mixup=build_mixup(
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            smoothing=args.smoothing,
+            num_classes=classes,
+        ),
+        ema=networks.ema,
+        accumulation=args.update_freq,
+        clip_grad=args.clip_grad,
+        train_mode=args.train_mode,
+    )
+
+
+def build_train_stream(
+    args: Namespace, dataset: ImageDataset, processes: Processes, progress: Progress
+) -> TrainLoader:
+    """The batches of this process, from where `progress` stands to the end of the training."""
+    mean, std = mean_and_std(args)
+    return build_train_loader(
+        dataset,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        start_epoch=progress.epoch,
+        start_step=progress.step * args.update_freq,
+        seed=args.seed,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        repeats=REPEATS if args.repeated_aug else 1,
+        num_workers=workers(args),
+        pin_memory=args.pin_mem,
+        device=processes.device,
+        mean=mean,
+        std=std,
+        re_prob=0.0 if args.ThreeAugment else args.reprob,  # as published
+        re_mode=args.remode,
+        re_count=args.recount,
+        resplit=args.resplit,
+    )
+
+
+def build_val_loader(args: Namespace, dataset: ImageDataset, processes: Processes) -> DeviceLoader:
+    """The validation batches of this process; all of them without --dist-eval."""
+    mean, std = mean_and_std(args)
+    return build_eval_loader(
+        dataset,
+        batch_size=args.batch_size,
+        world_size=processes.world_size if args.dist_eval else 1,
+        rank=processes.rank if args.dist_eval else 0,
+        num_workers=workers(args),
+        pin_memory=args.pin_mem,
+        device=processes.device,
+        mean=mean,
+        std=std,
+    )
+
+
+def workers(args: Namespace) -> int:
+    """`--num-workers`, but no more than the cores of this process: they would only wait."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux; not what others share the machine
+    return min(args.num_workers, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+def updates_per_epoch(args: Namespace, images: int, processes: int) -> int:
+    """Optimizer updates in an epoch of `images`. UserError if they do not fill one batch."""
+    updates = images // (args.batch_size * processes) // args.update_freq
+    if updates == 0:
+        batch = args.batch_size * processes * args.update_freq
+        raise UserError(
+            f"the training set has {images} images, fewer than one global batch of {batch} "
+            f"(--batch-size {args.batch_size} x {processes} processes x "
+            f"--update-freq {args.update_freq}): use a smaller one"
+        )
+    return updates
+
+
+def build_run(args: Namespace, processes: Processes) -> Run:
+    """Everything, at the start or where the checkpoint that `--resume` names was saved."""
+    source, checkpoint = find_checkpoint(args, processes)
+    origin = None
+    if checkpoint is None and args.finetune:
+        with processes.main_first():
+            origin = read_for_finetune(args.finetune, args.model_key, args.model_prefix)
+    # Of a training that goes on all outputs are needed, of one to start from the data decide.
+    names = NETWORK if checkpoint is None else (*NETWORK, "nb_classes")
+    adopted = _adopt(args, source or args.finetune, checkpoint or origin, names)
+    train_set = build_train_dataset(args)
+    val_set = None if args.disable_eval else build_val_dataset(args)
+    if val_set is not None:
+        check_same_classes(train_set, val_set)
+    sets = [data for data in (train_set, val_set) if data is not None]
+    adopted += _label(args, sets, source, checkpoint)
+    classes = number_of_classes(args, train_set)
+    networks = build_networks(
+        args, classes, processes, source, checkpoint, origin, train_set.class_names
+    )
+    networks.notes[:0] = adopted
+    networks.notes += [data.note for data in sets if data.note]
+    if args.ThreeAugment and args.reprob > 0:
+        networks.notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
+    updates = updates_per_epoch(args, len(train_set), processes.world_size)
+    batches = len(train_set) // (args.batch_size * processes.world_size)
+    images = args.batch_size * processes.world_size * args.update_freq
+    state = build_state(args, networks, processes, updates, images)
+    state.class_names = train_set.class_names
+    learner = build_learner(args, networks, state, classes)
+    # Building has drawn random numbers; from here on every rank has its own.
+    seed_all(args.seed + processes.rank)
+    if checkpoint is not None:
+        networks.notes += state.restore(checkpoint, source=source, global_batch=images)
+    state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
+    writer = open_writer(args, processes, fresh=checkpoint is None)
+    run = Run(
+        args=args,
+        processes=processes,
+        learner=learner,
+        state=state,
+        evaluated=state.ema if args.model_ema_eval is True and state.ema else state.model,
+        also_evaluated=state.ema if args.model_ema_eval == "both" else None,
+        train_loader=build_train_stream(args, train_set, processes, state.progress),
+        val_loader=None if val_set is None else build_val_loader(args, val_set, processes),
+        batches=batches,
+        updates=updates,
+        images=images,
+        parameters=networks.parameters,
+        agreement=StopAgreement(processes.control),
+        reporter=build_reporter(args, networks, state, updates, images, source),
+        writer=writer,
+    )
+    _introduce(run, networks, source, (len(train_set), len(val_set or ()), classes))
+    return run
+
+
+def _adopt(
+    args: Namespace, source: str, checkpoint: Mapping[str, Any] | None, names: Sequence[str]
+) -> list[str]:
+    """Take from a checkpoint what the command line does not say of the network; remarks on it."""
+    if checkpoint is None:
+        return []
+    state = model_state(checkpoint, source=source)
+    check_finite(state, source)
+    return adopt(args, checkpoint, state, names, source=source)
+
+
+def _label(
+    args: Namespace,
+    data: Sequence[ImageDataset],
+    source: str,
+    checkpoint: Mapping[str, Any] | None,
+) -> list[str]:
+    """Number the classes as --class-map says, or as the training did that goes on."""
+    saved = () if checkpoint is None else checkpoint.get("class_names") or ()
+    names, origin = saved, source
+    classes = data[0].class_names
+    if args.class_map:
+        names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
+    elif checkpoint is not None and not saved and (args.nb_classes or 0) > len(classes):
+        try:
+            names, origin = names_of_outputs(classes, args.nb_classes, source=source)
+        except UserError:
+            return [f"{source} does not say which output is which class: taken in the data's order"]
+    if not names:
+        return []
+    outputs = len(names) if args.nb_classes is None else args.nb_classes
+    return [match_classes(each, names, outputs, origin=origin) for each in data][-1]
+
+
+def build_reporter(
+    args: Namespace,
+    networks: Networks,
+    state: TrainingState,
+    updates: int,
+    images: int,
+    source: str,
+) -> Reporter:
+    """The reporter, with the run's configuration written and its log where `state` stands."""
+    processes, progress = state.processes, state.progress
+    folder = Path(args.output_dir) if args.output_dir else None
+    if source and not progress.history and folder is not None:
+        # A published checkpoint brings no log: keep what the folder's knows of the epochs before.
+        progress.history = [r for r in read_log(folder) if r["epoch"] < progress.epoch]
+    reporter = Reporter(
+        folder,
+        active=processes.is_main,
+        device=processes.device,
+        epochs=args.epochs,
+        updates=updates,
+        images=images,
+        log_interval=args.log_interval,
+        done=progress.epoch * updates + progress.step,
+        wandb=args.wandb,
+        project=args.project,
+        uploads=(LAST, BEST) if args.wandb_ckpt else (),
+        log_dir=Path(args.log_dir) if args.log_dir else None,
+        config={
+            "args": config_dict(args),
+            "environment": environment(processes.device, processes.world_size),
+            "trainable_parameters": networks.parameters,
+            "precision": str(state.precision),
+            "global_batch": images,
+            "updates_per_epoch": updates,
+            "peak_learning_rate": args.lr if args.unscale_lr else scaled_lr(args.lr, images),
+            "resumed_from": source or None,
+        },
+    )
+    reporter.restore(progress.history)
+    return reporter
+
+
+def _introduce(run: Run, networks: Networks, source: str, sizes: tuple[int, int, int]) -> None:
+    """Tell in a few lines what is about to happen."""
+    args, processes, progress = run.args, run.processes, run.state.progress
+    say = run.reporter.say
+    train, val, classes = sizes
+    device = (
+        torch.cuda.get_device_name(processes.device)
+        if processes.device.type == "cuda"
+        else (f"{processes.device} ({torch.get_num_threads()} threads)")
+    )
+    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, run.images)
+    say(
+        f"model   {args.model}, {networks.parameters / 1e6:.2f} M trainable parameters, "
+        f"{args.input_size} x {args.input_size} pixels, {classes} classes"
+    )
+    say(
+        f"data    {args.data_set} {args.data_path}".rstrip()
+        + f", {train:,} training and {val:,} test images"
+    )
+    say(
+        f"run     {processes.world_size} x {device}, {run.state.precision}; "
+        f"global batch {run.images}, {run.updates} updates an epoch, {args.epochs} epochs; "
+        f"{args.opt}, peak learning rate {lr:.3g}"
+    )
+    say(f"output  {args.output_dir or 'none: nothing is saved without --output-dir'}")
+    if workers(args) < args.num_workers:
+        say(f"note    {workers(args)} loading processes, as many as this process has cores")
+    if args.compile:
+        say("note    --compile: the first steps of training and testing take minutes")
+    for note in networks.notes:
+        say(f"note    {note}")
+    if source:
+        place = f"epoch {progress.epoch + 1}, step {progress.step}"
+        say(
+            f"resume  {source}: going on at {place}"
+            if progress.epoch < args.epochs
+            else f"resume  {source}: all {args.epochs} epochs are done"
+        )
+    elif args.resume:
+        say(f"resume  there is no {LAST} in {args.output_dir} yet: starting afresh")

@@ -1,0 +1,409 @@
+"""What users get: tables, JSON, CSV, the figure, and the command line."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from deit.errors import UserError, one_line_errors
+from deit.measure import command
+from deit.measure.command import default_names, main, make_settings, parse_args
+from deit.measure.measure import Result
+from deit.measure.networks import Group
+from deit.measure.plan import Plan, about
+from deit.measure.plot import draw, make_figure
+from deit.measure.published import PUBLISHED
+from deit.measure.roofline import Bound, Ceilings, Product
+from deit.measure.subject import Settings
+from deit.measure.tables import Overview, as_csv, as_json, print_comparisons
+from deit.train.args import parse_args as training_options
+from deit.train.build import set_precision
+
+ROOT = Path(__file__).parents[2]
+TWIN, OURS = "deit_base_patch16_LS", "d2_deit_base_patch16_LS"
+LONGEST = "d2_inv_early_deit_huge_patch14_52_LS"
+FIELDS = {
+    "model",
+    "params",
+    "gflops",
+    "images_per_s",
+    "train_images_per_s",
+    "peak_memory_mb",
+    "twin",
+    "ratios",
+}
+OUTPUTS = ("--json", "--csv", "--plot")
+RATIOS = {"gflops", "images_per_s", "train_images_per_s", "peak_memory_mb"}
+
+
+def results():
+    bounds = dict(bound=Bound(2000.0, 0.9), train_bound=Bound(700.0, 0.9))
+    return {
+        TWIN: Result(
+            TWIN,
+            86_585_320,
+            17.68,
+            [],
+            None,
+            64,
+            1000.0,
+            0.01,
+            300.0,
+            0.02,
+            900.0,
+            5000.0,
+            **bounds,
+        ),
+        OURS: Result(
+            OURS,
+            43_311_976,
+            9.33,
+            [],
+            TWIN,
+            64,
+            1100.0,
+            0.01,
+            330.0,
+            0.02,
+            600.0,
+            4000.0,
+            **bounds,
+            notes=["a note"],
+        ),
+    }
+
+
+def test_json_has_exactly_the_documented_fields():
+    report = json.loads(as_json(results(), {"device": "cpu"}))
+    assert set(report) == {"settings", "results"}
+    assert report["settings"]["device"] == "cpu"
+    assert report["settings"]["details"][OURS]["notes"] == ["a note"]
+    assert report["settings"]["details"][OURS]["spread"] == 0.01
+    twin, ours = report["results"]
+    for row in (twin, ours):
+        assert set(row) == FIELDS
+        assert set(row["ratios"]) == RATIOS
+    assert twin["twin"] is None
+    assert set(twin["ratios"].values()) == {None}
+    assert ours["twin"] == TWIN
+    assert ours["ratios"]["images_per_s"] == pytest.approx(1.1)
+    assert ours["ratios"]["peak_memory_mb"] == pytest.approx(2 / 3)
+
+
+def test_absent_values_are_null_and_empty():
+    row = Result(OURS, 1, None, [], TWIN)
+    (found,) = json.loads(as_json({OURS: row}, {}))["results"]
+    assert [found[name] for name in ("gflops", "images_per_s", "peak_memory_mb")] == [None] * 3
+    assert set(found["ratios"].values()) == {None}
+    (line,) = csv.DictReader(io.StringIO(as_csv({OURS: row})))
+    assert line["gflops"] == line["images_per_s_ratio"] == ""
+
+
+def test_csv():
+    twin, ours = csv.DictReader(io.StringIO(as_csv(results())))
+    assert (twin["model"], ours["model"]) == (TWIN, OURS)
+    assert float(ours["images_per_s_ratio"]) == pytest.approx(1.1)
+    assert float(ours["bound_images_per_s"]) == 2000
+    assert ours["notes"] == "a note"
+
+
+def test_tables_fit_into_a_narrow_terminal():
+    rows = results()
+    rows[LONGEST] = Result(LONGEST, 769_411_560, 207.23, [], None, 64, 12.3, 0.01, None, None, 9e4)
+    for row in rows.values():
+        row.train_images_per_s = None
+    output = io.StringIO()
+    console = Console(file=output, width=80)
+    overview = Overview(console, list(rows), timed=True, trained=False)
+    overview.print_head()
+    for row in rows.values():
+        overview.print_row(row)
+    print_comparisons(rows, console)
+    text = output.getvalue()
+    assert LONGEST in text
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    ours = [line.split() for line in text.splitlines() if line.startswith(OURS)]
+    assert ours[0][1:] == ["43.3", "1,100", "±1.0%", "9.33", "600"]
+    assert ours[1][1:] == ["-47%", "+10%", "-33%", "+6%"]  # the last is published
+    assert ours[2][1:] == ["2,000", "55%", "arithmetic"]
+    assert f"{OURS}: a note" in text
+
+
+def lines(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+
+
+def test_figure_draws_the_data():
+    gains, accuracies = make_figure(results(), "a device").axes
+    drawn = lines(gains)
+    assert drawn["ViT, equivariant"] == [[9.33, pytest.approx(10)]]
+    assert drawn["ViT, equivariant, published (A100)"] == [[9.33, pytest.approx(6)]]
+    assert "a device" in gains.get_title()
+    drawn = lines(accuracies)
+    assert drawn == {"ViT, ordinary": [[17.68, 83.1]], "ViT, equivariant": [[9.33, 82.2]]}
+
+
+def test_figure_of_all_published_networks():
+    rows = {row.name: Result(row.name, 1, 10.0 + i, []) for i, row in enumerate(PUBLISHED)}
+    gains, accuracies = make_figure(rows).axes
+    # without measurements the published gains alone: one line a family and the zero
+    assert len(gains.get_lines()) == 3 + 1
+    points = sum(len(line.get_xdata()) for line in accuracies.get_lines())
+    assert points == sum(row.top1 is not None for row in PUBLISHED)
+
+
+@pytest.mark.parametrize("gflops", [0.03, 1.0, 9.33, 207.0])
+def test_axes_are_around_the_networks(gflops):
+    for axes in make_figure({OURS: Result(OURS, 1, gflops, [], TWIN)}).axes:
+        low, high = axes.get_xlim()
+        assert low < gflops < high < 3 * low
+        assert len(axes.get_xticks()) >= 1
+        assert all(low <= tick <= high for tick in axes.get_xticks())
+        assert axes.get_title()
+
+
+def test_an_empty_panel_says_why():
+    name = "d2_deit_tiny_patch16_LS"
+    gains, accuracies = make_figure({name: Result(name, 1, 1.0, [], TWIN)}).axes
+    assert "timed" in gains.texts[0].get_text()
+    assert "accuracy" in accuracies.texts[0].get_text()
+
+
+def test_figure_files(tmp_path):
+    draw(results(), tmp_path / "figure.png", "")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    draw(results(), tmp_path / "figure.svg", "")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["figure.png", "figure.svg"]
+    with pytest.raises(UserError, match="no FLOPs"):
+        draw({TWIN: Result(TWIN, 1, None, [])}, tmp_path / "figure.png", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--amp", "--dtype", "float32"], "--amp with --dtype float32"),
+        (["--train", "--no-throughput"], "--train measures times"),
+        (["--profile", "--no-throughput"], "--profile measures times"),
+        (["--fold", "--no-throughput"], "--fold measures times"),
+        (["--fold", "--train"], "is not trained"),
+        (["--batch-size", "0"], "at least 1"),
+        *(([option, "nowhere/x.png"], "no folder") for option in OUTPUTS),
+        *(([option, "tests"], "is a folder") for option in ("--json", "--csv")),
+        (["--plot", "figure.xyz"], r"figure\.xyz.*\.png"),
+        (["--compile-mode", "fastest"], "fastest"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_wrong_options(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(arguments)
+
+
+def test_options():
+    args = parse_args(["--compile"])
+    assert (args.compile_mode, args.batch_size, args.models) == ("default", None, None)
+    args = parse_args(["--compile-mode", "max-autotune"])
+    assert (args.compile, make_settings(args).compile_mode) == (True, "max-autotune")
+    args = parse_args([])
+    assert (args.compile, make_settings(args).compile_mode) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype", "storage"),
+    [
+        ([], torch.float32, torch.float32),
+        (["--amp"], torch.bfloat16, torch.float32),
+        (["--amp", "--dtype", "float16"], torch.float16, torch.float32),
+        (["--dtype", "bfloat16"], torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes(arguments, dtype, storage):
+    settings = make_settings(parse_args([*arguments, "--device", "cpu"]))
+    assert (settings.dtype, settings.storage) == (dtype, storage)
+
+
+def test_arithmetic_is_that_of_training(monkeypatch):
+    """On a GPU: TF32 and the choice of convolutions, by one function with one set of defaults."""
+    seen = []
+    monkeypatch.setattr("torch.set_float32_matmul_precision", seen.append)
+    monkeypatch.setattr(command, "choose_device", torch.device)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        make_settings(parse_args(["--device", "cuda", "--dtype", "float32"]))
+        ours = (*seen, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
+    seen.clear()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        set_precision(training_options([]), torch.device("cuda"))
+        theirs = (*seen, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
+    assert ours == theirs
+    assert len(ours) == 3
+    assert ours[1], "cudnn tries its algorithms"
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    try:
+        make_settings(parse_args(["--threads", "1", "--device", "cpu"]))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_counting_command(tmp_path, capsys):
+    name = "d2_deit_tiny_patch16_LS"
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
+    arguments = [item for kind, path in files.items() for item in (f"--{kind}", str(path))]
+    assert main(["--models", name, "--no-throughput", "--device", "cpu", *arguments]) == 0
+    report = json.loads(files["json"].read_text())
+    assert [row["model"] for row in report["results"]] == [name.removeprefix("d2_"), name]
+    assert report["results"][1]["gflops"] == pytest.approx(0.7675, rel=0.03)
+    assert report["results"][1]["images_per_s"] is None
+    assert report["settings"]["ceilings"] is None
+    assert report["settings"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert len(files["csv"].read_text().splitlines()) == 3
+    captured = capsys.readouterr()
+    assert "-40%" in captured.out
+    assert f"{name}: counting" in captured.err
+    # every row as soon as it is known, before the comparisons
+    assert captured.out.index(name) < captured.out.index("Compared")
+
+
+def test_sizes_that_do_not_fit_are_one_line(capsys):
+    command = "--models d2_convnext_tiny --img-size 33 --no-throughput --device cpu"
+    assert one_line_errors(partial(main, command.split())) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: d2_convnext_tiny cannot")
+
+
+def test_defaults_on_a_cpu_are_small():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    timed, counted = parse_args([]), parse_args(["--no-throughput"])
+    assert len(default_names(timed, cuda)) == len(default_names(counted, cpu)) == 26
+    small = default_names(timed, cpu)
+    assert len(small) == 9
+    assert {row.family for row in PUBLISHED if row.name in small} == {
+        "ViT",
+        "ConvNeXt-iso",
+        "ResMLP",
+    }
+    assert not any(size in name for name in small for size in ("base", "large", "huge", "B_", "L_"))
+
+
+@pytest.fixture
+def plan():
+    members = [Group((f"{i}", f"d2_{i}")) for i in range(3)]
+    products = [Product(10**9, 10, 10)] * 50
+    rows = {name: Result(name, 1, 1.0, products) for group in members for name in group.names}
+
+    def make(**options):
+        settings = Settings(torch.device("cpu"), **options)
+        return members, Plan(members, rows, settings, 1, 1.0, Ceilings(1e11, 1e11))
+
+    return make
+
+
+def test_plan_says_how_long(plan):
+    _, eager = plan()
+    # a step of one second at the ceiling, two as it is: three of them untimed, three samples
+    assert eager.text(default=False) == "6 networks in 3 groups, about 70 s"
+    assert "26 published networks" in eager.text(default=True)
+    _, compiled = plan(compile_mode="default")
+    assert "compiling takes about 2 min" in compiled.text(default=False)
+    assert plan(train=True)[1].seconds_left() > 3 * eager.seconds_left()
+
+
+def test_plan_learns_from_the_pace(plan, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("deit.measure.plan.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    members, found = plan()
+    before = found.seconds_left()
+    clock[0] = before  # the first of three groups took as long as all were to take
+    found.finish(members[0])
+    assert found.seconds_left() == pytest.approx(2 * before)
+
+
+def test_durations():
+    assert [about(s) for s in (1, 44, 100, 3000, 6000)] == [
+        "about 10 s",
+        "about 40 s",
+        "about 2 min",
+        "about 50 min",
+        "about 1.7 h",
+    ]
+
+
+def test_measuring_command(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0"
+    assert main([*command.split(), "--device", "cpu", "--profile", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    twin, ours = report["results"]
+    assert ours["ratios"]["images_per_s"] == ours["images_per_s"] / twin["images_per_s"]
+    assert ours["peak_memory_mb"] < twin["peak_memory_mb"]
+    assert ours["train_images_per_s"] is None
+    assert report["settings"]["ceilings"]["tflop_per_s"] > 0
+    assert report["settings"]["details"][ours["model"]]["bound_images_per_s"] > 0
+    printed = capsys.readouterr().out
+    assert "Roofline" in printed
+    assert "by layer, eager" in printed
+    assert "plan      2 networks in 1 group, about" in printed
+
+
+def test_folded_networks_beside_the_others(tmp_path):
+    path = tmp_path / "out.json"
+    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0 --fold"
+    assert main([*command.split(), "--device", "cpu", "--json", str(path)]) == 0
+    twin, ours, folded = json.loads(path.read_text())["results"]
+    assert folded["model"] == f"{ours['model']}, folded"
+    assert folded["ratios"]["images_per_s"] == folded["images_per_s"] / twin["images_per_s"]
+    assert folded["gflops"] is None
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    measured = []
+
+    def measure(group, results, *_):
+        if measured:
+            raise Interrupted
+        for name in group.names:
+            results[name].images_per_s = 7.0
+        measured.append(group)
+
+    monkeypatch.setattr("deit.measure.command.measure_group", measure)
+    monkeypatch.setattr("deit.measure.command.measure_ceilings", lambda *_: Ceilings(1e9, 1e9))
+    command = "--models deit_tiny_patch16_LS resmlp_12 --img-size 32 --device cpu"
+    with pytest.raises(Interrupted):
+        main([*command.split(), "--json", str(path)])
+    first, second = json.loads(path.read_text())["results"]
+    assert (first["images_per_s"], second["images_per_s"]) == (7.0, None)
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_measured(tmp_path):
+    path = tmp_path / "out.json"
+    command = "--models deit_tiny_patch16_LS --img-size 32 --batch-size 1 --min-time 0 --compile"
+    assert main([*command.split(), "--device", "cpu", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["settings"]["compile_mode"] == "default"
+    assert report["results"][0]["images_per_s"] > 0
+
+
+def test_script_from_another_folder(tmp_path):
+    script = str(ROOT / "calculate_complexity.py")
+    command = [sys.executable, script, "--models", "d2_deit_giant", "--no-throughput"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --models d2_deit_giant: ")
+    assert done.stderr.count("\n") == 1
