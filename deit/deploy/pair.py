@@ -68,9 +68,9 @@ class PairMlp(nn.Module):
         act: the nonlinearity, a module.
     """
 
-    # Of one hidden tensor of a piece: a CPU in eager mode runs so few rows at a time that they stay
-    # in its cache. What pieces gave differs from run to run; see docs/performance-log.md.
-    PIECE_BYTES = 2 << 20
+    # A CPU in eager mode runs so many rows at a time: narrow networks then stay in its cache, and
+    # wide ones still have enough rows for their products; see docs/performance-log.md.
+    PIECE_ROWS = 640
 
     def __init__(self, first: Sequence[Weights], second: Sequence[Weights], act: nn.Module):
         super().__init__()
@@ -82,10 +82,9 @@ class PairMlp(nn.Module):
         s, a = x
         if not may_cut(s):
             return self.whole(s, a)
-        rows = max(self.PIECE_BYTES // (self.fc1_s.out_features * s.element_size()), 1)
         shape = s.shape[:-1]
-        s, a = s.flatten(0, -2), a.flatten(0, -2)
-        pieces = [self.whole(*p) for p in zip(s.split(rows), a.split(rows), strict=True)]
+        s, a = (part.flatten(0, -2).split(self.PIECE_ROWS) for part in x)
+        pieces = [self.whole(*piece) for piece in zip(s, a, strict=True)]
         s, a = (torch.cat(part) for part in zip(*pieces, strict=True))
         return s.unflatten(0, shape), a.unflatten(0, shape)
 

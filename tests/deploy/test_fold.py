@@ -146,7 +146,7 @@ def test_pieces(family, monkeypatch):
     folded = fold(create_random(family))
     x = images(3)
     expected = folded(x)
-    monkeypatch.setattr(PairMlp, "PIECE_BYTES", 5 * 64 * 8)
+    monkeypatch.setattr(PairMlp, "PIECE_ROWS", 5)
     seen = []
     whole = PairMlp.whole
     monkeypatch.setattr(PairMlp, "whole", lambda m, s, a: seen.append(len(s)) or whole(m, s, a))
