@@ -65,10 +65,6 @@ def export() -> int:
 
 def predict() -> int:
     """`deit-predict`: `python deit/predict.py`."""
+    from deit.predict import command
 
-    def body() -> int:
-        from deit.predict import main
-
-        return main()
-
-    return one_line_errors(body)
+    return command()

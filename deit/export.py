@@ -14,6 +14,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
@@ -35,7 +35,7 @@ from deit.saving import atomic_files
 from deit.train.args import config_dict, parse_args
 from deit.train.build import build_model
 from deit.train.checkpoint import check_finite, model_state, read_checkpoint
-from deit.train.loading import NETWORK, adopt, build_as_trained
+from deit.train.loading import NETWORK, PREPARATION, adopt, build_as_trained, network_info
 from deit.verify.samples import images as sample_images
 
 __all__ = ["get_parser", "main"]
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     network, info, used = _network(args)
     write = _write_program
     if args.format == "safetensors":
-        saved = {name: getattr(used, name, None) for name in (*NETWORK, "eval_crop_ratio")}
+        saved = {name: getattr(used, name, None) for name in (*NETWORK, *PREPARATION)}
         write = partial(_write_weights, saved)
     with atomic_files(args.output) as path:
         try:
@@ -150,7 +150,7 @@ def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo, argparse
             checkpoint, source=args.resume, ema=args.model_ema_eval, model=args.model,
             img_size=size, kwargs=kwargs,
         )  # fmt: skip
-        adopt(used, checkpoint, state, ("eval_crop_ratio",), source=args.resume)
+        adopt(used, checkpoint, state, PREPARATION, source=args.resume)
         names = network.class_names
     else:
         print("note    random weights: no checkpoint is given by --resume")
@@ -165,10 +165,7 @@ def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo, argparse
         if len(names) != outputs:
             raise UserError(f"--class-map {args.class_map} names {len(names)} classes, but the "
                             f"network has {outputs} outputs")  # fmt: skip
-    info = NetworkInfo(
-        used.model, to_2tuple(used.input_size), crop_ratio=used.eval_crop_ratio,
-        normalized=not args.normalize_input, class_names=None if names is None else tuple(names),
-    )  # fmt: skip
+    info = replace(network_info(used, names), normalized=not args.normalize_input)
     return network.eval().requires_grad_(False), info, used
 
 

@@ -4,7 +4,9 @@
     python deit/predict.py a.jpg b.png --onnx a.onnx --topk 3 --output predictions.csv
 
 Files that cannot be read are named on stderr and skipped. The exit status is 0 if at least one
-photograph was classified, 1 if none was, 2 if the command line or the network cannot be used.
+photograph was classified, 1 if none was, 2 if the command line or the network cannot be used or
+the network's outputs are infinite or NaN for some photographs, 130 after Ctrl-C. A file of --output
+gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -12,35 +14,40 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from timm.layers import to_2tuple
+from rich.progress import Progress
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
-from deit.data import eval_transform
-from deit.data.photos import Photos, find_photos
+from deit.data import eval_transform, outputs_of, read_class_map
+from deit.data.photos import find_photos, read_photos
 from deit.deploy.files import OnnxNetwork
 from deit.deploy.info import NetworkInfo
-from deit.errors import UserError, one_line_errors
+from deit.errors import UserError, one_line, one_line_errors
 from deit.saving import atomic_path
 from deit.train.checkpoint import check_finite, model_state, read_checkpoint
 from deit.train.distributed import choose_device
-from deit.train.loading import adopt, build_as_trained
+from deit.train.loading import PREPARATION, adopt, build_as_trained, network_info
 
-__all__ = ["get_parser", "main"]
+__all__ = ["command", "get_parser", "main"]
 
 Network = Callable[[Tensor], Tensor]
+Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def get_parser() -> CommandLine:
@@ -55,6 +62,9 @@ def get_parser() -> CommandLine:
     what.add("--model-kwargs", key_value, None, "KEY=VALUE",
              "arguments of the network other than those in the checkpoint", nargs="+")  # fmt: skip
     what.switch("--model-ema-eval", "take the average of the weights in the checkpoint")
+    what.add("--class-map", str, None, "FILE",
+             "what the outputs stand for: a name a line, or JSON (default: what the network's file "
+             "says; without that 1000 are ImageNet-1K's classes, others numbers)")  # fmt: skip
     how = OptionGroup(parser, "how")
     how.add("--topk", number(int, 1), 5, "N", "classes for each photograph, the likeliest first")
     how.add("--output", output_file(".csv", ".jsonl"), None, "FILE",
@@ -71,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Classify; returns the exit status.
 
     Raises:
-        UserError: the command line or the network cannot be used, or there are no photographs.
+        UserError: the command line or the network cannot be used, there are no photographs, or
+            outputs were not finite; then the other photographs are classified nevertheless.
     """
     args = get_parser().parse_args(argv)
     if bool(args.checkpoint) == bool(args.onnx):
@@ -79,32 +90,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.onnx and (args.model or args.model_kwargs or args.model_ema_eval):
         raise UserError("--model, --model-kwargs and --model-ema-eval are for a --checkpoint: "
                         "an ONNX file is what it is")  # fmt: skip
-    paths = find_photos(args.sources)
+    paths, left_out = find_photos(args.sources)
+    if left_out:
+        print(f"note    {_shown(left_out)}", file=sys.stderr)
     network, info = _onnx(args) if args.onnx else _checkpoint(args)
-    size = info.input_size[0] if len(set(info.input_size)) == 1 else info.input_size
-    transform = eval_transform(size, crop_ratio=info.crop_ratio, interpolation=info.interpolation)
-    photos = Photos(paths, transform, args.batch_size, args.num_workers)
-    rows = _classify(args, network, info, photos, len(paths))
-    for path, reason in photos.failures:
-        print(f"skipped {_shown(path)}: {reason}", file=sys.stderr)
-    if args.output and rows:
+    counts: Counter[str] = Counter()
+    rows = _classify(args, network, info, paths, counts)
+    if args.output:
         _write(args.output, rows)
-    elif not args.output:
-        for row in rows:
-            found = "  ".join(f"{p['class']} {p['probability']:.4f}" for p in row["predictions"])
-            print(f"{_shown(row['file'])}  {found}")
-    where = f", written to {args.output}" if args.output and rows else ""
-    print(f"{len(rows)} photographs classified, {len(photos.failures)} skipped{where}")
-    if args.mirror_check and rows:
-        changed = sum(not row["same"] for row in rows)
-        share = 100 * changed / len(rows)
-        print(f"another class for the mirror image: {changed} of {len(rows)} ({share:.2f} %)")
-    return 0 if rows else 1
+    else:
+        _print(rows)
+    done, changed = counts["classified"], counts["changed"]
+    where = f", written to {args.output}" if args.output and done else ""
+    print(f"{done} photographs classified, {len(paths) - done} skipped{where}")
+    if args.mirror_check and done:
+        share = 100 * changed / done
+        print(f"another class for the mirror image: {changed} of {done} ({share:.2f} %)")
+    if counts["not finite"]:
+        raise UserError(f"the network's outputs are infinite or NaN for {counts['not finite']} "
+                        "photographs, which are left out")  # fmt: skip
+    return 0 if done else 1
 
 
-def _shown(path: Path | str) -> str:
+def _shown(path: str) -> str:
     """A name as any terminal can print it."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _checkpoint(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
@@ -118,16 +128,15 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
         checkpoint, source=args.checkpoint, ema=args.model_ema_eval, model=args.model,
         kwargs=dict(args.model_kwargs or ()),
     )  # fmt: skip
-    adopt(used, checkpoint, state, ("eval_crop_ratio",), source=args.checkpoint)
+    adopt(used, checkpoint, state, PREPARATION, source=args.checkpoint)
     if getattr(network, "in_chans", 3) != 3:
         raise UserError(f"{args.checkpoint!r} takes images of {network.in_chans} channels, and "
                         "photographs have 3")  # fmt: skip
     network = network.eval().to(device)
-    names = None if network.class_names is None else tuple(network.class_names)
-    info = NetworkInfo(
-        used.model, to_2tuple(used.input_size), crop_ratio=used.eval_crop_ratio, class_names=names
+    return (
+        lambda images: network(images.to(device)).float().cpu(),
+        network_info(used, network.class_names),
     )
-    return lambda images: network(images.to(device)).float().cpu(), info
 
 
 def _onnx(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
@@ -143,66 +152,137 @@ def _onnx(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
     return network, info
 
 
+def _labels(args: argparse.Namespace, info: NetworkInfo, outputs: int) -> list[Row]:
+    """What a prediction says of each output: its class, what that is in English if known."""
+    imagenet = ImageNetInfo("imagenet-1k").label_descriptions(as_dict=True)
+    names, origin = info.class_names, args.checkpoint or args.onnx
+    if args.class_map:
+        names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
+    elif not names and outputs == len(imagenet):
+        names = list(imagenet)
+        print(f"note    {origin} does not say what its {outputs} outputs stand for: ImageNet-1K's "
+              "classes are taken", file=sys.stderr)  # fmt: skip
+    names = list(names or ())
+    outputs_of((), names, outputs, origin=origin)  # refuses more names than outputs
+    names += map(str, range(len(names), outputs))
+    if set(names) <= set(imagenet):
+        return [{"class": n, "description": imagenet[n], "output": i} for i, n in enumerate(names)]
+    return [{"class": name, "output": index} for index, name in enumerate(names)]
+
+
 @torch.no_grad()
 def _classify(
-    args: argparse.Namespace, network: Network, info: NetworkInfo, photos: Photos, count: int
-) -> list[dict[str, Any]]:
+    args: argparse.Namespace,
+    network: Network,
+    info: NetworkInfo,
+    paths: Sequence[str],
+    counts: Counter[str],
+) -> Iterator[Row]:
+    """A row for each photograph; `counts` says how many, and how many are changed or have none."""
+    size = info.input_size[0] if len(set(info.input_size)) == 1 else info.input_size
+    transform = eval_transform(
+        size, crop_ratio=info.crop_ratio, warp=info.warp, interpolation=info.interpolation
+    )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (info.mean, info.std))
-    console = Console(stderr=True)
-    total = -(-count // args.batch_size)
-    rows: list[dict[str, Any]] = []
-    for paths, pixels in track(
-        photos, "classifying", total, console=console, transient=True,
-        disable=not console.is_terminal,
-    ):  # fmt: skip
-        if pixels is None:
+    labels: list[Row] = []
+    batches = read_photos(paths, transform, args.batch_size, args.num_workers)
+    for batch in _with_progress(batches, -(-len(paths) // args.batch_size), args):
+        for path, reason in batch.failures:
+            print(f"skipped {_shown(path)}: {reason}", file=sys.stderr)
+        if batch.images is None:
             continue
-        images = pixels.float() / 255
+        images = batch.images.float() / 255
         if info.normalized:
             images = (images - mean) / std
-        logits = network(images)
-        mirrored = network(images.flip(-1)) if args.mirror_check else None
-        for index, path in enumerate(paths):
-            if not logits[index].isfinite().all():
-                photos.failures.append((path, "the network's outputs are infinite or NaN"))
+        views = (images, images.flip(-1)) if args.mirror_check else (images,)
+        try:
+            logits = [network(view) for view in views]
+        except RuntimeError as error:
+            raise UserError(f"the network cannot take {len(images)} images at once: "
+                            f"{one_line(error)[:300]}") from error  # fmt: skip
+        labels = labels or _labels(args, info, logits[0].shape[1])
+        finite = torch.stack([each.isfinite().all(1) for each in logits]).all(0)
+        counts["not finite"] += int((~finite).sum())
+        values, places = logits[0].softmax(1).topk(min(args.topk, len(labels)))
+        for index, path in enumerate(batch.paths):
+            if not finite[index]:
                 continue
-            row = {"file": str(path), "predictions": _best(logits[index], info, args.topk)}
-            if mirrored is not None:
-                row["mirrored"] = _best(mirrored[index], info, 1)[0]["class"]
-                row["same"] = row["mirrored"] == row["predictions"][0]["class"]
-            rows.append(row)
-    return rows
+            found = zip(places[index].tolist(), values[index].tolist(), strict=True)
+            predictions = [labels[place] | {"probability": value} for place, value in found]
+            row: Row = {"file": path, "predictions": predictions}
+            if args.mirror_check:
+                row["mirrored"] = labels[int(logits[1][index].argmax())]["class"]
+                row["same"] = row["mirrored"] == predictions[0]["class"]
+                counts["changed"] += not row["same"]
+            counts["classified"] += 1
+            yield row
 
 
-def _best(logits: Tensor, info: NetworkInfo, count: int) -> list[dict[str, Any]]:
-    values, places = logits.softmax(0).topk(min(count, len(logits)))
-    names = info.class_names
-    return [
-        {"class": names[place] if names and place < len(names) else str(place),
-         "output": place, "probability": value}
-        for value, place in zip(values.tolist(), places.tolist(), strict=True)
-    ]  # fmt: skip
+def _with_progress(batches: Iterable[T], total: int, args: argparse.Namespace) -> Iterator[T]:
+    """The batches, with a bar on stderr unless the rows appear in the same terminal."""
+    console = Console(stderr=True)
+    shown = console.is_terminal and (args.output or not sys.stdout.isatty())
+    with Progress(
+        console=console, transient=True, redirect_stdout=False, disable=not shown
+    ) as progress:
+        yield from progress.track(batches, total, description="classifying")
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line, or a table with a line for each photograph."""
+def _print(rows: Iterable[Row]) -> None:
+    """Print each row as it comes."""
+    for row in rows:
+        predictions = (
+            f"{' '.join(p[key] for key in ('class', 'description') if key in p)} "
+            f"{p['probability']:.4f}"
+            for p in row["predictions"]
+        )
+        print(f"{_shown(row['file'])}  {'  '.join(predictions)}", flush=True)
+
+
+def _write(path: Path, rows: Iterator[Row]) -> None:
+    """Write each row as it comes, as JSON or into a table. Without any row there is no file."""
+    first = next(rows, None)
+    if first is None:
+        return
     # names of files may have bytes that are no UTF-8
     with (
         atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
-        if path.suffix.lower() == ".jsonl":
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            return
-        writer = csv.writer(file)
-        count = len(rows[0]["predictions"])
-        header = [f"{what}_{n + 1}" for n in range(count) for what in ("class", "probability")]
-        more = ["mirrored", "same"] if "same" in rows[0] else []
-        writer.writerow(["file", *header, *more])
-        for row in rows:
-            found = [v for p in row["predictions"] for v in (p["class"], p["probability"])]
-            writer.writerow([row["file"], *found, *(row[key] for key in more)])
+        table = csv.DictWriter(file, list(_columns(first)))
+        as_json = path.suffix.lower() == ".jsonl"
+        if not as_json:
+            table.writeheader()
+        for row in chain([first], rows):
+            if as_json:
+                file.write(json.dumps(row) + "\n")
+            else:
+                table.writerow(_columns(row))
+
+
+def _columns(row: Row) -> Row:
+    """A row as a line of a table: class_1, probability_1, class_2 and so on."""
+    found = {
+        f"{key}_{number}": value
+        for number, prediction in enumerate(row["predictions"], 1)
+        for key, value in prediction.items()
+        if key != "output"
+    }
+    more = {key: row[key] for key in ("mirrored", "same") if key in row}
+    return {"file": row["file"], **found, **more}
+
+
+def command(argv: Sequence[str] | None = None) -> int:
+    """Carry out a command line (default: this process's own); returns the exit status."""
+    try:
+        return one_line_errors(partial(main, argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads what is printed, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":
-    sys.exit(one_line_errors(partial(main, None)))
+    sys.exit(command())

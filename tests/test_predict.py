@@ -14,19 +14,37 @@ from deit.data.photos import find_photos, read_photo
 from deit.equivariance import randomize_
 from deit.errors import UserError
 from deit.export import main as export
-from deit.predict import main
+from deit.models.vit import VisionTransformer
+from deit.predict import command, main
 
 KWARGS = {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
 
 
+def save(path, classes=3, names=("a", "b", "é"), **args):
+    model = timm.create_model("d2_deit_tiny_patch16_LS", img_size=16, num_classes=classes, **KWARGS)
+    args = {"model": "d2_deit_tiny_patch16_LS", "input_size": 16, "eval_crop_ratio": 0.8,
+            "model_kwargs": [list(pair) for pair in KWARGS.items()]} | args  # fmt: skip
+    saved = {"model": randomize_(model).state_dict(), "args": args, "class_names": names}
+    torch.save({key: value for key, value in saved.items() if value}, path)
+    return str(path)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    model = timm.create_model("d2_deit_tiny_patch16_LS", img_size=16, num_classes=3, **KWARGS)
-    args = {"model": "d2_deit_tiny_patch16_LS", "input_size": 16, "eval_crop_ratio": 0.8,
-            "model_kwargs": [list(pair) for pair in KWARGS.items()]}  # fmt: skip
-    saved = {"model": randomize_(model).state_dict(), "args": args, "class_names": ["a", "b", "é"]}
-    torch.save(saved, tmp_path / "checkpoint.pth")
-    return str(tmp_path / "checkpoint.pth")
+    return save(tmp_path / "checkpoint.pth")
+
+
+@pytest.fixture
+def logits_are(monkeypatch):
+    """Puts a function of images in the place of networks."""
+
+    def patch(function):
+        def forward(self, images):  # on the meta device networks are only tried
+            return images.new_zeros(len(images), 3) if images.is_meta else function(images)
+
+        monkeypatch.setattr(VisionTransformer, "forward", forward)
+
+    return patch
 
 
 @pytest.fixture
@@ -47,25 +65,52 @@ def folder(tmp_path):
     return folder
 
 
-def test_checkpoint_and_onnx_agree(checkpoint, folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("saved", "argv", "expected"),
+    [
+        ({}, [], {"a", "b", "é"}),
+        # another crop and another normalisation than the defaults
+        ({"eval_warp_from": 16, "imagenet_default_mean_and_std": False}, [], {"a", "b", "é"}),
+        ({}, ["--class-map"], {"ant", "bee", "2"}),
+    ],
+)
+def test_checkpoint_and_onnx_agree(saved, argv, expected, folder, tmp_path, capsys):
     pytest.importorskip("onnxscript")
+    checkpoint = save(tmp_path / "checkpoint.pth", **saved)
+    (tmp_path / "map.txt").write_text("ant\nbee\n")
+    argv = [*argv, str(tmp_path / "map.txt")] if argv else []
     onnx = str(tmp_path / "network.onnx")
     assert export(["--resume", checkpoint, "--format", "onnx", "--output", onnx]) == 0
     found = []
     for source in (["--checkpoint", checkpoint], ["--onnx", onnx]):
         output = tmp_path / "found.jsonl"
-        argv = [str(folder), *source, "--output", str(output), "--mirror-check"]
-        assert main([*argv, "--device", "cpu", "--batch-size", "2"]) == 0
+        options = [str(folder), *source, "--output", str(output), "--mirror-check", *argv]
+        assert main([*options, "--device", "cpu", "--batch-size", "2"]) == 0
         found.append([json.loads(line) for line in output.read_text().splitlines()])
     printed = capsys.readouterr()
     assert "5 photographs classified, 2 skipped" in printed.out
     assert "another class for the mirror image: 0 of 5 (0.00 %)" in printed.out
     assert printed.err.count(f"skipped {folder}/cut.jpg") == 2
+    assert printed.err.count("2 files are left out (hidden 1, .txt 1)") == 2
     for ours, theirs in zip(*found, strict=True):
         assert ours["file"] == theirs["file"]
-        assert {p["class"] for p in ours["predictions"]} == {"a", "b", "é"}
+        assert {p["class"] for p in ours["predictions"]} == expected
         pairs = zip(ours["predictions"], theirs["predictions"], strict=True)
         assert all(abs(p["probability"] - q["probability"]) < 1e-5 for p, q in pairs)
+
+
+def test_images_are_prepared_as_in_evaluation(tmp_path, logits_are):
+    """Warped or cropped, and normalised, as the training's options say."""
+    seen = []
+    logits_are(lambda images: seen.append(images) or torch.zeros(len(images), 3))
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :8] = 255  # cut off by a crop of the centre
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    for options in ({}, {"eval_warp_from": 16, "imagenet_default_mean_and_std": False}):
+        checkpoint = save(tmp_path / "checkpoint.pth", eval_crop_ratio=1.0, **options)
+        assert main([str(tmp_path / "x.png"), "--checkpoint", checkpoint, "--device", "cpu"]) == 0
+    assert seen[0].amax((0, 2, 3)).tolist() == pytest.approx([-2.118, -2.036, -1.804], abs=1e-3)
+    assert (seen[1].min(), seen[1].max()) == (-1, 1)
 
 
 def test_csv_and_exit_status(checkpoint, folder, tmp_path, capsys):
@@ -79,6 +124,75 @@ def test_csv_and_exit_status(checkpoint, folder, tmp_path, capsys):
     assert main([str(folder / "text.png"), *argv]) == 1
     assert "0 photographs classified, 1 skipped" in capsys.readouterr().out
     assert not output.exists()
+
+
+def test_a_thousand_outputs_are_imagenets(folder, tmp_path, capsys):
+    output = tmp_path / "found.csv"
+    argv = [str(folder / "rgb.jpg"), "--device", "cpu", "--topk", "1000", "--output", str(output)]
+    assert main([*argv, "--checkpoint", save(tmp_path / "a.pth", 1000, None)]) == 0
+    assert "1000 outputs stand for: ImageNet-1K's" in capsys.readouterr().err
+    (row,) = csv.DictReader(output.open(encoding="utf-8"))
+    found = {row[f"class_{n}"]: row[f"description_{n}"] for n in range(1, 1001)}
+    assert len(found) == 1000
+    assert found["n01440764"] == "tench, Tinca tinca"
+
+
+def test_outputs_that_are_not_finite(checkpoint, tmp_path, logits_are, capsys):
+    """Those of an image or of its mirror image alone: left out, and one line at the end."""
+
+    def white_corners_are_nan(images):
+        logits = images.new_zeros(len(images), 3)
+        logits[images[:, 0, 0, 0] > 2] = torch.nan
+        return logits
+
+    logits_are(white_corners_are_nan)
+    for name, columns in {"left": slice(8), "right": slice(8, None), "neither": slice(0)}.items():
+        pixels = np.zeros((16, 16, 3), np.uint8)
+        pixels[:, columns] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    files = [str(tmp_path / f"{name}.png") for name in ("left", "right", "neither")]
+    output = tmp_path / "found.jsonl"
+    argv = [*files, "--checkpoint", checkpoint, "--device", "cpu", "--output", str(output)]
+    for options, left_out in (((), 1), (("--mirror-check",), 2)):
+        assert command([*argv, *options]) == 2
+        assert capsys.readouterr().err == (
+            f"error: the network's outputs are infinite or NaN for {left_out} photographs, which "
+            "are left out\n"
+        )
+        rows = [json.loads(line)["file"] for line in output.read_text().splitlines()]
+        assert rows == files[left_out:]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt, 130, "interrupted\n"),
+        (RuntimeError("out of\nmemory"), 2,
+         "error: the network cannot take 1 images at once: out of memory\n"),
+    ],
+)  # fmt: skip
+def test_stopped_half_way(error, status, message, checkpoint, folder, tmp_path, logits_are, capsys):
+    seen = []
+
+    def third_call_fails(images):
+        seen.append(images)
+        if len(seen) % 3 == 0:
+            raise error
+        return torch.zeros(len(images), 3)
+
+    logits_are(third_call_fails)
+    files = [str(folder / name) for name in ("rgb.jpg", "alpha.png", "cmyk.jpg")]
+    argv = [*files, "--checkpoint", checkpoint, "--device", "cpu", "--batch-size", "1"]
+    assert command(argv) == status
+    printed = capsys.readouterr()
+    assert printed.err == message
+    assert [line.split()[0] for line in printed.out.splitlines()] == files[:2]
+    for name in ("old.csv", "new.csv"):
+        (tmp_path / "old.csv").write_text("as it was")
+        before = sorted(tmp_path.iterdir())
+        assert command([*argv, "--output", str(tmp_path / name)]) == status
+        assert sorted(tmp_path.iterdir()) == before
+        assert (tmp_path / "old.csv").read_text() == "as it was"
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tiff"])
@@ -100,5 +214,10 @@ def test_wrong_input(checkpoint, folder, tmp_path):
     with pytest.raises(UserError, match="there is no file or folder 'nowhere'"):
         main(["nowhere", "--checkpoint", checkpoint])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="there are no images in"):
+    (tmp_path / "empty" / "a.TXT").write_text("no image")
+    with pytest.raises(UserError, match=r"there are no images in .*1 files .* \(\.txt 1\)"):
         find_photos([str(tmp_path / "empty")])
+    (tmp_path / "map.txt").write_text("\n".join("abcd"))
+    argv = ["--checkpoint", checkpoint, "--class-map", str(tmp_path / "map.txt")]
+    with pytest.raises(UserError, match="names 4 classes, but the network has 3 outputs"):
+        main([str(folder), *argv])

@@ -22,6 +22,7 @@ class NetworkInfo:
         normalized: whether the file expects images from which `mean` is subtracted and that are
             divided by `std`. If not, it takes values in [0, 1] and does so itself.
         crop_ratio: side of the central crop, relative to the resized image's.
+        warp: whether the whole image is resized instead, whatever its shape.
         interpolation: of the resize.
         class_names: what the outputs stand for, in their order; None if that is not known.
     """
@@ -32,6 +33,7 @@ class NetworkInfo:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     normalized: bool = True
     crop_ratio: float = 1.0
+    warp: bool = False
     interpolation: str = "bicubic"
     class_names: tuple[str, ...] | None = None
 

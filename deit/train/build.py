@@ -14,6 +14,7 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
+from timm.layers import to_2tuple
 from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
@@ -160,8 +161,13 @@ def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def _eval_transform(args: Namespace) -> Transform:
-    warp = args.eval_warp_from is not None and args.input_size >= args.eval_warp_from
-    return eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio, warp=warp)
+    return eval_transform(args.input_size, crop_ratio=args.eval_crop_ratio, warp=warps(args))
+
+
+def warps(args: Namespace) -> bool:
+    """Whether evaluation resizes whole images to a square, in place of a crop."""
+    smallest = min(to_2tuple(args.input_size))
+    return args.eval_warp_from is not None and smallest >= args.eval_warp_from
 
 
 def _data_options(args: Namespace, split: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ average.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from timm.layers import to_2tuple
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
+from deit.deploy.info import NetworkInfo
 from deit.errors import UserError
 from deit.layers import MirrorGrid
 from deit.train.args import config_dict, get_parser, parse_args
-from deit.train.build import build_model
+from deit.train.build import build_model, mean_and_std, warps
 from deit.train.checkpoint import (
     check_finite,
     load_model,
@@ -31,13 +32,24 @@ from deit.train.checkpoint import (
 )
 from deit.train.finetune import load_for_finetune
 
-__all__ = ["DATA", "NETWORK", "adopt", "build_as_trained", "load", "number_of_outputs"]
+__all__ = [
+    "DATA",
+    "NETWORK",
+    "PREPARATION",
+    "adopt",
+    "build_as_trained",
+    "load",
+    "network_info",
+    "number_of_outputs",
+]
 
-# The options of deit/main.py that weights depend on, and those that an evaluation depends on.
+# The options of deit/main.py that weights depend on, those that say how to prepare an image, and
+# all that an evaluation depends on.
 NETWORK = ("model", "input_size", "patch_size", "symmetrized_asym_feats", "attn_mixer",
            "layer_scale_init_value", "model_kwargs")  # fmt: skip
+PREPARATION = ("eval_crop_ratio", "eval_warp_from", "imagenet_default_mean_and_std")
 DATA = ("data_path", "eval_data_path", "data_set", "zip_dataloader", "inat_category",
-        "eval_crop_ratio", "eval_warp_from", "imagenet_default_mean_and_std")  # fmt: skip
+        *PREPARATION)  # fmt: skip
 
 _TOKEN_ORDER = "patch_embed.flatten_and_permute.permutation"
 # where the families keep their patch kernels, (C/2, 3, patch, half a patch)
@@ -131,6 +143,20 @@ def build_as_trained(
     names = checkpoint.get("class_names")
     network.class_names = list(names) if names and wanted == outputs else None
     return network, args
+
+
+def network_info(args: Namespace, class_names: Sequence[str] | None) -> NetworkInfo:
+    """How to prepare images for a network that was trained with `args`, and its classes."""
+    mean, std = mean_and_std(args)
+    return NetworkInfo(
+        args.model,
+        to_2tuple(args.input_size),
+        mean=mean,
+        std=std,
+        crop_ratio=args.eval_crop_ratio,
+        warp=warps(args),
+        class_names=None if class_names is None else tuple(class_names),
+    )
 
 
 def adopt(
