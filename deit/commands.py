@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from deit.errors import one_line_errors
+from deit.errors import one_line_errors, run_command
 
 
 def train() -> int:
@@ -54,13 +54,9 @@ def launch() -> int:
 
 def export() -> int:
     """`deit-export`: `python deit/export.py`."""
+    from deit.export import main
 
-    def body() -> int:
-        from deit.export import main
-
-        return main()
-
-    return one_line_errors(body)
+    return run_command(main)
 
 
 def predict() -> int:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
@@ -32,6 +33,15 @@ def one_line_errors(body: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+
+
+def run_command(body: Callable[[], int | None]) -> int:
+    """`one_line_errors` for a whole process: Ctrl-C is one line too, and status 130."""
+    try:
+        return one_line_errors(body)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:

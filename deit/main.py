@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 from torch import nn
 
 from deit.data.workers import is_worker_death, worker_death
-from deit.errors import UserError, one_line_errors
+from deit.errors import UserError, run_command
 from deit.train.args import parse_args
 from deit.train.build import set_precision
 from deit.train.distributed import choose_device, connect, find_place
@@ -211,11 +211,7 @@ def explain_non_finite(run: Run, error: NonFiniteLossError) -> str:
 
 def command(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line (default: this process's own); returns the exit status."""
-    try:
-        return one_line_errors(lambda: main(parse_args(argv)))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(lambda: main(parse_args(argv)))
 
 
 if __name__ == "__main__":

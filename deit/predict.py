@@ -38,10 +38,11 @@ from deit.data.photos import find_photos, read_photos
 from deit.deploy.files import OnnxNetwork
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, one_line, one_line_errors
+from deit.models.inputs import input_channels
 from deit.saving import atomic_path
-from deit.train.checkpoint import check_finite, model_state, read_checkpoint
+from deit.train.checkpoint import read_checkpoint
 from deit.train.distributed import choose_device
-from deit.train.loading import PREPARATION, adopt, build_as_trained, network_info
+from deit.train.loading import build_as_trained, network_info
 
 __all__ = ["command", "get_parser", "main"]
 
@@ -121,16 +122,12 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
     device = choose_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    checkpoint = read_checkpoint(args.checkpoint)
-    state = model_state(checkpoint, source=args.checkpoint, ema=args.model_ema_eval)
-    check_finite(state, args.checkpoint)
     network, used = build_as_trained(
-        checkpoint, source=args.checkpoint, ema=args.model_ema_eval, model=args.model,
-        kwargs=dict(args.model_kwargs or ()),
+        read_checkpoint(args.checkpoint), source=args.checkpoint, ema=args.model_ema_eval,
+        model=args.model, kwargs=dict(args.model_kwargs or ()),
     )  # fmt: skip
-    adopt(used, checkpoint, state, PREPARATION, source=args.checkpoint)
-    if getattr(network, "in_chans", 3) != 3:
-        raise UserError(f"{args.checkpoint!r} takes images of {network.in_chans} channels, and "
+    if (channels := input_channels(network)) != 3:
+        raise UserError(f"{args.checkpoint!r} takes images of {channels} channels, and "
                         "photographs have 3")  # fmt: skip
     network = network.eval().to(device)
     return (
@@ -183,7 +180,6 @@ def _classify(
     transform = eval_transform(
         size, crop_ratio=info.crop_ratio, warp=info.warp, interpolation=info.interpolation
     )
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (info.mean, info.std))
     labels: list[Row] = []
     batches = read_photos(paths, transform, args.batch_size, args.num_workers)
     for batch in _with_progress(batches, -(-len(paths) // args.batch_size), args):
@@ -191,9 +187,7 @@ def _classify(
             print(f"skipped {_shown(path)}: {reason}", file=sys.stderr)
         if batch.images is None:
             continue
-        images = batch.images.float() / 255
-        if info.normalized:
-            images = (images - mean) / std
+        images = info.prepare(batch.images)
         views = (images, images.flip(-1)) if args.mirror_check else (images,)
         try:
             logits = [network(view) for view in views]

@@ -1,22 +1,29 @@
 """`deit/export.py`: files that hold the network, checked in their own runtimes."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import deit
+from deit import export
 from deit.deploy import files
 from deit.deploy.info import NetworkInfo
-from deit.errors import UserError
+from deit.errors import UserError, run_command
 from deit.export import main
 from deit.train.checkpoint import read_checkpoint
 
 KWARGS = {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
 SMALL = ("--model", "d2_deit_tiny_patch16_LS", "--model-kwargs",
          *(f"{key}={value}" for key, value in KWARGS.items()))  # fmt: skip
+ONNX = ("--format", "onnx", "--output", "x.onnx")
+STATIC = (*ONNX, "--input-size", "16", "--quantize", "static", "--calibrate")
+PT2 = ("--format", "torch-export", "--output", "x.pt2")
 
 
 @pytest.fixture
@@ -29,6 +36,19 @@ def checkpoint(tmp_path) -> Path:
     saved = {"model": model.state_dict(), "args": args, "class_names": ["a", "b", "é"]}
     torch.save(saved, tmp_path / "checkpoint.pth")
     return tmp_path / "checkpoint.pth"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder a class, as in an ImageFolder, with eight images each."""
+    generator = np.random.default_rng(0)
+    for name in ("a", "b", "é"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((20, 16), Image.Resampling.BICUBIC)
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
 
 
 @pytest.mark.parametrize("options", [(), ("--no-fold", "--half"), ("--normalize-input",)])
@@ -50,6 +70,106 @@ def test_onnx(checkpoint, tmp_path, capsys, options):
     tolerance = 2e-2 if "--half" in options else 1e-4
     torch.testing.assert_close(network(images), expected, rtol=tolerance, atol=tolerance)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def int8(network: Path, output: Path, *options: str) -> list[str]:
+    return ["--resume", str(network), "--format", "onnx", "--output", str(output), "--quantize",
+            *options]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("dynamic", ["--dynamic-batch"]), ("static", ["--batch-size", "5", "--normalize-input"])],
+)
+def test_int8(checkpoint, photos, tmp_path, capsys, mode, options):
+    """What is said of the file is what a second look at all of its images finds."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "network.onnx"
+    if mode == "static":
+        options = [*options, "--calibrate", str(photos)]
+    argv = int8(checkpoint, output, mode, "--eval-data-path", str(photos), *options)
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    network = files.OnnxNetwork(output)
+    about = json.loads(network.metadata["quantization"])
+    assert about["mode"] == mode
+    assert about["calibration_images"] == (24 if mode == "static" else None)
+    info = NetworkInfo.from_metadata(network.metadata)
+    assert info.class_names == ("a", "b", "é")
+
+    transform = deit.data.eval_transform(16, crop_ratio=0.9)
+    data = deit.data.build_dataset("val", class_folders=photos, transform=transform)
+    pixels = torch.stack([torch.as_tensor(data[i][0]) for i in range(24)])
+    labels = torch.tensor([data[i][1] for i in range(24)])
+    original = deit.load(checkpoint)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (info.mean, info.std))
+    scaled = (pixels / 255 - mean) / std
+    with torch.no_grad():
+        expected = original(scaled)
+    found = network(info.prepare(pixels))
+    flopped = network(info.prepare(pixels).flip(-1))
+    answers = found.argmax(1)
+
+    def stated(pattern: str) -> list[float]:
+        return [float(text) for text in re.search(pattern, said).groups()]
+
+    largest, same, count = stated(r"network (\S+) .* the same answer for (\S+) % of (\S+) images")
+    assert largest == pytest.approx((found - expected).abs().max().item(), rel=0.06)
+    assert 0 < largest < 0.2
+    percent = lambda hits: 100 * hits.double().mean().item()  # noqa: E731
+    assert same == pytest.approx(percent(answers == expected.argmax(1)), abs=0.01)
+    assert count == 24
+    accuracy = [percent(a == labels) for a in (expected.argmax(1), answers)]
+    assert stated(r"float (\S+) %, int8 (\S+) %") == pytest.approx(accuracy, abs=0.01)
+    other, mirrored = stated(r"int8: another answer for (\S+) % .*greatest difference (\S+)")
+    assert other == pytest.approx(percent(answers != flopped.argmax(1)), abs=0.01)
+    assert mirrored == pytest.approx((found - flopped).abs().max().item(), rel=0.06)
+    assert stated(r"mirrored, float: another answer for (\S+) %") == [0]
+
+    kinds = [node.op_type for node in onnx.load(output).graph.node]
+    assert not {"QLinearSoftmax", "Gemm"} & set(kinds) or mode == "static"
+    integer = "MatMulInteger" if mode == "dynamic" else "DequantizeLinear"
+    assert kinds.count(integer) >= 13
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "photos", output.name}
+
+
+def test_int8_of_a_convnext(tmp_path, capsys):
+    """Depthwise layers stay in float; without labels no accuracy is stated."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "network.onnx"
+    kwargs = ["depth=1", "embed_dim=32", "patch_size=8", "layer_scale_init_value=1.0"]
+    argv = ["--model", "d2_convnext_isotropic_small", "--model-kwargs", *kwargs, "--nb-classes",
+            "3", "--input-size", "32", "--format", "onnx", "--output", str(output)]  # fmt: skip
+    assert main([*argv, "--quantize", "dynamic"]) == 0
+    said = capsys.readouterr().out
+    assert "% of 64 images" in said
+    assert "accuracy:" not in said
+    kinds = [node.op_type for node in onnx.load(output).graph.node]
+    assert kinds.count("Conv") == 2  # one for u and one for v
+    assert kinds.count("ConvInteger") == 7
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (lambda logits: logits * torch.nan, "infinite or NaN"),
+        (lambda logits: -logits, r"answer for 0\.0 % of 64 images, no more than guessing"),
+    ],
+)
+def test_int8_that_says_nothing_is_not_left(checkpoint, tmp_path, monkeypatch, outputs, message):
+    pytest.importorskip("onnxruntime")
+    quantize = export.quantize_onnx
+
+    def broken(*args):
+        run = quantize(*args)
+        return lambda images: outputs(run(images))
+
+    monkeypatch.setattr(export, "quantize_onnx", broken)
+    with pytest.raises(UserError, match=message):
+        main(int8(checkpoint, tmp_path / "network.onnx", "dynamic", "--dynamic-batch"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
 def test_torch_export_with_a_fixed_batch(tmp_path):
@@ -100,11 +220,41 @@ def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch):
         (["--format", "safetensors", "--output", "x.safetensors", "--fold"], "--fold is for"),
         (["--format", "torch-export", "--output", "x.pt2", "--opset", "18"], "--opset is of ONNX"),
         (["--format", "torch-export", "--output", "no/x.pt2"], "there is no folder"),
+        ([*PT2, "--model-kwargs", "in_chans=1"], "takes images of 1 channels here"),
+        ([*PT2, "--quantize", "dynamic"], "--quantize is of ONNX"),
+        ([*ONNX, "--quantize", "static"], "give --calibrate FOLDER, or use --quantize dynamic"),
+        ([*ONNX, "--calibrate", "."], "--calibrate is for --quantize static"),
+        ([*ONNX, "--quantize", "dynamic", "--calibrate", "."], "--calibrate is for"),
+        ([*ONNX, "--quantize", "dynamic", "--half"], "in float16 or in int8"),
+        ([*ONNX, "--eval-data-path", "."], "measures what --quantize loses"),
+        ([*STATIC, "nowhere"], "--calibrate: there is no folder 'nowhere'"),
+        ([*STATIC, "empty"], "there are no images in 'empty'"),
+        ([*STATIC, "broken"], "none of the images in 'broken' can be read"),
+        ([*ONNX, "--quantize", "dynamic", "--eval-data-path", "empty"], "no class folders in"),
+        ([*ONNX, "--quantize", "dynamic", "--eval-data-path", "classes"], "nothing says which"),
     ],
 )
-def test_wrong_options(options, message):
+def test_wrong_options(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "broken", "classes/a"):
+        Path(name).mkdir(parents=True)
+    Path("broken/a.png").write_bytes(b"no image")
+    Image.new("RGB", (9, 9)).save("classes/a/1.png")
     with pytest.raises(UserError, match=message):
         main([*SMALL, *options])
+    assert not Path("x.onnx").exists()
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    def interrupted(program, example, path, *args, **kwargs):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(files.FORMATS, "torch-export", interrupted)
+    argv = [*SMALL, "--format", "torch-export", "--output", str(tmp_path / "network.pt2")]
+    assert run_command(lambda: main(argv)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_packages_that_are_absent():

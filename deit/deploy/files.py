@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deit.errors import UserError, one_line
 
-__all__ = ["FORMATS", "OnnxNetwork", "require_onnx", "write_safetensors"]
+__all__ = ["FORMATS", "QUANTIZATION", "OnnxNetwork", "Runner", "quantize_onnx", "require_onnx",
+           "write_safetensors"]  # fmt: skip
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "images", "logits"
 METADATA_FILE = "metadata.json"
 SINGLE_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, and room for the graph
+
+# what `quantize_onnx` does, for a file's metadata
+QUANTIZATION = {"weights": "int8", "activations": "uint8", "operations": ["MatMul", "Gemm", "Conv"]}
 
 Runner = Callable[[Tensor], Tensor]
 
@@ -90,6 +97,19 @@ class OnnxNetwork:
         return torch.cat(logits)[:count]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of exporters, which are about their own code."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def _dynamic(dynamic: bool) -> tuple[dict[int, torch.export.Dim]] | None:
     return ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
 
@@ -108,28 +128,85 @@ def write_onnx(
     The example says the shape and the dtype. The notes that the exporter leaves at each node are
     taken out: they hold paths of this machine.
     """
-    import onnx
-
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         program = torch.onnx.export(
             network, (example,), dynamo=True, verbose=False, input_names=[INPUT],
             output_names=[OUTPUT], dynamic_shapes=_dynamic(dynamic), opset_version=opset,
         )  # fmt: skip
         program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
+    model = _describe_onnx(path, metadata)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if opset is not None and opsets.get("") != opset:
+        raise UserError(f"--opset {opset} cannot be written, opset {opsets.get('')} can: omit it")
+    return OnnxNetwork(path)
+
+
+def _describe_onnx(path: Path, metadata: Mapping[str, str]) -> Any:
+    """Replace a file's metadata, without its weights beside it, and check it; the graph."""
+    import onnx
+
     model = onnx.load(path, load_external_data=False)
     for item in (*model.graph.node, *model.graph.value_info):
         item.ClearField("metadata_props")
         item.ClearField("doc_string")
+    model.ClearField("metadata_props")
     onnx.helper.set_model_props(model, dict(metadata))
     path.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(path), full_check=True)
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if opset is not None and opsets.get("") != opset:
-        raise UserError(f"--opset {opset} cannot be written, opset {opsets.get('')} can: omit it")
+    return model
+
+
+class _Reader:
+    """Batches as ONNX Runtime's calibration asks for them."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        images = next(self._batches, None)
+        return None if images is None else {INPUT: images.numpy()}
+
+
+def quantize_onnx(
+    path: Path, batches: Iterable[Tensor] | None, metadata: Mapping[str, str]
+) -> OnnxNetwork:
+    """Replace a file of `write_onnx` by one with products in int8; run it.
+
+    Linear layers and dense convolutions are quantised, their weights by output channel. Norms,
+    softmax, products of activations and depthwise convolutions stay in float32: they lose much,
+    and are a small part of the work.
+
+    Args:
+        batches: images as the file takes them, whose ranges of values are kept (static); None for
+            ranges that each batch has anew (dynamic).
+    """
+    import onnx
+    from onnxruntime import quantization
+
+    kept = [
+        node.name
+        for node in onnx.load(path, load_external_data=False).graph.node
+        if any(entry.name == "group" and entry.i > 1 for entry in node.attribute)
+    ]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        files = [file for file in path.parent.iterdir() if file.is_file()]
+        for file in files:
+            file.rename(Path(folder) / file.name)
+        options = dict(
+            op_types_to_quantize=QUANTIZATION["operations"], nodes_to_exclude=kept,
+            per_channel=True, weight_type=quantization.QuantType.QInt8,
+            use_external_data_format=len(files) > 1, extra_options={"MatMulConstBOnly": True},
+        )  # fmt: skip
+        with _quiet():
+            if batches is None:
+                quantization.quantize_dynamic(Path(folder) / path.name, path, **options)
+            else:
+                quantization.quantize_static(
+                    Path(folder) / path.name, path, _Reader(batches),
+                    activation_type=quantization.QuantType.QUInt8, **options,
+                )  # fmt: skip
+    _describe_onnx(path, metadata)
     return OnnxNetwork(path)
 
 
@@ -143,8 +220,7 @@ def write_torch_export(
     opset: int | None = None,
 ) -> Runner:
     """Write `network` as a program of torch.export, with `metadata.json` in it; run the file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         program = torch.export.export(network, (example,), dynamic_shapes=_dynamic(dynamic))
         extra = {METADATA_FILE: json.dumps(dict(metadata))}
         torch.export.save(program, str(path), extra_files=extra)

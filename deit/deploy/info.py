@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
 
 __all__ = ["NetworkInfo"]
 
@@ -36,6 +38,14 @@ class NetworkInfo:
     warp: bool = False
     interpolation: str = "bicubic"
     class_names: tuple[str, ...] | None = None
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) from 0 to 255 as the file takes them, float32."""
+        images = pixels.float() / 255
+        if not self.normalized:
+            return images
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
 
     def to_metadata(self) -> dict[str, str]:
         """Names to JSON texts."""

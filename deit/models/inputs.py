@@ -8,7 +8,13 @@ from torch import nn
 
 from deit.errors import UserError, one_line
 
-__all__ = ["check_image_size"]
+__all__ = ["check_image_size", "input_channels"]
+
+
+def input_channels(model: nn.Module) -> int:
+    """The channels of the images that `model` takes; 3 if it does not say it."""
+    convolutions = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    return getattr(model, "in_chans", None) or next(convolutions, 3)
 
 
 @torch.no_grad()
@@ -36,9 +42,7 @@ def check_image_size(model: nn.Module, size: int | tuple[int, int], option: str,
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {key: tensor.to("meta") for key, tensor in tensors.items()}
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    convolutions = (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    channels = getattr(model, "in_chans", None) or next(convolutions, 3)
-    image = torch.empty(1, channels, *to_2tuple(size), device="meta", dtype=dtype)
+    image = torch.empty(1, input_channels(model), *to_2tuple(size), device="meta", dtype=dtype)
     training = model.training
     try:
         torch.func.functional_call(model.eval(), on_meta, (image,))

@@ -127,7 +127,7 @@ def build_as_trained(
     args.model, args.model_kwargs = name, list((kwargs or {}).items())
     args.given = frozenset({"model", "model_kwargs"})
     args.drop = args.drop_path = 0.0
-    adopt(args, checkpoint, state, NETWORK, source=source)
+    adopt(args, checkpoint, state, (*NETWORK, *PREPARATION), source=source)
     trained_size = to_2tuple(args.input_size)
     args.input_size = args.input_size if img_size is None else img_size
     outputs = number_of_outputs(state, name) or 0
