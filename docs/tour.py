@@ -1,26 +1,31 @@
 # %% [markdown]
-# # A tour: from one layer to an exported network
+# # A tour: from one layer to photographs classified elsewhere
 #
 # Every block below was run, and what it printed stands beneath it. The blocks are the cells of
 # [tour.py](tour.py): run it with `python docs/tour.py` (half a minute, no GPU, no download), or
 # open it as a notebook in an editor that knows `# %%` cells. `python docs/render.py` writes this
-# page. It needs `pip install onnx onnxscript onnxruntime peft`.
+# page. It needs `pip install '.[deploy]' peft`.
 
 # %%
 import copy
-import logging
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path.cwd()))  # the repository's root, where this is run
 
-import onnxruntime
 import peft
+import timm
 import torch
 import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms.functional import normalize
 
-from deit.data.datasets import SAMPLE_FOLDER
+import deit.models  # noqa: F401 - registers the networks with timm
+from deit.data import build_dataset, eval_transform
+from deit.deploy import fold
 from deit.equivariance import (
     assert_equivariant,
     channels,
@@ -29,13 +34,14 @@ from deit.equivariance import (
     invariant,
     randomize_,
 )
+from deit.export import main as export
 from deit.groups import FLOP
 from deit.layers import GELU, Linear
-from deit.models.vit import VisionTransformer
+from deit.predict import main as predict
 from deit.train.checkpoint import load_model, model_state, read_checkpoint
 from deit.train.finetune import load_for_finetune
-from experiments.fashion_mnist.images import Images, TestBatches, training_batches
 
+os.chdir(tempfile.mkdtemp())  # for the files that this writes
 torch.manual_seed(0)
 torch.set_printoptions(precision=2, linewidth=100, sci_mode=False)
 
@@ -92,17 +98,17 @@ for name, wrong in {"nn.Linear    ": torch.nn.Linear(8, 8), "plain GELU   ": F.g
 # A small equivariant ViT for 28 x 28 images. With any weights at all, an image and its mirror image
 # get the same logits, and their feature maps are mirror images of each other.
 
-
 # %%
-def small_vit(img_size: int) -> VisionTransformer:
-    return VisionTransformer(
-        img_size, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=2, num_heads=2,
-        init_scale=1.0,
-    )  # fmt: skip
+NAME = "d2_deit_tiny_patch16_LS"
+KWARGS = {"patch_size": 7, "embed_dim": 64, "depth": 2, "num_heads": 2, "init_scale": 1.0}
+
+
+def small_vit(side):
+    return timm.create_model(NAME, img_size=side, num_classes=10, **KWARGS)
 
 
 model = randomize_(small_vit(28)).eval()
-images = torch.randn(2, 1, 28, 28)
+images = torch.randn(2, 3, 28, 28)
 with torch.no_grad():
     logits, mirrored = model(images), model(images.flip(-1))
     (features,) = model.forward_intermediates(images, 1, intermediates_only=True)
@@ -122,69 +128,63 @@ print("but two images differ by", f"{(logits[0] - logits[1]).abs().max():.1f}")
 
 
 # %%
-def train(network, data, steps, lr, side=28):
+def load(split):
+    """Normalised images (N, 3, 28, 28), and their classes."""
+    data = build_dataset(split, transform=eval_transform(28))
+    pixels, classes = zip(*data, strict=True)
+    images = torch.stack(pixels) / 255
+    return normalize(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD), torch.tensor(classes)
+
+
+def train(network, images, classes, steps, lr):
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    batches = training_batches(data, batch_size=50, seed=0, flip=False, shift=0, start=0)
     network.train()
-    for _, (images, targets) in zip(range(steps), batches, strict=False):
-        loss = F.cross_entropy(network(resized(images, side)), targets)
+    for _ in range(steps):
+        batch = torch.randint(len(images), (50,))
+        loss = F.cross_entropy(network(images[batch]), classes[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
 
 
-def resized(images, side):
-    return F.interpolate(images, side, mode="bilinear", antialias=True)
-
-
 @torch.no_grad()
-def accuracy(network, data, side=28):
+def accuracy(network, images, classes):
     network.eval()
-    batches = TestBatches(data, 500)
-    right = sum((network(resized(x, side)).argmax(1) == y).sum() for x, y in batches)
-    return f"{100 * right / len(data):.1f} %"
+    found = torch.cat([network(part).argmax(1) for part in images.split(500)])
+    return f"{100 * (found == classes).float().mean():.1f} %"
 
 
-device = torch.device("cpu")
-training_set = Images.load(SAMPLE_FOLDER, "train", device)
-test_set = Images.load(SAMPLE_FOLDER, "val", device)
+images, classes = load("train")
+test_images, test_classes = load("val")
 model = small_vit(28)
-train(model, training_set, steps=200, lr=3e-3)
-print("on the test images", accuracy(model, test_set))
-print("on their mirror images", accuracy(model, test_set.mirrored()))
+train(model, images, classes, steps=300, lr=3e-3)
+print("on the test images", accuracy(model, test_images, test_classes))
+print("on their mirror images", accuracy(model, test_images.flip(-1), test_classes))
 
 # %% [markdown]
 # ## Fine-tuning at another resolution, from the checkpoint
 #
-# 40 x 40 pixels are 10 x 10 patches in place of 7 x 7, so the position embedding must be resampled.
+# 35 x 35 pixels are 5 x 5 patches in place of 4 x 4, so the position embedding must be resampled.
 # `load_for_finetune` does it such that the network stays exactly equivariant. The command line does
-# all of this by `python deit/main.py --finetune FILE --input-size 40`.
+# all of this by `python deit/main.py --finetune FILE --input-size 35`. A checkpoint, as
+# `deit/main.py` writes it, also says how the network is built, and what its outputs are called.
 
 # %%
-folder = Path(tempfile.mkdtemp())
-torch.save({"model": model.state_dict(), "epoch": 0}, folder / "checkpoint.pth")
+options = {"model": NAME, "input_size": 28, "model_kwargs": list(KWARGS.items())}
+names = build_dataset("val").class_names
+saved = {"model": model.state_dict(), "args": options, "class_names": names}
+torch.save(saved, "checkpoint.pth")
 
-source = "checkpoint.pth"
-larger = small_vit(40)
-state = model_state(read_checkpoint(folder / source), source=source)  # no pickled code is run
-print(load_for_finetune(larger, state, source=source))
-print("before", accuracy(larger, test_set, 40))
-train(larger, training_set, steps=50, lr=5e-4, side=40)
-print("after", accuracy(larger, test_set, 40))
-print("on their mirror images", accuracy(larger, test_set.mirrored(), 40))
-
-# %% [markdown]
-# The checkpoint fits a network of its own size exactly, and another token order is an error.
-
-# %%
-load_model(small_vit(28), state, source=source)
-state["patch_embed.flatten_and_permute.permutation"] = torch.arange(49)
-try:
-    load_model(small_vit(28), state, source=source)
-except ValueError as error:
-    print(error)
+larger = small_vit(35)
+state = model_state(read_checkpoint("checkpoint.pth"), source="checkpoint.pth")
+print(load_for_finetune(larger, state, source="checkpoint.pth"))
+images_35, test_35 = (F.interpolate(x, 35, mode="bilinear") for x in (images, test_images))
+print("before", accuracy(larger, test_35, test_classes))
+train(larger, images_35, classes, steps=100, lr=1e-3)
+print("after", accuracy(larger, test_35, test_classes))
+print("on their mirror images", accuracy(larger, test_35.flip(-1), test_classes))
 
 # %% [markdown]
 # ## Fine-tuning with a LoRA on the halves
@@ -196,48 +196,86 @@ except ValueError as error:
 # network: the images upside down.
 
 # %%
-upside_down, test_upside_down = (
-    Images(data.pixels.flip(1), data.targets) for data in (training_set, test_set)
-)
+upside_down, test_upside_down = images.flip(-2), test_images.flip(-2)
 targets = ["linear_sym", "linear_asym"]
 config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["head"])
 adapted = peft.get_peft_model(copy.deepcopy(model), config)
 adapted.print_trainable_parameters()
-print("upside down, before", accuracy(adapted, test_upside_down))
-train(adapted, upside_down, steps=100, lr=5e-3)
-print("upside down, after", accuracy(adapted, test_upside_down))
-print("on their mirror images", accuracy(adapted, test_upside_down.mirrored()))
-print(equivariance_error(adapted, FLOP, torch.randn(4, 1, 28, 28), image(FLOP), invariant))
-load_model(model, adapted.merge_and_unload().state_dict(), source="the merged network")
-print("merged", accuracy(model, test_upside_down))
+print("upside down, before", accuracy(adapted, test_upside_down, test_classes))
+train(adapted, upside_down, classes, steps=100, lr=5e-3)
+print("upside down, after", accuracy(adapted, test_upside_down, test_classes))
+print("on their mirror images", accuracy(adapted, test_upside_down.flip(-1), test_classes))
+print(equivariance_error(adapted, FLOP, test_images[:4], image(FLOP), invariant))
+merged = small_vit(28)
+load_model(merged, adapted.merge_and_unload().state_dict(), source="the merged network")
+print("merged", accuracy(merged, test_upside_down, test_classes))
+
+# %% [markdown]
+# ## Folding it
+#
+# Once a network is trained, much of it can be folded into its weights. The two kernels of the patch
+# embedding become one convolution. The order of the tokens and the factors of the change of basis
+# vanish. LayerScale moves into the weights before it. Fewer operations are left, all of them
+# standard.
+
+# %%
+folded = fold(model)
+for name, network in {"trained": model, "folded ": folded}.items():
+    program = torch.export.export(network.eval(), (test_images[:1],))
+    operations = sum(node.op == "call_function" for node in program.graph.nodes)
+    print(name, operations, "operations,", accuracy(network, test_images, test_classes))
+with torch.no_grad():
+    difference = (folded(test_images) - model(test_images)).abs().max()
+print("as the network:", bool(difference < 1e-4))
 
 # %% [markdown]
 # ## Exporting it
 #
-# `torch.export` takes the network whole, for any batch size.
+# `deit/export.py` folds a checkpoint's network, writes it, runs the file in its own runtime and
+# compares. On a command line this is `python deit/export.py --resume checkpoint.pth ...`. Other
+# formats are torch-export and safetensors.
 
 # %%
-larger.eval()
-images = torch.randn(3, 1, 40, 40)
-batch = torch.export.Dim("batch", min=1, max=64)
-program = torch.export.export(larger, (images,), dynamic_shapes=({0: batch},))
-torch.export.save(program, folder / "network.pt2")
-loaded = torch.export.load(folder / "network.pt2").module()
-with torch.no_grad():
-    images = torch.randn(7, 1, 40, 40)
-    print("as the network:", torch.allclose(loaded(images), larger(images), atol=1e-5))
-    print("still invariant:", torch.allclose(loaded(images), loaded(images.flip(-1)), atol=1e-5))
+file = ["--format", "onnx", "--dynamic-batch", "--output", "network.onnx"]
+export(["--resume", "checkpoint.pth", *file])
 
 # %% [markdown]
-# The same for ONNX, which other runtimes read.
+# ## Running it elsewhere
+#
+# The file needs neither this package nor PyTorch. It says itself what its outputs are called and
+# how to prepare images. Here are two photographs, one of them the other's mirror image.
 
 # %%
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-torch.onnx.export(
-    larger, (images,), folder / "network.onnx", dynamo=True, verbose=False,
-    dynamic_shapes=({0: batch},), input_names=["images"],
-)  # fmt: skip
-session = onnxruntime.InferenceSession(folder / "network.onnx")
-(logits,) = session.run(None, {"images": images.numpy()})
-with torch.no_grad():
-    print("as the network:", torch.allclose(torch.from_numpy(logits), larger(images), atol=1e-4))
+Path("photos").mkdir()
+photograph = build_dataset("val").load(0)
+photograph.save("photos/shoe.png")
+photograph.transpose(0).save("photos/mirrored.png")
+
+script = """
+import json, sys
+import numpy, onnxruntime
+from PIL import Image
+
+session = onnxruntime.InferenceSession("network.onnx")
+said = session.get_modelmeta().custom_metadata_map
+mean, std, names = (json.loads(said[key]) for key in ("mean", "std", "class_names"))
+files = ["photos/shoe.png", "photos/mirrored.png"]
+pixels = numpy.stack([numpy.asarray(Image.open(file).convert("RGB")) for file in files])
+images = ((pixels / 255 - mean) / std).astype(numpy.float32).transpose(0, 3, 1, 2)
+(logits,) = session.run(None, {"images": images})
+print(*[names[place] for place in logits.argmax(1)], sep=", ")
+print("greatest difference of the two", f"{abs(logits[0] - logits[1]).max():.0e}")
+print("imported of torch and deit:", [name for name in ("torch", "deit") if name in sys.modules])
+"""
+done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+print(done.stdout, end="")
+
+# %% [markdown]
+# ## Predicting
+#
+# For folders of real photographs there is `deit/predict.py`. It takes either file, and gives the
+# same answers.
+
+# %%
+for network in (["--checkpoint", "checkpoint.pth"], ["--onnx", "network.onnx"]):
+    predict(["photos", *network, "--topk", "2", "--device", "cpu"])
