@@ -1,4 +1,4 @@
-"""What the README says of timm and escnn, by running them.
+"""What docs/comparison.md says of timm and escnn, by running them.
 
     pip install timm "escnn==1.0.11"      # escnn needs a virtual environment with numpy < 2
     python docs/check_peers.py

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
-TABLE = PAGE.split("## Beside other code")[1].split("\n## ")[0]
-ROWS = [line.split(" | ") for line in TABLE.splitlines() if line.startswith("| ")][2:]
+PAGE = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+ROWS = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| ")][2:]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip("| ")[:40])
