@@ -37,7 +37,7 @@ from deit.data import eval_transform, outputs_of, read_class_map
 from deit.data.photos import find_photos, read_photos
 from deit.deploy.files import OnnxNetwork
 from deit.deploy.info import NetworkInfo
-from deit.errors import UserError, one_line, one_line_errors
+from deit.errors import UserError, one_line, run_command
 from deit.models.inputs import input_channels
 from deit.saving import atomic_path
 from deit.train.checkpoint import read_checkpoint
@@ -269,10 +269,7 @@ def _columns(row: Row) -> Row:
 def command(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line (default: this process's own); returns the exit status."""
     try:
-        return one_line_errors(partial(main, argv))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return run_command(partial(main, argv))
     except BrokenPipeError:  # whoever reads what is printed, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
