@@ -7,9 +7,69 @@
 The structure that training needs (irreps, shared halves of kernels, scales and shifts between
 layers) is folded into the weights of ordinary linear layers and convolutions, exactly: in float64
 the outputs agree to 1e-9. What is left needs no code of this package when exported, and fewer
-operations. Folded networks are for inference; train the original.
+operations. Folded networks are for inference. Train the original.
 """
 
-from deit.deploy.fold import fold
+from __future__ import annotations
+
+import copy
+from typing import get_args
+
+import torch
+from torch import nn
+
+from deit.deploy.convnext import FoldedConvNeXt
+from deit.deploy.pair import Target
+from deit.deploy.resmlp import FoldedResMLP
+from deit.deploy.vit import FoldedVisionTransformer
+from deit.errors import UserError
+from deit.models import ConvNeXt, IsotropicConvNeXt, ResMLP, VisionTransformer
 
 __all__ = ["fold"]
+
+
+@torch.no_grad()
+def fold(model: nn.Module, target: Target = "torch") -> nn.Module:
+    """A new module that computes what `model` does in evaluation mode, in fewer operations.
+
+    Args:
+        model: a network of this package. Ordinary networks and modules are copied as they are. Of
+            a module that contains equivariant networks, those are folded. It is left untouched.
+        target: the runtime whose fastest form is chosen, "torch" or "onnx". Both forms run
+            everywhere and give the same results.
+
+    Returns:
+        the folded network, on the device and in the dtype of `model`, in evaluation mode. It takes
+        images and gives what `model` gives. It has none of its other methods, and no gradients.
+
+    Raises:
+        UserError: for another target, or if layers of `model` were replaced by what is not linear.
+    """
+    if target not in get_args(Target):
+        raise UserError(f"target {target!r} is not known: use {' or '.join(get_args(Target))}")
+    model = getattr(model, "_orig_mod", model)  # of a compiled network the one behind it
+    folded = _fold_network(model, target)
+    if folded is None:
+        found = {}
+        for name, child in model.named_modules():
+            if (new := _fold_network(child, target)) is not None:
+                found[name] = (child, new)
+        # copies share what is replaced in a moment, so that its weights are not copied first
+        folded = copy.deepcopy(model, {id(child): child for child, _ in found.values()})
+        for name, (_, new) in found.items():
+            folded.set_submodule(name, new)
+    return folded.eval()
+
+
+def _fold_network(model: nn.Module, target: Target) -> nn.Module | None:
+    """The folded form of one of our equivariant networks; None for anything else."""
+    if isinstance(model, VisionTransformer):
+        folded = FoldedVisionTransformer(model, target)
+    elif isinstance(model, ResMLP):
+        folded = FoldedResMLP(model, target)
+    elif isinstance(model, (IsotropicConvNeXt, ConvNeXt)) and model.equivariant:
+        folded = FoldedConvNeXt(model, target)
+    else:
+        return None
+    parameter = next(model.parameters())
+    return folded.to(parameter.device, parameter.dtype).requires_grad_(False)

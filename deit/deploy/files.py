@@ -207,6 +207,8 @@ def quantize_onnx(
                     activation_type=quantization.QuantType.QUInt8, **options,
                 )  # fmt: skip
     _describe_onnx(path, metadata)
+    for file in path.parent.iterdir():
+        file.chmod(path.stat().st_mode)  # the quantiser keeps weights beside it from others
     return OnnxNetwork(path)
 
 

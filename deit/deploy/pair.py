@@ -6,30 +6,36 @@ Features are two tensors of half the channels each. Nothing here knows of a grou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from deit.deploy.weights import Weights
+from deit.deploy.weights import Map, Pair, linear
 from deit.layers import tracing
 
-__all__ = ["Pair", "PairMlp", "PairNorm", "Target", "fold_butterfly"]
+__all__ = ["PairMlp", "PairNorm", "Residual", "Target"]
 
-Pair = tuple[Tensor, Tensor]
 Target = Literal["torch", "onnx"]
+
+
+class Residual(nn.Sequential):
+    """x + layers(x), of both parts."""
+
+    def forward(self, x: Pair) -> Pair:
+        s, a = super().forward(x)
+        return x[0] + s, x[1] + a
 
 
 class PairNorm(nn.Module):
     """Both parts divided by sqrt((mean s^2 + mean a^2 + eps) / 2), over the last axis.
 
     That is the LayerNorm of features in parts without its scales and shift, which the next layer
-    has taken in. `centre` says of which parts the means are to be subtracted first; the others have
+    has taken in. `centre` says of which parts the means are to be subtracted first. The others have
     mean zero already.
     """
 
-    def __init__(self, eps: float, centre: tuple[bool, bool] = (False, False), dim: int = -1):
+    def __init__(self, eps: float, centre: tuple[bool, bool], dim: int = -1):
         super().__init__()
         self.eps, self.centre, self.dim = eps, centre, dim
 
@@ -48,23 +54,11 @@ class PairNorm(nn.Module):
         return f"eps={self.eps}, centre={self.centre}, dim={self.dim}"
 
 
-def fold_butterfly(
-    first: Sequence[Weights], second: Sequence[Weights], scale: float = 1.0, gain: float = 1.0
-) -> tuple[list[Weights], list[Weights]]:
-    """Take the factors of GELU's change of basis into the maps before and after it.
-
-    scale: as in `deit.layers.GELU`. gain: the argument of the nonlinearity is made so many times
-    larger, its value so many times smaller.
-    """
-    before, after = gain * sqrt(0.5) / scale, sqrt(0.5) * scale / gain
-    return [w.times(before) for w in first], [w.reading(after) for w in second]
-
-
 class PairMlp(nn.Module):
-    """Linear maps before and after a nonlinearity of (s + a, s - a); the factors are folded.
+    """Linear maps before and after a nonlinearity of (s + a, s - a).
 
     Args:
-        first, second: the maps of s and a.
+        first, second: the maps of s and a; they have taken in the factors of the change of basis.
         act: the nonlinearity, a module.
     """
 
@@ -72,10 +66,10 @@ class PairMlp(nn.Module):
     # wide ones still have enough rows for their products; see docs/performance-log.md.
     PIECE_ROWS = 640
 
-    def __init__(self, first: Sequence[Weights], second: Sequence[Weights], act: nn.Module):
+    def __init__(self, first: Sequence[Map], second: Sequence[Map], act: nn.Module):
         super().__init__()
-        self.fc1_s, self.fc1_a = (w.linear() for w in first)
-        self.fc2_s, self.fc2_a = (w.linear() for w in second)
+        self.fc1_s, self.fc1_a = map(linear, first)
+        self.fc2_s, self.fc2_a = map(linear, second)
         self.act = act
 
     def forward(self, x: Pair) -> Pair:  # parts (..., C/2)

@@ -4,7 +4,8 @@ Tokens return to their places. There an equivariant map over tokens is one ordin
 part, as large as that of an ordinary ResMLP: a few per cent more multiply-adds than in the
 decomposed basis, and no change of basis anywhere. The antisymmetric part is held with the sign of
 its right half changed. Then flopping exchanges left and right in both parts, and the shifts of both
-are the same on all rows, as shifts of linear layers are.
+are the same on all rows, as shifts of linear layers are. On a grid of odd width the rows of the
+middle column have shifts of their own.
 
 Tokens are in mirror order: the left half of the grid, a middle column if there is one, the right
 half mirrored.
@@ -14,23 +15,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from deit.deploy.pair import Pair, PairMlp, Target, fold_butterfly
-from deit.deploy.vit import fold_patches, gamma_of
-from deit.deploy.weights import Weights, exact, linear_pair
+from deit.deploy.pair import PairMlp, Residual, Target
+from deit.deploy.vit import fold_patches
+from deit.deploy.weights import Map, Pair, affine_maps, exact, fill, linear, times
 from deit.groups import Rep
-from deit.layers import MixerBlock, OrdinaryAffine, tracing
-from deit.layers.affine import Affine
+from deit.layers import Linear, MixerBlock, OrdinaryAffine, tracing
 from deit.models import ResMLP
 
 __all__ = ["FoldedResMLP"]
 
 QUICK = 1.702  # of ResMLP's x sigmoid(1.702 x), which is SiLU(1.702 x) / 1.702
+
+
+class Places:
+    """Tokens from the decomposed basis to their places and back; parts (..., N, C/2)."""
+
+    def __init__(self, tokens: Rep):
+        self.tokens = tokens
+        # of the antisymmetric part in each row, (N, 1): minus one on the right
+        self.signs = torch.ones(tokens.size, 1, dtype=torch.float64)
+        self.signs[tokens.invariant :] = -1.0
+
+    def to(self, x: Pair) -> Pair:
+        s, a = (self.tokens.to_regular(part, -2) for part in x)
+        return s, a * self.signs
+
+    def back(self, x: Pair) -> Pair:
+        return self.tokens.from_regular(x[0], -2), self.tokens.from_regular(x[1] * self.signs, -2)
 
 
 class TokenMixing(nn.Module):
@@ -42,7 +58,11 @@ class TokenMixing(nn.Module):
     def __init__(self, weight: Tensor, gain: Tensor, shift: Tensor, target: Target):
         super().__init__()
         self.transposed = target == "torch"
-        self.map = Weights(weight).linear() if self.transposed else Weights(weight).over_rows()
+        if self.transposed:
+            self.map: nn.Module = linear(Map(weight))
+        else:  # over the rows, without a transposition
+            layer = nn.Conv1d(*weight.T.shape, 1, bias=False, device="meta")
+            self.map = fill(layer, weight[..., None], None)
         self.register_buffer("gain", gain)
         self.register_buffer("shift", shift)
 
@@ -51,66 +71,38 @@ class TokenMixing(nn.Module):
         return x + (y * self.gain + self.shift)
 
 
-class RowShiftedMlp(PairMlp):
-    """A PairMlp with shifts that are not the same on all rows.
+class PairMixing(nn.Module):
+    """Both parts' token mixing."""
 
-    Args:
-        first, second: the maps of s and a, as for all rows.
-        middle: those before the nonlinearity as they are in the middle column, where a has no
-            shift, neither before the nonlinearity nor after it.
-        tokens: which rows these are.
-    """
-
-    def __init__(
-        self,
-        first: Sequence[Weights],
-        second: Sequence[Weights],
-        act: nn.Module,
-        middle: Sequence[Weights],
-        tokens: Rep,
-    ):
-        s, a = second
-        super().__init__([replace(w, bias=None) for w in first], [s, replace(a, bias=None)], act)
-
-        def by_row(others: Tensor, own: Tensor) -> Tensor:
-            rows = others.repeat(tokens.size, 1)
-            rows[tokens.free : tokens.invariant] = own
-            return rows
-
-        self.register_buffer("shift_s", by_row(first[0].bias, middle[0].bias))
-        self.register_buffer("shift_a", by_row(first[1].bias, torch.zeros_like(first[1].bias)))
-        self.register_buffer("shift_out", by_row(a.bias, torch.zeros_like(a.bias)))
-
-    def forward(self, x: Pair) -> Pair:  # parts (B, N, C/2)
-        hs, ha = self.fc1_s(x[0]) + self.shift_s, self.fc1_a(x[1]) + self.shift_a
-        plus, minus = self.act(hs + ha), self.act(hs - ha)
-        return self.fc2_s(plus + minus), self.fc2_a(plus - minus) + self.shift_out
-
-
-class PairMixerBlock(nn.Module):
-    """A block of a ResMLP on a pair (B, N, C/2)."""
-
-    def __init__(self, block: MixerBlock, target: Target):
+    def __init__(self, s: TokenMixing, a: TokenMixing):
         super().__init__()
-        tokens = block.tokens
-        self.mix_s, self.mix_a = fold_mixing(block, target)
-        first, second = fold_perceptron(block)
-        if tokens.fixed:
-            middle, _ = fold_perceptron(block, sqrt(2))  # rows of their own, and no sums of two
-            self.mlp: nn.Module = RowShiftedMlp(first, second, nn.SiLU(), middle, tokens)
-        else:
-            self.mlp = PairMlp(first, second, nn.SiLU())
+        self.s, self.a = s, a
 
     def forward(self, x: Pair) -> Pair:
-        s, a = self.mix_s(x[0]), self.mix_a(x[1])
-        ys, ya = self.mlp((s, a))
-        return s + ys, a + ya
+        return self.s(x[0]), self.a(x[1])
+
+
+class RowShiftedMlp(PairMlp):
+    """A PairMlp whose shifts, (N, channels) of s and a, are not the same on all rows."""
+
+    def __init__(
+        self, first: Sequence[Map], second: Sequence[Map], act: nn.Module, before: Pair, after: Pair
+    ):
+        super().__init__([Map(w) for w, _ in first], [Map(w) for w, _ in second], act)
+        for name, shifts in (("before", before), ("after", after)):
+            self.register_buffer(f"{name}_s", shifts[0])
+            self.register_buffer(f"{name}_a", shifts[1])
+
+    def forward(self, x: Pair) -> Pair:  # parts (B, N, C/2)
+        hs, ha = self.fc1_s(x[0]) + self.before_s, self.fc1_a(x[1]) + self.before_a
+        plus, minus = self.act(hs + ha), self.act(hs - ha)
+        return self.fc2_s(plus + minus) + self.after_s, self.fc2_a(plus - minus) + self.after_a
 
 
 class FoldedResMLP(nn.Module):
     """Images (B, in_chans, H, W) to logits (B, num_classes), or what the network's head gives.
 
-    Of standard layers and operations; for inference alone.
+    Of standard layers and operations, for inference alone.
 
     Raises:
         ValueError: in `forward`, for images of another size than that of the network.
@@ -122,96 +114,89 @@ class FoldedResMLP(nn.Module):
         self.img_size = model.patch_embed.img_size
         self.global_pool = model.global_pool
         self.absolute = model.use_symmetrized_asym_feats
-        tokens = model.tokens
-        self.free, self.fixed = tokens.free, tokens.fixed
+        self.tokens = model.tokens
         self.patch_embed = fold_patches(model.patch_embed)
         self.register_buffer("order", model.patch_embed.grid.permutation())
-        self.register_buffer("signs", signs(tokens))
-        self.blocks = nn.Sequential(*(PairMixerBlock(block, target) for block in model.blocks))
-        self.register_buffer("scale", None)
-        self.register_buffer("shift", None)
+        self.register_buffer("signs", Places(model.tokens).signs)
+        blocks = [fold_block(exact(block), target) for block in model.blocks]
+        self.blocks = nn.Sequential(*(layer for block in blocks for layer in block))
+        affine = exact(model.norm) if isinstance(model.norm, OrdinaryAffine) else None
+        self.register_buffer("scale", None if affine is None else affine.alpha.data)
+        self.register_buffer("shift", None if affine is None else affine.beta.data)
         self.head = copy.deepcopy(model.head)
-        if isinstance(model.norm, OrdinaryAffine):
-            alpha, beta = exact(model.norm.alpha), exact(model.norm.beta)
-            if isinstance(model.head, nn.Identity):
-                self.scale, self.shift = alpha, beta
-            else:
-                self.head = Weights.of(model.head).reading(alpha, beta).linear()
 
     def forward(self, images: Tensor) -> Tensor:
         tracing.check_image_size(images.shape[-2], images.shape[-1], *self.img_size)
         x = self.patch_embed(images).flatten(2).transpose(1, 2).index_select(1, self.order)
         half = x.shape[-1] // 2
-        x = self.blocks((x[..., :half].contiguous(), x[..., half:] * self.signs))
-        x = self._invariants(*x)
+        s, a = self.blocks((x[..., :half].contiguous(), x[..., half:] * self.signs))
+        (ss, sa), (as_, aa) = (
+            self.tokens.split(self.tokens.from_regular(part, 1), 1) for part in (s, a * self.signs)
+        )
+        x = torch.cat([ss, aa], 1)  # what flopping leaves alone
+        if self.absolute:
+            x = torch.cat([x, torch.cat([as_, sa], 1).abs()], -1)
         if self.global_pool == "avg":
             x = x.mean(1)
         if self.scale is not None:
             x = x * self.scale + self.shift
         return self.head(x)
 
-    def _invariants(self, s: Tensor, a: Tensor) -> Tensor:
-        """(B, N, C/2): what flopping leaves alone; with the absolute values of the rest, C."""
-        left, right = slice(0, self.free), slice(self.free + self.fixed, None)
-        middle = slice(self.free, self.free + self.fixed)
-        factor = sqrt(0.5)
-        symmetric = (s[:, left] + s[:, right]) * factor
-        antisymmetric = (a[:, left] + a[:, right]) * factor
-        x = torch.cat([symmetric, s[:, middle], antisymmetric], 1)
-        if not self.absolute:
-            return x
-        others = [(a[:, left] - a[:, right]) * factor, a[:, middle]]
-        others.append((s[:, left] - s[:, right]) * factor)
-        return torch.cat([x, torch.cat(others, 1).abs()], -1)
+
+def fold_block(block: MixerBlock, target: Target) -> list[nn.Module]:
+    """The two halves of a block in float64, on a pair (B, N, C/2)."""
+    places = Places(block.tokens)
+    return [fold_mixing(block, places, target), Residual(fold_perceptron(block, places))]
 
 
-def signs(tokens: Rep) -> Tensor:
-    """Of the antisymmetric part in each row, (N, 1): minus one on the right."""
-    factors = torch.ones(tokens.size, 1, dtype=torch.float64)
-    factors[tokens.invariant :] = -1.0
-    return factors
+def fold_mixing(block: MixerBlock, places: Places, target: Target) -> PairMixing:
+    """The first half of a block."""
+    count, width = block.tokens.size, len(block.gamma_1.alpha_sym)
+    # a batch of tokens, one of them one, and one without
+    inputs = torch.eye(count, dtype=torch.float64)
+    inputs = torch.cat([inputs, inputs.new_zeros(1, count)])[..., None]
+    columns = places.to(block.mix(places.back((inputs, inputs))))
+    weights = ((y[:-1] - y[-1]).squeeze(-1).T for y in columns)
+    gains = (
+        block.norm1.alpha_sym * block.gamma_1.alpha_sym,
+        block.norm1.alpha_asym * block.gamma_1.alpha_asym,
+    )
+    zeros = torch.zeros(1, count, width, dtype=torch.float64)
+    shifts = places.to(block.gamma_1(block.mix(block.norm1((zeros, zeros)))))
+    return PairMixing(*(
+        TokenMixing(weight, gain, shift[0], target)
+        for weight, gain, shift in zip(weights, gains, shifts, strict=True)
+    ))  # fmt: skip
 
 
-def scales(norm: Affine) -> tuple[list[Tensor], list[Tensor]]:
-    """The scales of s and a, and their shifts."""
-    alphas = [exact(norm.alpha_sym), exact(norm.alpha_asym)]
-    return alphas, [exact(norm.beta_sym), exact(norm.beta_asym)]
+def fold_perceptron(block: MixerBlock, places: Places) -> PairMlp:
+    """What the second half of a block adds.
 
-
-def fold_mixing(block: MixerBlock, target: Target) -> list[TokenMixing]:
-    """The first half of a block, for s and for a."""
-    tokens = block.tokens
-    sym, asym = linear_pair(block.attn)
-    weight = torch.block_diag(sym.weight, asym.weight)
-    weight = tokens.to_regular(tokens.to_regular(weight, 0), 1)
-    biases = [
-        torch.cat([sym.bias, torch.zeros_like(asym.bias)]),
-        torch.cat([torch.zeros_like(sym.bias), asym.bias]),
-    ]
-    alphas, _ = scales(block.norm1)
-    layers = []
-    for i, (gamma, bias) in enumerate(zip(gamma_of(block.gamma_1), biases, strict=True)):
-        sign = signs(tokens) if i else torch.ones_like(signs(tokens))
-        own = sign * weight * sign.mT
-        offset, shift = (
-            sign * tokens.to_regular(packed, 0)
-            for packed in (exact(block.norm1.offset(i)), bias[:, None])
-        )
-        layers.append(TokenMixing(own, alphas[i] * gamma, gamma * (own @ offset + shift), target))
-    return layers
-
-
-def fold_perceptron(block: MixerBlock, factor: float = 1.0) -> tuple[list[Weights], list[Weights]]:
-    """The maps before and after the nonlinearity, for s and for a.
-
-    factor: on the shift of the norm before them.
+    The nonlinearity's argument is made QUICK times larger, its value so many times smaller. The
+    block's own places have values root two times larger.
     """
-    first = [
-        w.reading(sqrt(2) * alpha, factor * beta)
-        for w, alpha, beta in zip(linear_pair(block.mlp.fc1), *scales(block.norm2), strict=True)
-    ]
-    second = [
-        w.times(sqrt(0.5) * gamma)
-        for w, gamma in zip(linear_pair(block.mlp.fc2), gamma_of(block.gamma_2), strict=True)
-    ]
-    return fold_butterfly(first, second, scale=block.mlp.act.scale, gain=QUICK)
+    mlp, norm, tokens = block.mlp, block.norm2, block.tokens
+    before, after = sqrt(0.5) * QUICK / mlp.act.scale, sqrt(0.5) * mlp.act.scale / QUICK
+
+    def scaled(x: Pair) -> Pair:
+        return times((x[0] * norm.alpha_sym, x[1] * norm.alpha_asym), sqrt(2) * before)
+
+    width, hidden = len(norm.alpha_sym), mlp.act.rep.invariant
+    first = affine_maps(lambda x: of_rows(mlp.fc1, scaled(x)), width)
+    second = affine_maps(
+        lambda x: block.gamma_2(times(of_rows(mlp.fc2, times(x, after)), sqrt(0.5))), hidden
+    )
+    zeros = [torch.zeros(1, tokens.size, n, dtype=torch.float64) for n in (width, hidden)]
+    shifts = times(mlp.fc1(block.to_places(norm((zeros[0], zeros[0])))), before)
+    ends = places.to(block.gamma_2(block.from_places(mlp.fc2((zeros[1], zeros[1])))))
+    shifts, ends = ([part[0] for part in parts] for parts in (shifts, ends))
+    if tokens.fixed:
+        return RowShiftedMlp(first, second, nn.SiLU(), shifts, ends)
+    first = [Map(weight, rows[0]) for (weight, _), rows in zip(first, shifts, strict=True)]
+    second = [Map(weight, rows[0]) for (weight, _), rows in zip(second, ends, strict=True)]
+    return PairMlp(first, second, nn.SiLU())
+
+
+def of_rows(layer: Linear, x: Pair) -> Pair:
+    """A linear layer's blocks on rows that all have its shifts."""
+    return tuple(block(part) for block, part in zip(layer.blocks(), x, strict=True))

@@ -1,93 +1,92 @@
-"""The arithmetic of folding: affine maps in float64, and the standard layers made of them."""
+"""From chains of affine layers to one standard layer each.
+
+Between two nonlinearities everything is affine: scales, shifts, linear layers, means that are
+subtracted. Such a chain is not taken apart but run, on zeros and on the unit vectors. What comes
+out are its bias and the columns of its weight. So adapters that are linear fold too.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deit.errors import UserError
-from deit.layers import Linear
+from deit.errors import UserError, one_line
 
-__all__ = ["Weights", "convolution", "exact", "linear_pair"]
+__all__ = ["Map", "Pair", "affine_maps", "convolution", "exact", "linear", "pointwise", "times"]
 
-
-def exact(tensor: Tensor) -> Tensor:
-    """A copy in float64 on the CPU, so that folding rounds once, at its end; any shape."""
-    return tensor.detach().to("cpu", torch.float64, copy=True)
+Pair = tuple[Tensor, Tensor]
+T = TypeVar("T", Tensor, nn.Module)
 
 
-@dataclass(frozen=True)
-class Weights:
+class Map(NamedTuple):
     """y = weight x + bias; (out, in) and (out,) or None, float64."""
 
     weight: Tensor
     bias: Tensor | None = None
 
-    @classmethod
-    def of(cls, layer: nn.Module) -> Weights:
-        """Those of a linear layer.
-
-        Raises:
-            UserError: if the layer was replaced, as adapters and quantisers do: what the
-                replacement adds would be lost.
-        """
-        if type(layer) is not nn.Linear and not nn.utils.parametrize.is_parametrized(layer):
-            raise UserError(
-                f"a {type(layer).__name__} stands where a linear layer was: fold the network "
-                "before you quantise it, and merge adapters into its weights before you fold it"
-            )
-        return cls(exact(layer.weight), None if layer.bias is None else exact(layer.bias))
-
-    def reading(self, alpha: Tensor | float, beta: Tensor | None = None) -> Weights:
-        """The map of x that this one is of alpha x + beta."""
-        bias = self.bias
-        if beta is not None:
-            shift = self.weight @ beta
-            bias = shift if bias is None else bias + shift
-        return Weights(self.weight * alpha, bias)
-
-    def centring(self) -> Weights:
-        """The map of x that this one is of x minus its mean."""
-        return replace(self, weight=self.weight - self.weight.mean(1, keepdim=True))
-
-    def times(self, factor: Tensor | float) -> Weights:
-        """The outputs multiplied by `factor`, one number or (out,)."""
-        column = factor[:, None] if isinstance(factor, Tensor) else factor
-        return Weights(self.weight * column, None if self.bias is None else self.bias * factor)
-
-    def centred(self, wanted: bool = True) -> Weights:
-        """The outputs minus their mean, if it is wanted."""
-        if not wanted:
-            return self
-        bias = None if self.bias is None else self.bias - self.bias.mean()
-        return Weights(self.weight - self.weight.mean(0), bias)
-
-    def rows(self, rows: slice) -> Weights:
-        """Some of the outputs."""
-        return Weights(self.weight[rows], None if self.bias is None else self.bias[rows])
-
-    def linear(self) -> nn.Linear:
-        """As a linear layer over the last axis."""
-        layer = nn.Linear(*self.weight.T.shape, bias=self.bias is not None, device="meta")
-        return fill(layer, self.weight, self.bias)
-
-    def pointwise(self) -> nn.Conv2d:
-        """As a 1x1 convolution of images (B, in, H, W)."""
-        return convolution(self.weight[..., None, None], self.bias)
-
-    def over_rows(self) -> nn.Conv1d:
-        """As a map over the rows of (B, in, C), which needs no transposition."""
-        out, inputs = self.weight.shape
-        layer = nn.Conv1d(inputs, out, 1, bias=self.bias is not None, device="meta")
-        return fill(layer, self.weight[..., None], self.bias)
+    def chunk(self, count: int) -> Iterator[Map]:
+        """The outputs in `count` equal parts."""
+        biases = [None] * count if self.bias is None else self.bias.chunk(count)
+        return map(Map, self.weight.chunk(count), biases)
 
 
-def linear_pair(layer: Linear) -> tuple[Weights, Weights]:
-    """The maps of s and a of an equivariant linear layer."""
-    sym, asym = (Weights.of(block) for block in layer.blocks())
-    return sym, asym
+def exact(value: T) -> T:
+    """A copy in float64 on the CPU, so that folding rounds once, at its end."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to("cpu", torch.float64).eval()
+    return value.detach().to("cpu", torch.float64, copy=True)
+
+
+def times(x: Pair, factor: float) -> Pair:
+    """Both parts multiplied by a number."""
+    return x[0] * factor, x[1] * factor
+
+
+def affine_maps(chain: Callable[[Pair], Pair], width: int) -> tuple[Map, Map]:
+    """What `chain`, of layers in float64, does to s and to a.
+
+    Args:
+        chain: from parts (N, width) to parts (N, out); it mixes neither rows nor parts.
+
+    Raises:
+        UserError: it is not affine, because a layer was replaced.
+    """
+    eye = torch.eye(width, dtype=torch.float64)
+    probe = torch.linspace(-1, 2, width, dtype=torch.float64)[None]
+    inputs = torch.cat([torch.zeros_like(probe), eye, probe])
+    try:
+        outputs = chain((inputs, inputs))
+    except (RuntimeError, TypeError, AttributeError) as error:  # quantised layers take no float64
+        raise UserError(f"{_REPLACED}: {one_line(error)[:200]}") from error
+    maps = []
+    for y in outputs:
+        bias, weight = y[0], (y[1:-1] - y[0]).T
+        if not torch.allclose(y[-1], weight @ probe[0] + bias, rtol=1e-9, atol=1e-9):
+            raise UserError(_REPLACED)
+        # the group allows a no shift: there is none to add
+        maps.append(Map(weight, None if maps and not bias.any() else bias))
+    return tuple(maps)
+
+
+_REPLACED = (
+    "a layer that is not linear stands where a linear one was: fold the network before you "
+    "quantise it"
+)
+
+
+def linear(map: Map) -> nn.Linear:
+    """A linear layer over the last axis."""
+    layer = nn.Linear(*map.weight.T.shape, bias=map.bias is not None, device="meta")
+    return fill(layer, *map)
+
+
+def pointwise(map: Map) -> nn.Conv2d:
+    """A 1x1 convolution of images (B, in, H, W)."""
+    return convolution(map.weight[..., None, None], map.bias)
 
 
 def convolution(
@@ -100,15 +99,9 @@ def convolution(
     """A Conv2d of a kernel (out, in / groups, height, width)."""
     out, inputs, *size = kernel.shape
     layer = nn.Conv2d(
-        inputs * groups,
-        out,
-        tuple(size),
-        stride,
-        padding,
-        groups=groups,
-        bias=bias is not None,
+        inputs * groups, out, tuple(size), stride, padding, groups=groups, bias=bias is not None,
         device="meta",
-    )
+    )  # fmt: skip
     return fill(layer, kernel, bias)
 
 

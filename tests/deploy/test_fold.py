@@ -17,11 +17,13 @@ from deit.equivariance import randomize_
 from deit.errors import UserError
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny import EQUIVARIANT_TRANSFORMERS, INVARIANT, NAMES, create_random, images
+from tiny import EQUIVARIANT_TRANSFORMERS, INVARIANT, NAMES, create_random, images, registered
 
 TARGETS = ("torch", "onnx")
-FOLDED = [name for name in NAMES if "d2_" in name or "hybrid" in name]
+FOLDED = [name for name in NAMES if "d2" in name or "hybrid" in name]
 CONVNEXTS = ["d2_convnext_isotropic", "d2_convnext"]
+WHOLE = ["d2_deit_small_patch16_LS", "resmlp_equi_d2_12", "d2_convnext_tiny"]
+WIDTHS = [name for name in registered() if "d2_" in name or "hybrid" in name]
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -171,9 +173,43 @@ def test_errors():
         fold(model)(images(1, (40, 32)))
     with pytest.raises(ValueError, match="equivariance needs a width"):
         fold(create_random("d2_convnext"))(images(1, (32, 36)))
-    model.blocks[0].mlp.fc1.linear_sym = nn.Sequential(nn.Linear(16, 64), nn.Identity())
-    with pytest.raises(UserError, match="merge adapters"):
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("quantise", [False, True])
+def test_layers_that_are_not_linear(quantise):
+    model = create_random("d2_deit").float()
+    if quantise:
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    else:
+        model.blocks[0].mlp.fc1.linear_sym = nn.Sequential(nn.Linear(16, 64), nn.ReLU())
+    with pytest.raises(UserError, match="before you quantise it"):
         fold(model)
+
+
+@pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
+def test_adapters_fold_too(family):
+    """Whatever stands in place of a linear layer, as long as it is linear."""
+    model = create_random(family)
+    for block in model.blocks:
+        for name, layer in list(block.named_modules()):
+            if type(layer) is nn.Linear:
+                inputs, outputs = layer.in_features, layer.out_features
+                low_rank = nn.Sequential(nn.Linear(inputs, 2), nn.Linear(2, outputs, bias=False))
+                block.set_submodule(name, Adapted(layer, randomize_(low_rank.double())))
+    for target in TARGETS:
+        assert difference(fold(model, target)(images()), model(images())) < 1e-12
+
+
+class Adapted(nn.Module):
+    def __init__(self, layer: nn.Linear, change: nn.Module):
+        super().__init__()
+        self.layer, self.change = layer, change
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.change(x)
+        return self.layer(x) + y - self.change(torch.zeros_like(x))
 
 
 def test_a_network_inside_another_module():
@@ -208,16 +244,31 @@ def test_survives_a_file(family):
     torch.testing.assert_close(loaded(images()), folded(images()), rtol=0, atol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["d2_deit_small_patch16_LS", "resmlp_equi_d2_12", "d2_convnext_tiny"]
-)
-def test_published_sizes(name):
-    model = randomize_(timm.create_model(name, num_classes=10).eval().double())
-    x = images(1, (224, 224))
+def check_published(name: str, side: int, **options) -> None:
+    model = randomize_(timm.create_model(name, num_classes=10, **options).eval().double())
+    x = images(1, (side, side))
     with torch.no_grad():
         expected = model(x)
         for target in TARGETS:
             assert difference(fold(model, target)(x), expected) < 1e-11
         single = fold(model.float())
         assert difference(single(x.float()), expected) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_published_networks(name):
+    check_published(name, 224)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WIDTHS)
+def test_published_widths(name):
+    """Of every name, with a block or two; all but ResMLP on small images."""
+    if "deit" in name:
+        side = 56 if "patch14" in name else 64
+        check_published(name, side, img_size=side, depth=2)
+    elif "d2_convnext_" in name and "isotropic" not in name:
+        check_published(name, 64, depths=(1, 1, 1, 1))
+    else:
+        check_published(name, 64 if "convnext" in name else 224, depth=2)
