@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -193,6 +194,16 @@ def test_stopped_half_way(error, status, message, checkpoint, folder, tmp_path, 
         assert command([*argv, "--output", str(tmp_path / name)]) == status
         assert sorted(tmp_path.iterdir()) == before
         assert (tmp_path / "old.csv").read_text() == "as it was"
+
+
+def test_readers_may_stop_reading(checkpoint, folder, monkeypatch, capsys):
+    """As `head` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert command([str(folder), "--checkpoint", checkpoint, "--device", "cpu"]) == 0
+    assert "Error" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tiff"])
