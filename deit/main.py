@@ -32,7 +32,7 @@ from deit.data.workers import is_worker_death, worker_death
 from deit.errors import UserError, run_command
 from deit.train.args import parse_args
 from deit.train.build import set_precision
-from deit.train.distributed import choose_device, connect, find_place
+from deit.train.distributed import RankInfo, choose_device, connect
 from deit.train.engine import (
     Batches,
     NonFiniteLossError,
@@ -62,7 +62,7 @@ def main(args: Namespace) -> int:
     Raises:
         UserError: something that was asked for cannot be.
     """
-    place = find_place(url=args.dist_url, world_size=args.world_size)
+    place = RankInfo.from_env(url=args.dist_url, world_size=args.world_size)
     device = choose_device(args.device, place.local_rank)
     set_precision(args, device)
     with connect(place, device) as processes:
@@ -134,7 +134,7 @@ def train_epoch(run: Run, batches: Batches) -> None:
     reporter.start(title, run.updates, progress.step)
     try:
         loss = train_one_epoch(
-            run.learner,
+            run.train_step,
             batches,
             updates=run.updates,
             start=progress.step,
@@ -189,7 +189,7 @@ def evaluate_run(run: Run, network: nn.Module) -> Scores:
         run.val_loader,
         precision=run.state.precision,
         processes=run.processes,
-        shared=args.dist_eval,
+        sharded=args.dist_eval,
         batch_size=args.batch_size,
         input_size=args.input_size,
         pad=args.compile,

@@ -18,7 +18,7 @@ import deit.main
 import deit.train.engine
 import deit.train.watchdog
 from deit.errors import UserError
-from deit.train.distributed import SHARDS_ON_CPU, Place, choose_device, find_place, first_host
+from deit.train.distributed import SHARDS_ON_CPU, RankInfo, choose_device, first_host
 from deit.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
@@ -66,24 +66,24 @@ SRUN = {
 
 
 def test_places():
-    assert find_place({}) == Place(0, 1, 0, "env://", "localhost")
-    assert find_place(TORCHRUN) == Place(3, 4, 1, "env://", "n1")
-    srun = find_place(SRUN)
+    assert RankInfo.from_env({}) == RankInfo(0, 1, 0, "env://", "localhost")
+    assert RankInfo.from_env(TORCHRUN) == RankInfo(3, 4, 1, "env://", "n1")
+    srun = RankInfo.from_env(SRUN)
     assert (srun.rank, srun.world_size, srun.local_rank, srun.address) == (2, 4, 0, "n1")
     assert re.fullmatch(r"tcp://n1:2\d{4}", srun.url)
     # All ranks of a step agree, two steps do not clash.
-    assert find_place(SRUN | {"SLURM_PROCID": "0"}).url == srun.url
-    assert find_place(SRUN | {"SLURM_STEP_ID": "1"}).url != srun.url
+    assert RankInfo.from_env(SRUN | {"SLURM_PROCID": "0"}).url == srun.url
+    assert RankInfo.from_env(SRUN | {"SLURM_STEP_ID": "1"}).url != srun.url
     # torchrun inside a Slurm job wins.
-    assert find_place(SRUN | TORCHRUN) == find_place(TORCHRUN)
-    elsewhere = find_place(TORCHRUN, url="tcp://n9:1234")
+    assert RankInfo.from_env(SRUN | TORCHRUN) == RankInfo.from_env(TORCHRUN)
+    elsewhere = RankInfo.from_env(TORCHRUN, url="tcp://n9:1234")
     assert (elsewhere.url, elsewhere.address) == ("tcp://n9:1234", "n9")
 
 
 def test_a_batch_script_is_one_process():
     """It has SLURM_PROCID and SLURM_NTASKS of its job, but nobody started the other tasks."""
     batch = {key: value for key, value in SRUN.items() if "STEP" not in key}
-    assert find_place(batch | {"SLURM_PROCID": "0"}).world_size == 1
+    assert RankInfo.from_env(batch | {"SLURM_PROCID": "0"}).world_size == 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_batch_script_is_one_process():
 )
 def test_impossible_places(environ, options, message):
     with pytest.raises(UserError, match=message):
-        find_place(environ, **options)
+        RankInfo.from_env(environ, **options)
 
 
 def test_devices():
@@ -176,7 +176,7 @@ def test_accumulation_is_a_larger_batch(data, one_process, tmp_path):
 
 def stop_after(update: int, *argv: str, data: Path, out: Path) -> int:
     """Train until a signal that reaches only the last rank."""
-    original = deit.train.engine.Learner.update
+    original = deit.train.engine.TrainStep.update
     calls = 0
 
     def interrupted(*args):
@@ -186,7 +186,7 @@ def stop_after(update: int, *argv: str, data: Path, out: Path) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         original(*args)
 
-    deit.train.engine.Learner.update = interrupted
+    deit.train.engine.TrainStep.update = interrupted
     return train(*argv, data=data, out=out)
 
 
@@ -262,7 +262,7 @@ def test_evaluation_is_exact(count, options, data, one_process, tmp_path, capfd)
 def doomed(way: str, data: Path, out: Path) -> int:
     """Train; rank 1 comes to grief at its third update."""
     deit.train.watchdog.INTERVAL, deit.train.watchdog.SILENCE = 1.0, 8.0
-    original = deit.train.engine.Learner.update
+    original = deit.train.engine.TrainStep.update
     calls = 0
 
     def update(*args):
@@ -274,7 +274,7 @@ def doomed(way: str, data: Path, out: Path) -> int:
             os.kill(os.getpid(), signal.SIGKILL if way.startswith("kill") else signal.SIGSTOP)
         original(*args)
 
-    deit.train.engine.Learner.update = update
+    deit.train.engine.TrainStep.update = update
     return train(data=data, out=out)
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit.train.distributed import Place, Processes
+from deit.train.distributed import DistContext, RankInfo
 from deit.train.ema import ModelEma, Pairs
 from deit.train.engine import (
-    Learner,
     NonFiniteLossError,
     Precision,
     RunningLoss,
+    TrainStep,
     describe,
     evaluate,
     train_one_epoch,
@@ -23,7 +23,7 @@ from deit.train.losses import build_criterion
 from deit.train.stopping import StopAgreement, Stopped, forget_stop, request_stop
 
 CPU = torch.device("cpu")
-PROCESSES = Processes(Place(), CPU)
+PROCESSES = DistContext(RankInfo(), CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +49,18 @@ def make_batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Te
     ]
 
 
-def make_learner(net: nn.Module, **kwargs) -> Learner:
+def make_train_step(net: nn.Module, **kwargs) -> TrainStep:
     kwargs.setdefault("optimizer", torch.optim.SGD(net.parameters(), lr=0.1))
     kwargs.setdefault("schedule", lambda updates: None)
     kwargs.setdefault("precision", Precision(CPU, None))
-    return Learner(net, build_criterion(), **kwargs)
+    return TrainStep(net, build_criterion(), **kwargs)
 
 
-def run_epoch(learner: Learner, batches, **kwargs) -> float:
+def run_epoch(train_step: TrainStep, batches, **kwargs) -> float:
     options = {"updates": len(batches), "start": 0, "done_before": 0, "on_update": lambda *_: None}
     options |= {"running": RunningLoss.on(CPU), "processes": PROCESSES}
     options |= {"agreement": StopAgreement()} | kwargs
-    return train_one_epoch(learner, iter(batches), **options)
+    return train_one_epoch(train_step, iter(batches), **options)
 
 
 def test_epoch_by_hand():
@@ -69,8 +69,8 @@ def test_epoch_by_hand():
     net, twin = make_net(), make_net()
     ema = ModelEma(net, 0.9)
     seen = []
-    learner = make_learner(net, ema=ema, schedule=seen.append)
-    mean = run_epoch(learner, batches, done_before=10)
+    train_step = make_train_step(net, ema=ema, schedule=seen.append)
+    mean = run_epoch(train_step, batches, done_before=10)
 
     average = {name: value.clone() for name, value in twin.state_dict().items()}
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
@@ -143,11 +143,11 @@ class NoHostSync(TorchDispatchMode):
 def test_an_update_waits_for_nothing():
     net, running = make_net(), RunningLoss.on(CPU)
     optimizer = Lamb(net.parameters(), lr=0.1)
-    learner = make_learner(net, optimizer=optimizer, ema=ModelEma(net, 0.9), clip_grad=1.0)
+    train_step = make_train_step(net, optimizer=optimizer, ema=ModelEma(net, 0.9), clip_grad=1.0)
     batches = iter(make_batches(3))
-    learner.update(batches, running, 0)
+    train_step.update(batches, running, 0)
     with NoHostSync():
-        learner.update(batches, running, 1)
+        train_step.update(batches, running, 1)
         with pytest.raises(AssertionError, match="waits"):
             running.total.item()
 
@@ -155,13 +155,13 @@ def test_an_update_waits_for_nothing():
 def test_clipping_limits_the_gradient():
     net = make_net()
     before = net[1].weight.detach().clone()
-    run_epoch(make_learner(net, clip_grad=1e-3), make_batches(1))
+    run_epoch(make_train_step(net, clip_grad=1e-3), make_batches(1))
     assert 0 < (net[1].weight - before).norm() <= 0.1 * 1e-3 + 1e-8
 
 
 def test_evaluation_mode_while_training():
     net = make_net()
-    run_epoch(make_learner(net, train_mode=False), make_batches(1))
+    run_epoch(make_train_step(net, train_mode=False), make_batches(1))
     assert not net.training
     assert net[2].num_batches_tracked == 0
 
@@ -172,7 +172,7 @@ def test_non_finite_loss_names_its_step_and_stops(broken):
     batches[broken] = (batches[broken][0] * math.inf, batches[broken][1])
     done = []
     with pytest.raises(NonFiniteLossError, match=f"step {broken}") as caught:
-        run_epoch(make_learner(make_net()), batches, on_update=lambda n, loss: done.append(n))
+        run_epoch(make_train_step(make_net()), batches, on_update=lambda n, loss: done.append(n))
     assert caught.value.update == broken
     assert done == list(range(1, broken + 1))
 
@@ -196,7 +196,7 @@ def test_stop_comes_after_the_update_that_is_under_way():
             request_stop("a test")
 
     with pytest.raises(Stopped, match="a test"):
-        run_epoch(make_learner(make_net()), make_batches(4), on_update=on_update)
+        run_epoch(make_train_step(make_net()), make_batches(4), on_update=on_update)
     assert done == [1, 2]
 
 
@@ -223,7 +223,7 @@ def test_evaluation(pad):
         loader,
         precision=Precision(CPU, None),
         processes=PROCESSES,
-        shared=True,
+        sharded=True,
         batch_size=4,
         input_size=2,
         pad=pad,
@@ -255,7 +255,7 @@ def test_float16_scales_the_loss():
     precision = Precision.choose(device, use_amp=True, name="float16")
     assert precision.scaler.is_enabled()
     batches = [(images.to(device), targets.to(device)) for images, targets in make_batches(3)]
-    options = {"running": RunningLoss.on(device), "processes": Processes(Place(), device)}
-    loss = run_epoch(make_learner(net, precision=precision), batches, **options)
+    options = {"running": RunningLoss.on(device), "processes": DistContext(RankInfo(), device)}
+    loss = run_epoch(make_train_step(net, precision=precision), batches, **options)
     assert math.isfinite(loss)
     assert precision.scaler.get_scale() > 1

@@ -15,7 +15,7 @@ from training_runs import run_processes
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
-from deit.train.distributed import SHARDS_ON_CPU, Place, Processes, blocks_of, shard
+from deit.train.distributed import SHARDS_ON_CPU, DistContext, RankInfo, blocks_of, shard
 
 FAMILIES = {
     "d2_deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
@@ -83,7 +83,7 @@ def joined(body, rendezvous: str) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    body(rank, Processes(Place(rank, 2), torch.device("cpu")))
+    body(rank, DistContext(RankInfo(rank, 2), torch.device("cpu")))
     dist.destroy_process_group()
 
 
@@ -91,7 +91,7 @@ def note_dtype(seen: set, module: nn.Module, inputs: tuple) -> None:
     seen.add(module.weight.dtype)
 
 
-def shard_in_bfloat16(rank: int, processes: Processes) -> None:
+def shard_in_bfloat16(rank: int, processes: DistContext) -> None:
     for name in ("d2_deit_tiny_patch16_LS", "d2_convnext_tiny", "resmlp_equi_d2_12"):
         model = build(name)
         whole = torch.cat([images(0), images(1)])

@@ -16,7 +16,7 @@ from torch import nn
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
 from deit.train import optim
-from deit.train.engine import Learner, Precision, RunningLoss
+from deit.train.engine import Precision, RunningLoss, TrainStep
 from deit.train.lamb import Lamb
 from deit.train.losses import build_criterion
 from deit.train.moments import load_optimizer, optimizer_state
@@ -129,10 +129,10 @@ def test_learning_rate_rule():
     assert scaled_lr(5e-4, 512) == 5e-4
 
 
-def learner(model, optimizer, **kwargs):
+def train_step(model, optimizer, **kwargs):
     precision = Precision(torch.device("cpu"), None)
     schedule = lambda updates: None  # noqa: E731
-    return Learner(model, build_criterion(), optimizer, schedule, precision, **kwargs)
+    return TrainStep(model, build_criterion(), optimizer, schedule, precision, **kwargs)
 
 
 def two_updates(model, optimizer, size=32, **kwargs):
@@ -141,7 +141,7 @@ def two_updates(model, optimizer, size=32, **kwargs):
     images = [torch.randn(2, 3, size, size) for _ in range(2)]
     batches = [(x, torch.tensor([0, 1])) for x in images]
     running = RunningLoss.on(torch.device("cpu"))
-    step = learner(model, optimizer, **kwargs)
+    step = train_step(model, optimizer, **kwargs)
     for number, batch in enumerate(batches):
         step.update(iter([batch]), running, number)
 
@@ -208,7 +208,7 @@ def test_every_name_trains_or_is_refused_in_one_line(opt):
 def test_second_derivatives_of_every_family(name):
     model = timm.create_model(name, num_classes=3, **FAMILIES[name])
     optimizer = build_optimizer(model, opt="adahessian", lr=1e-3)
-    two_updates(model, optimizer, clip_grad=1.0, accumulation=1)
+    two_updates(model, optimizer, clip_grad=1.0, grad_accum_steps=1)
     assert all(p.isfinite().all() for p in model.parameters())
 
 

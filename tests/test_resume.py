@@ -101,8 +101,8 @@ def die_after_half_a_file(save, state, file):
 def killed(moment: str, data: Path, out: Path) -> int:
     """Train in a process of its own until it kills itself at `moment`."""
     place = {
-        "first update": (deit.train.engine.Learner, "update", 1, die),
-        "mid-epoch": (deit.train.engine.Learner, "update", 5, die),
+        "first update": (deit.train.engine.TrainStep, "update", 1, die),
+        "mid-epoch": (deit.train.engine.TrainStep, "update", 5, die),
         "evaluation": (deit.main, "evaluate", 2, die),
         "before the log": (Reporter, "end_epoch", 2, die),
         "before the state is saved": (deit.train.run.Run, "save", 3, die),
@@ -154,8 +154,8 @@ def test_signal_stops_between_updates(number, update, data, whole, tmp_path, mon
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(deit.train.engine.Learner, "update", deit.train.engine.Learner.update)
-        at_call(deit.train.engine.Learner, "update", update, interrupted)
+        patch.setattr(deit.train.engine.TrainStep, "update", deit.train.engine.TrainStep.update)
+        at_call(deit.train.engine.TrainStep, "update", update, interrupted)
         before = signal.getsignal(number)
         assert train(*OPTIONS, data=data, out=tmp_path) == 0
         assert signal.getsignal(number) == before
@@ -199,8 +199,8 @@ def test_second_interrupt_quits_at_once(data, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(deit.train.engine.Learner, "update", deit.train.engine.Learner.update)
-    at_call(deit.train.engine.Learner, "update", 2, interrupted)
+    monkeypatch.setattr(deit.train.engine.TrainStep, "update", deit.train.engine.TrainStep.update)
+    at_call(deit.train.engine.TrainStep, "update", 2, interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(*OPTIONS, data=data, out=tmp_path)
     assert not (tmp_path / "checkpoint.pth").exists()

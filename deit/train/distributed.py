@@ -38,7 +38,7 @@ SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which of the processes this is, and where all of them meet."""
 
     rank: int = 0
@@ -53,6 +53,49 @@ class Place:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] = os.environ, *, url: str = "env://", world_size: int = 1
+    ) -> RankInfo:
+        """Read this process's place from the environment of its launcher.
+
+        Args:
+            url: `--dist-url`. Anything but env:// says where to meet whatever the launcher is.
+            world_size: `--world-size`, which must fit what the launcher says.
+
+        Raises:
+            UserError: the variables are incomplete, or contradict `world_size`.
+        """
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+            local = _integer(environ, "LOCAL_RANK", rank)
+            address = environ.get("MASTER_ADDR", "")
+            if url == "env://" and size > 1 and not (address and environ.get("MASTER_PORT")):
+                raise UserError(
+                    "RANK is set but not MASTER_ADDR and MASTER_PORT: start by torchrun"
+                )
+        elif _in_slurm_step(environ):
+            rank, local = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID", 0)
+            size = _integer(environ, "SLURM_STEP_NUM_TASKS", _integer(environ, "SLURM_NTASKS"))
+            nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+            address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else "localhost")
+            if url == "env://":
+                url = f"tcp://{address}:{environ.get('MASTER_PORT') or _slurm_port(environ)}"
+        else:
+            rank, size, local, address = 0, 1, 0, "localhost"
+            if world_size > 1:
+                raise UserError(
+                    f"--world-size {world_size}, but no launcher started the processes: use "
+                    f"torchrun --nproc-per-node {world_size} deit/main.py ..."
+                )
+        if world_size not in (1, size):
+            raise UserError(f"--world-size {world_size}, but the launcher started {size} processes")
+        if not 0 <= rank < size:
+            raise UserError(f"rank {rank} does not exist among {size} processes")
+        if not url.startswith("env://") and urlparse(url).hostname:
+            address = urlparse(url).hostname
+        return cls(rank, size, local, url, address)
+
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: `gpu[03-05,9],n7` is `gpu03`."""
@@ -60,47 +103,6 @@ def first_host(nodelist: str) -> str:
     if first is None:
         raise UserError(f"cannot read the Slurm node list {nodelist!r}")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
-
-
-def find_place(
-    environ: Mapping[str, str] = os.environ, *, url: str = "env://", world_size: int = 1
-) -> Place:
-    """Read this process's place from the environment of its launcher.
-
-    Args:
-        url: `--dist-url`. Anything but env:// says where to meet whatever the launcher is.
-        world_size: `--world-size`, which must fit what the launcher says.
-
-    Raises:
-        UserError: the variables are incomplete, or contradict `world_size`.
-    """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-        local = _integer(environ, "LOCAL_RANK", rank)
-        address = environ.get("MASTER_ADDR", "")
-        if url == "env://" and size > 1 and not (address and environ.get("MASTER_PORT")):
-            raise UserError("RANK is set but not MASTER_ADDR and MASTER_PORT: start by torchrun")
-    elif _in_slurm_step(environ):
-        rank, local = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID", 0)
-        size = _integer(environ, "SLURM_STEP_NUM_TASKS", _integer(environ, "SLURM_NTASKS"))
-        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-        address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else "localhost")
-        if url == "env://":
-            url = f"tcp://{address}:{environ.get('MASTER_PORT') or _slurm_port(environ)}"
-    else:
-        rank, size, local, address = 0, 1, 0, "localhost"
-        if world_size > 1:
-            raise UserError(
-                f"--world-size {world_size}, but no launcher started the processes: use "
-                f"torchrun --nproc-per-node {world_size} deit/main.py ..."
-            )
-    if world_size not in (1, size):
-        raise UserError(f"--world-size {world_size}, but the launcher started {size} processes")
-    if not 0 <= rank < size:
-        raise UserError(f"rank {rank} does not exist among {size} processes")
-    if not url.startswith("env://") and urlparse(url).hostname:
-        address = urlparse(url).hostname
-    return Place(rank, size, local, url, address)
 
 
 def _in_slurm_step(environ: Mapping[str, str]) -> bool:
@@ -151,13 +153,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-class Processes:
+class DistContext:
     """The processes of a job after they have met; the collectives that training needs.
 
     Made by `connect`. With a single process every method is the trivial one.
     """
 
-    def __init__(self, place: Place, device: torch.device) -> None:
+    def __init__(self, place: RankInfo, device: torch.device) -> None:
         self.place = place
         self.rank = place.rank
         self.world_size = place.world_size
@@ -202,12 +204,12 @@ class Processes:
 
 
 @contextmanager
-def connect(place: Place, device: torch.device) -> Iterator[Processes]:
+def connect(place: RankInfo, device: torch.device) -> Iterator[DistContext]:
     """Meet the other processes; take everything down afterwards.
 
     Inside, an exception on one process ends all of them, with a message that names it.
     """
-    processes = Processes(place, device)
+    processes = DistContext(place, device)
     if place.world_size == 1:
         yield processes
         return
@@ -229,7 +231,7 @@ def connect(place: Place, device: torch.device) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def _meet(processes: Processes) -> None:
+def _meet(processes: DistContext) -> None:
     place, device = processes.place, processes.device
     start = time.monotonic()
     try:
@@ -263,7 +265,7 @@ def _is_network_error(error: BaseException) -> bool:
     )
 
 
-def wrap_ddp(model: nn.Module, processes: Processes) -> nn.Module:
+def wrap_ddp(model: nn.Module, processes: DistContext) -> nn.Module:
     """`model` with its gradients averaged over all processes (as it is for a single one)."""
     if processes.world_size == 1:
         return model
@@ -310,7 +312,7 @@ def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:
     ]
 
 
-def shard(model: nn.Module, processes: Processes, dtype: torch.dtype | None = None) -> nn.Module:
+def shard(model: nn.Module, processes: DistContext, dtype: torch.dtype | None = None) -> nn.Module:
     """Shard `model` in place with FSDP2, block by block. All ranks hold equal weights before.
 
     Args:

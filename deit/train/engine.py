@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from deit.errors import UserError
-from deit.train.distributed import Processes, unsynchronised
+from deit.train.distributed import DistContext, unsynchronised
 from deit.train.ema import ModelEma
 from deit.train.losses import TrainingLoss
 from deit.train.metrics import Accuracy, Scores
@@ -97,7 +97,7 @@ class RunningLoss:
         new = ~torch.isfinite(loss) & (self.first_bad < 0)
         self.first_bad.masked_fill_(new, update)
 
-    def reduce(self, processes: Processes) -> tuple[float, int, int | None]:
+    def reduce(self, processes: DistContext) -> tuple[float, int, int | None]:
         """(sum, count, first bad update or None) over all processes; waits for the device."""
         sums = torch.stack([self.total.double().cpu(), self.count.double().cpu()])
         bad = self.first_bad.cpu()
@@ -123,14 +123,14 @@ class RunningLoss:
 
 
 @dataclass
-class Learner:
+class TrainStep:
     """What makes an update out of batches.
 
     Attributes:
         model: the network, wrapped in DDP or sharded if there are several processes.
         schedule: called with the number of updates done since the start of the training; sets
             learning rate and weight decay for the next one.
-        accumulation: batches whose gradients one update averages.
+        grad_accum_steps: batches whose gradients one update averages.
         clip_grad: largest global norm of the gradient, None for no clipping.
         train_mode: whether dropout and stochastic depth are on.
     """
@@ -142,7 +142,7 @@ class Learner:
     precision: Precision
     mixup: Mixup | None = None
     ema: ModelEma | None = None
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     clip_grad: float | None = None
     train_mode: bool = True
 
@@ -155,22 +155,22 @@ class Learner:
         self._bare = self.model.module if wrapped else self.model
 
     def update(self, batches: Batches, running: RunningLoss, number: int) -> None:
-        """One optimizer update from the next `accumulation` batches.
+        """One optimizer update from the next `grad_accum_steps` batches.
 
         Args:
             number: of the update in its epoch, for `running`.
         """
-        for turn in range(self.accumulation):
+        for micro_step in range(self.grad_accum_steps):
             images, targets = next(batches)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             images = self.criterion.network_input(images)
-            with unsynchronised(self.model, last=turn == self.accumulation - 1):
+            with unsynchronised(self.model, last=micro_step == self.grad_accum_steps - 1):
                 with self.precision.autocast(), twice_differentiable(self._second_order):
                     outputs = self.model(images)
                     loss = self.criterion(outputs, targets, images)
                 running.add(loss, len(targets), number)
-                scaled = self.precision.scaler.scale(loss / self.accumulation)
+                scaled = self.precision.scaler.scale(loss / self.grad_accum_steps)
                 scaled.backward(create_graph=self._second_order)
         scaler = self.precision.scaler
         if self.clip_grad is not None:
@@ -202,14 +202,14 @@ def twice_differentiable(wanted: bool) -> AbstractContextManager[None]:
 
 
 def train_one_epoch(
-    learner: Learner,
+    train_step: TrainStep,
     batches: Batches,
     *,
     updates: int,
     start: int,
     done_before: int,
     running: RunningLoss,
-    processes: Processes,
+    processes: DistContext,
     agreement: StopAgreement,
     on_update: Callable[[int, float | None], None],
 ) -> float:
@@ -231,24 +231,24 @@ def train_one_epoch(
         NonFiniteLossError: before any state of a later update can be saved.
         Stopped: between two updates, on all processes at the same one.
     """
-    learner.model.train(learner.train_mode)
-    learner.criterion.train()
+    train_step.model.train(train_step.train_mode)
+    train_step.criterion.train()
     look_every = 1 if processes.device.type == "cpu" else _LOOK_EVERY
     try:
         for number in range(start, updates):
-            learner.update(batches, running, number)
+            train_step.update(batches, running, number)
             done = number + 1
-            learner.schedule(done_before + done)
-            look = done % look_every == 0 or done == updates
-            on_update(done, mean_loss(running, processes) if look else None)
+            train_step.schedule(done_before + done)
+            sync_loss = done % look_every == 0 or done == updates
+            on_update(done, mean_loss(running, processes) if sync_loss else None)
             agreement.poll()
     finally:
-        if learner.ema is not None:
-            learner.ema.flush()
+        if train_step.ema is not None:
+            train_step.ema.flush()
     return mean_loss(running, processes)
 
 
-def mean_loss(running: RunningLoss, processes: Processes) -> float:
+def mean_loss(running: RunningLoss, processes: DistContext) -> float:
     """The mean loss so far, over all processes.
 
     Raises:
@@ -266,8 +266,8 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     precision: Precision,
-    processes: Processes,
-    shared: bool,
+    processes: DistContext,
+    sharded: bool,
     batch_size: int,
     input_size: int,
     pad: bool = False,
@@ -280,7 +280,7 @@ def evaluate(
     Args:
         model: the network itself, not its DDP wrapper.
         loader: batches of at most `batch_size` images, of which ranks may have different numbers.
-        shared: whether each process has its own part of the data, and the parts are summed.
+        sharded: whether each process has its own part of the data, and the parts are summed.
         pad: fill the last batch up to `batch_size`, so that a compiled network sees one shape.
         flop: evaluate the mirrored images too.
         on_batch: called with the numbers of batches done and to do.
@@ -292,13 +292,13 @@ def evaluate(
     device = processes.device
     accuracy = Accuracy(device)
     own = len(loader)
-    # All ranks go through the same number of turns: sharded weights are gathered, and stops
+    # All ranks go through the same number of steps: sharded weights are gathered, and stops
     # agreed on, by all of them together.
-    turns = max(processes.gather(own))
+    steps = max(processes.gather(own))
     batches = iter(loader)
     idle = torch.zeros(batch_size if pad else 1, 3, input_size, input_size, device=device)
-    for turn in range(turns):
-        if turn < own:
+    for step in range(steps):
+        if step < own:
             images, targets = next(batches)
             count = len(images)
             if pad and count < batch_size:
@@ -312,10 +312,10 @@ def evaluate(
                 model(idle)
                 if flop:
                     model(idle)
-        on_batch(turn + 1, turns)
+        on_batch(step + 1, steps)
         if agreement is not None:
             agreement.poll()
-    return accuracy.compute(distributed=shared and processes.world_size > 1)
+    return accuracy.compute(distributed=sharded and processes.world_size > 1)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from deit.train.checkpoint import (
     which_weights,
 )
 from deit.train.compilation import compile_network
-from deit.train.distributed import Processes
+from deit.train.distributed import DistContext
 from deit.train.engine import Precision, describe, evaluate
 from deit.train.finetune import load_for_finetune, read_for_finetune
 from deit.train.loading import DATA, NETWORK, adopt, number_of_outputs
@@ -29,7 +29,7 @@ from deit.train.training import build_val_loader
 __all__ = ["evaluate_once"]
 
 
-def evaluate_once(args: Namespace, processes: Processes) -> None:
+def evaluate_once(args: Namespace, processes: DistContext) -> None:
     """Print the scores of a checkpoint's network on the validation data.
 
     Raises:
@@ -63,7 +63,7 @@ def evaluate_once(args: Namespace, processes: Processes) -> None:
         build_val_loader(args, data, processes),
         precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
         processes=processes,
-        shared=args.dist_eval,
+        sharded=args.dist_eval,
         batch_size=args.batch_size,
         input_size=args.input_size,
         pad=args.compile,

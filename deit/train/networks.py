@@ -12,7 +12,7 @@ from torch import nn
 from deit.train.build import build_model
 from deit.train.checkpoint import has_average, load_weights, model_state, which_weights
 from deit.train.compilation import compile_network
-from deit.train.distributed import Processes, shard, wrap_ddp
+from deit.train.distributed import DistContext, shard, wrap_ddp
 from deit.train.ema import ModelEma
 from deit.train.engine import Precision, count_parameters
 from deit.train.finetune import freeze_all_but_attention, load_for_finetune
@@ -38,7 +38,7 @@ class Networks:
 def build_networks(
     args: Namespace,
     classes: int,
-    processes: Processes,
+    processes: DistContext,
     source: str,
     checkpoint: Mapping[str, Any] | None,
     origin: Mapping[str, Any] | None = None,

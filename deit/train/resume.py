@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from deit.errors import UserError
 from deit.train.args import config_dict
 from deit.train.checkpoint import has_average, raw_state
-from deit.train.distributed import Processes
+from deit.train.distributed import DistContext
 from deit.train.engine import Precision, RunningLoss
 from deit.train.moments import (
     REMEDY,
@@ -187,7 +187,7 @@ class TrainingState:
     optimizer: Optimizer
     schedule: TrainingSchedule
     precision: Precision
-    processes: Processes
+    processes: DistContext
     args: argparse.Namespace
     running: RunningLoss
     ema: nn.Module | None = None

@@ -15,8 +15,8 @@ from torch import nn
 from deit.data import DeviceLoader, TrainLoader
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.train.checkpoint import read_checkpoint
-from deit.train.distributed import Processes
-from deit.train.engine import Learner
+from deit.train.distributed import DistContext
+from deit.train.engine import TrainStep
 from deit.train.folder import BEST, BEST_EMA, EPOCH_COPY, LAST, check_unused, claim, clear
 from deit.train.reporting import Reporter
 from deit.train.resume import TrainingState
@@ -30,8 +30,8 @@ class Run:
     """A training that is ready to start or to go on."""
 
     args: Namespace
-    processes: Processes
-    learner: Learner
+    processes: DistContext
+    train_step: TrainStep
     state: TrainingState
     evaluated: nn.Module
     """The network that is evaluated: the averaged one or the trained one."""
@@ -108,7 +108,7 @@ class Run:
             self.writer.close()
 
 
-def find_checkpoint(args: Namespace, processes: Processes) -> tuple[str, dict[str, Any] | None]:
+def find_checkpoint(args: Namespace, processes: DistContext) -> tuple[str, dict[str, Any] | None]:
     """What `--resume` names: (source, checkpoint), or ("", None) for a fresh start."""
     source = args.resume
     if source == "auto":
@@ -121,7 +121,7 @@ def find_checkpoint(args: Namespace, processes: Processes) -> tuple[str, dict[st
 
 
 @contextmanager
-def claim_folder(args: Namespace, processes: Processes) -> Iterator[None]:
+def claim_folder(args: Namespace, processes: DistContext) -> Iterator[None]:
     """Have the output folder for this training alone, on rank 0, until it ends.
 
     Raises:
@@ -138,7 +138,7 @@ def claim_folder(args: Namespace, processes: Processes) -> Iterator[None]:
         yield
 
 
-def open_writer(args: Namespace, processes: Processes, fresh: bool) -> CheckpointWriter | None:
+def open_writer(args: Namespace, processes: DistContext, fresh: bool) -> CheckpointWriter | None:
     """What saves checkpoints, on rank 0 if there is an output folder, which this process holds.
 
     Args:

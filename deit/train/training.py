@@ -34,8 +34,8 @@ from deit.train.build import (
     number_of_classes,
 )
 from deit.train.checkpoint import check_finite, model_state
-from deit.train.distributed import Processes
-from deit.train.engine import Learner, Precision, needs_second_order
+from deit.train.distributed import DistContext
+from deit.train.engine import Precision, TrainStep, needs_second_order
 from deit.train.finetune import read_for_finetune
 from deit.train.loading import NETWORK, adopt
 from deit.train.losses import build_criterion
@@ -68,7 +68,7 @@ def optimizer_of(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Op
 
 
 def build_state(
-    args: Namespace, networks: Networks, processes: Processes, updates: int, images: int
+    args: Namespace, networks: Networks, processes: DistContext, updates: int, images: int
 ) -> TrainingState:
     """Optimizer, schedule and the rest of what changes, at the start of a training."""
     lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
@@ -109,7 +109,7 @@ def build_state(
     )
 
 
-def check_second_order(optimizer: Optimizer, args: Namespace, processes: Processes) -> None:
+def check_second_order(optimizer: Optimizer, args: Namespace, processes: DistContext) -> None:
     """Raise `UserError` where the gradients cannot be differentiated, as this optimizer does."""
     if needs_second_order(optimizer) and (args.compile or processes.world_size > 1):
         what = "--compile" if args.compile else "several processes"
@@ -119,9 +119,9 @@ def check_second_order(optimizer: Optimizer, args: Namespace, processes: Process
         )
 
 
-def build_learner(
+def build_train_step(
     args: Namespace, networks: Networks, state: TrainingState, classes: int
-) -> Learner:
+) -> TrainStep:
     """What turns batches into updates."""
     device = state.processes.device
     distil = args.distillation_type != "none"
@@ -145,7 +145,7 @@ def build_learner(
         distillation_alpha=args.distillation_alpha,
         distillation_tau=args.distillation_tau,
     )
-    return Learner(
+    return TrainStep(
         model=networks.wrapped,
         criterion=criterion.to(device),
         optimizer=state.optimizer,
@@ -162,14 +162,14 @@ def build_learner(
             num_classes=classes,
         ),
         ema=networks.ema,
-        accumulation=args.update_freq,
+        grad_accum_steps=args.update_freq,
         clip_grad=args.clip_grad,
         train_mode=args.train_mode,
     )
 
 
 def build_train_stream(
-    args: Namespace, dataset: ImageDataset, processes: Processes, progress: Progress
+    args: Namespace, dataset: ImageDataset, processes: DistContext, progress: Progress
 ) -> TrainLoader:
     """The batches of this process, from where `progress` stands to the end of the training."""
     mean, std = mean_and_std(args)
@@ -195,7 +195,9 @@ def build_train_stream(
     )
 
 
-def build_val_loader(args: Namespace, dataset: ImageDataset, processes: Processes) -> DeviceLoader:
+def build_val_loader(
+    args: Namespace, dataset: ImageDataset, processes: DistContext
+) -> DeviceLoader:
     """The validation batches of this process; all of them without --dist-eval."""
     mean, std = mean_and_std(args)
     return build_eval_loader(
@@ -230,7 +232,7 @@ def updates_per_epoch(args: Namespace, images: int, processes: int) -> int:
     return updates
 
 
-def build_run(args: Namespace, processes: Processes) -> Run:
+def build_run(args: Namespace, processes: DistContext) -> Run:
     """Everything, at the start or where the checkpoint that `--resume` names was saved."""
     source, checkpoint = find_checkpoint(args, processes)
     origin = None
@@ -259,7 +261,7 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     images = args.batch_size * processes.world_size * args.update_freq
     state = build_state(args, networks, processes, updates, images)
     state.class_names = train_set.class_names
-    learner = build_learner(args, networks, state, classes)
+    train_step = build_train_step(args, networks, state, classes)
     # Building has drawn random numbers; from here on every rank has its own.
     seed_all(args.seed + processes.rank)
     if checkpoint is not None:
@@ -269,7 +271,7 @@ def build_run(args: Namespace, processes: Processes) -> Run:
     run = Run(
         args=args,
         processes=processes,
-        learner=learner,
+        train_step=train_step,
         state=state,
         evaluated=state.ema if args.model_ema_eval is True and state.ema else state.model,
         also_evaluated=state.ema if args.model_ema_eval == "both" else None,

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from deit.saving import CheckpointWriter
 from deit.train.args import parse_args
 from deit.train.checkpoint import read_checkpoint
-from deit.train.distributed import Place, Processes
-from deit.train.engine import Learner, evaluate, train_one_epoch
+from deit.train.distributed import DistContext, RankInfo
+from deit.train.engine import TrainStep, evaluate, train_one_epoch
 from deit.train.metrics import Accuracy
 from deit.train.networks import build_networks
 from deit.train.reporting import environment
 from deit.train.resume import TrainingState, seed_all
 from deit.train.stopping import StopAgreement, Stopped
-from deit.train.training import LAST, build_learner, build_state
+from deit.train.training import LAST, build_state, build_train_step
 from experiments.fashion_mnist.grid import Cell, Plan
 from experiments.fashion_mnist.images import Images, TestBatches, training_batches
 from experiments.fashion_mnist.networks import CLASSES, IMAGE_SIZE
@@ -79,7 +79,7 @@ class Training:
         self, cell: Cell, plan: Plan, data: Data, device: torch.device, folder: Path
     ) -> None:
         self.cell, self.plan, self.data = cell, plan, data
-        self.processes = Processes(Place(), device)
+        self.processes = DistContext(RankInfo(), device)
         self.origin = {"cell": cell.as_dict(), "plan": asdict(plan)}
         # On a CPU others may take turns with us: its own time is what a training needs.
         self.clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -95,7 +95,7 @@ class Training:
         self.state: TrainingState = build_state(
             self.args, networks, self.processes, plan.updates, plan.batch_size
         )
-        self.learner: Learner = build_learner(self.args, networks, self.state, CLASSES)
+        self.train_step: TrainStep = build_train_step(self.args, networks, self.state, CLASSES)
         seed_all(cell.seed)
         if checkpoint is not None:
             self.state.restore(checkpoint, source=str(last), global_batch=plan.batch_size)
@@ -148,7 +148,7 @@ class Training:
 
         agreement = StopAgreement()
         loss = train_one_epoch(
-            self.learner,
+            self.train_step,
             batches,
             updates=plan.updates,
             start=progress.step,
@@ -164,7 +164,7 @@ class Training:
             TestBatches(self.data.test, TEST_BATCH),
             precision=self.state.precision,
             processes=self.processes,
-            shared=False,
+            sharded=False,
             batch_size=TEST_BATCH,
             input_size=IMAGE_SIZE,
             agreement=agreement,

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from deit.train.distributed import SHARDS_ON_CPU, Place, Processes, blocks_of, shard, wrap_ddp
+from deit.train.distributed import SHARDS_ON_CPU, DistContext, RankInfo, blocks_of, shard, wrap_ddp
 
 FAMILIES = [name for name in NETWORKS if name != "vit, explicit attention"]
 BATCH = 4
@@ -37,7 +37,7 @@ def run(rank: int, folder: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    processes = Processes(Place(rank, 2, rank), torch.device("cpu"))
+    processes = DistContext(RankInfo(rank, 2, rank), torch.device("cpu"))
     results = {}
     for network in FAMILIES:
         for name, case in CASES.items():
@@ -81,11 +81,11 @@ def compare(
     assert compared > 0
 
 
-def ddp(network: str, processes: Processes) -> None:
+def ddp(network: str, processes: DistContext) -> None:
     compare(network, wrap_ddp(create(network).train(), processes), processes.rank)
 
 
-def ddp_checkpointed_and_compiled(network: str, processes: Processes) -> None:
+def ddp_checkpointed_and_compiled(network: str, processes: DistContext) -> None:
     model = create(network).train()
     model.set_grad_checkpointing()
     model.compile(backend="eager")
@@ -102,23 +102,23 @@ def replace(model: nn.Module, modules: list[nn.Module]) -> list[str]:
     return names
 
 
-def ddp_on_blocks(network: str, processes: Processes) -> None:
+def ddp_on_blocks(network: str, processes: DistContext) -> None:
     model = create(network).train()
     names = replace(model, blocks_of(model))
     compare(network, model, processes.rank, lambda n: any(n.startswith(f"{m}.") for m in names))
 
 
-def ddp_on_linear_maps(network: str, processes: Processes) -> None:
+def ddp_on_linear_maps(network: str, processes: DistContext) -> None:
     model = create(network).train()
     names = replace(model, list(inner_linears(model).values()))
     compare(network, model, processes.rank, lambda n: n.rpartition(".")[0] in names)
 
 
-def fsdp(network: str, processes: Processes) -> None:
+def fsdp(network: str, processes: DistContext) -> None:
     compare(network, shard(create(network).train(), processes), processes.rank)
 
 
-def fsdp_checkpointed_and_compiled(network: str, processes: Processes) -> None:
+def fsdp_checkpointed_and_compiled(network: str, processes: DistContext) -> None:
     model = create(network).train()
     model.set_grad_checkpointing()
     for block in blocks_of(model):
@@ -130,14 +130,14 @@ def mesh():
     return dist.device_mesh.init_device_mesh("cpu", (2,))
 
 
-def fsdp_on_linear_maps(network: str, processes: Processes) -> None:
+def fsdp_on_linear_maps(network: str, processes: DistContext) -> None:
     model = create(network).train()
     for module in inner_linears(model).values():
         fully_shard(module, mesh=mesh())
     compare(network, fully_shard(model, mesh=mesh()), processes.rank)
 
 
-def fsdp_state_dict(network: str, processes: Processes) -> None:
+def fsdp_state_dict(network: str, processes: DistContext) -> None:
     """Whole and sharded, they hold what a single process's holds, and go back in."""
     single = create(network)
     expected = single.state_dict()
@@ -162,7 +162,7 @@ def fsdp_state_dict(network: str, processes: Processes) -> None:
             torch.testing.assert_close(model(images(2)), y)
 
 
-CASES: dict[str, Callable[[str, Processes], None]] = {
+CASES: dict[str, Callable[[str, DistContext], None]] = {
     "DDP": ddp,
     "DDP, checkpointed and compiled": ddp_checkpointed_and_compiled,
     "DDP on blocks": ddp_on_blocks,
