@@ -344,11 +344,17 @@ def _transform(info: NetworkInfo) -> Transform:
 def _calibration_batches(
     args: argparse.Namespace, info: NetworkInfo, images: Tensor
 ) -> Iterator[Tensor]:
-    """The images as a file of a fixed batch size takes them: the first fill the last batch."""
+    """The images as a file of a fixed batch size takes them: the first fill the last batch.
+
+    Their mirror images too: antisymmetric features then have ranges around zero, and round the same
+    with either sign.
+    """
     size = MEASURED_AT_ONCE if args.dynamic_batch else args.batch_size
     for start in range(0, len(images), size):
         end = start + size if not args.dynamic_batch else min(start + size, len(images))
-        yield info.prepare(images[torch.arange(start, end) % len(images)])
+        batch = info.prepare(images[torch.arange(start, end) % len(images)])
+        yield batch
+        yield batch.flip(-1)
 
 
 def _test_images(

@@ -127,10 +127,14 @@ def test_int8(checkpoint, photos, tmp_path, capsys, mode, options):
     assert mirrored == pytest.approx((found - flopped).abs().max().item(), rel=0.06)
     assert stated(r"mirrored, float: another answer for (\S+) %") == [0]
 
-    kinds = [node.op_type for node in onnx.load(output).graph.node]
-    assert not {"QLinearSoftmax", "Gemm"} & set(kinds) or mode == "static"
+    nodes = onnx.load(output).graph.node
     integer = "MatMulInteger" if mode == "dynamic" else "DequantizeLinear"
-    assert kinds.count(integer) >= 13
+    assert [node.op_type for node in nodes].count(integer) >= 13
+    # the logits, and what is averaged by the attention
+    kinds = {name: node.op_type for node in nodes for name in node.output}
+    products = [n for n in nodes if n.op_type == "MatMul" and kinds.get(n.input[1]) == "Transpose"]
+    assert len(products) == 3
+    assert not any("Dequantize" in kinds[name] for node in products for name in node.input)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "photos", output.name}
 
 

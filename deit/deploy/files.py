@@ -184,10 +184,13 @@ def quantize_onnx(
     import onnx
     from onnxruntime import quantization
 
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
     kept = [
         node.name
-        for node in onnx.load(path, load_external_data=False).graph.node
-        if any(entry.name == "group" and entry.i > 1 for entry in node.attribute)
+        for node in graph.node
+        if (node.op_type == "MatMul" and node.input[1] not in weights)
+        or any(entry.name == "group" and entry.i > 1 for entry in node.attribute)
     ]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         files = [file for file in path.parent.iterdir() if file.is_file()]
@@ -196,7 +199,9 @@ def quantize_onnx(
         options = dict(
             op_types_to_quantize=QUANTIZATION["operations"], nodes_to_exclude=kept,
             per_channel=True, weight_type=quantization.QuantType.QInt8,
-            use_external_data_format=len(files) > 1, extra_options={"MatMulConstBOnly": True},
+            use_external_data_format=len(files) > 1,
+            # what products give is read by operations in float
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )  # fmt: skip
         with _quiet():
             if batches is None:
