@@ -18,10 +18,8 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +27,10 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
-from deit.data import (
-    build_dataset,
-    build_eval_loader,
-    eval_transform,
-    match_classes,
-    names_of_outputs,
-    read_class_map,
-)
-from deit.data.photos import find_photos, read_photos
-from deit.data.transforms import Transform
+from deit.data import read_class_map
 from deit.deploy import fold
 from deit.deploy.files import (
     FORMATS,
@@ -55,13 +42,13 @@ from deit.deploy.files import (
 )
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, one_line, run_command
+from deit.measure import int8
 from deit.models.inputs import input_channels
 from deit.saving import atomic_files
 from deit.train.args import config_dict, parse_args
 from deit.train.build import build_model
 from deit.train.checkpoint import read_checkpoint
 from deit.train.loading import NETWORK, PREPARATION, build_as_trained, network_info
-from deit.train.metrics import Accuracy
 from deit.verify.samples import images as sample_images
 
 __all__ = ["get_parser", "main"]
@@ -69,12 +56,7 @@ __all__ = ["get_parser", "main"]
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 # the largest difference from the network, relative to its logits' norm
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
-# that int8 takes the ranges of values from; more change them little
-CALIBRATION_IMAGES = 512
 SAMPLE_IMAGES = 32
-MEASURED_AT_ONCE = 32
-
-Batches = Iterable[tuple[Tensor, Tensor | None]]
 
 
 def get_parser() -> CommandLine:
@@ -116,7 +98,7 @@ def get_parser() -> CommandLine:
               "batch when the file runs; static: they are fixed, taken from the images of "
               "--calibrate", choices=("dynamic", "static"))  # fmt: skip
     small.add("--calibrate", str, None, "FOLDER", "images for --quantize static, at most "
-              f"{CALIBRATION_IMAGES} of them; they need no labels")  # fmt: skip
+              f"{int8.CALIBRATION_IMAGES} of them; they need no labels")  # fmt: skip
     small.add("--eval-data-path", str, None, "FOLDER", "test images, a folder a class, on which "
               "the loss of accuracy is measured (default: no labels, the images of --calibrate or "
               "the bundled sample)")  # fmt: skip
@@ -132,18 +114,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     _validate(args)
     network, info, used = _network(args)
-    images = None if args.calibrate is None else _calibration_images(args.calibrate, info)
-    if args.quantize:
-        test = _test_images(args, info, network.num_classes, images)
+    calibration = test = None
+    if args.calibrate is not None:
+        calibration = int8.calibration_images(args.calibrate, info)
+    if args.eval_data_path is not None:
+        test = int8.labelled_images(args.eval_data_path, info, network.num_classes)
     if args.normalize_input:
         network = _Normalized(network, info)
     with atomic_files(args.output) as path:
         try:
             text = _compare(_write(args, network, info, used, path), network, info, args)
             if args.quantize:
-                batches = None if images is None else _calibration_batches(args, info, images)
-                run = quantize_onnx(path, batches, _metadata(args, info, images))
-                text = f"int8 ({args.quantize}); " + _measure(run, network, test)
+                text = _quantize(args, network, info, path, calibration, test)
             size = sum(file.stat().st_size for file in path.parent.iterdir())
         except (UserError, OSError):
             raise
@@ -244,17 +226,6 @@ class _Normalized(nn.Module):
         return self.network((images - self.mean) / self.std)
 
 
-def _metadata(
-    args: argparse.Namespace, info: NetworkInfo, calibration: Tensor | None = None
-) -> dict[str, str]:
-    metadata = info.to_metadata()
-    if args.quantize:
-        count = None if calibration is None else len(calibration)
-        said = {"mode": args.quantize, "calibration_images": count, **QUANTIZATION}
-        metadata["quantization"] = json.dumps(said)
-    return metadata
-
-
 @torch.no_grad()
 def _write(
     args: argparse.Namespace,
@@ -279,6 +250,29 @@ def _write(
         program.to(dtype), torch.zeros(batch, 3, *info.input_size, dtype=dtype), path,
         info.to_metadata(), dynamic=args.dynamic_batch, opset=args.opset,
     )  # fmt: skip
+
+
+def _quantize(
+    args: argparse.Namespace,
+    network: nn.Module,
+    info: NetworkInfo,
+    path: Path,
+    calibration: Tensor | None,
+    test: int8.Batches | None,
+) -> str:
+    """Replace the file by one in int8; what that changes, on `test` or else on what there is."""
+    batches = None
+    if calibration is not None:
+        size = None if args.dynamic_batch else args.batch_size
+        batches = int8.calibration_batches(calibration, info, size)
+    images = None if calibration is None else len(calibration)
+    about = {"mode": args.quantize, "calibration_images": images, **QUANTIZATION}
+    run = quantize_onnx(path, batches, info.to_metadata() | {"quantization": json.dumps(about)})
+    if test is None:
+        print("note    no accuracy is measured: --eval-data-path gives images with labels")
+        images = _samples(SAMPLE_IMAGES, info) if batches is None else info.prepare(calibration)
+        test = [(batch, None) for batch in images.split(int8.BATCH)]
+    return f"int8 ({args.quantize}); {int8.measure(network, run, test)}"
 
 
 @torch.no_grad()
@@ -318,135 +312,5 @@ def _samples(count: int, info: NetworkInfo) -> Tensor:
     return images if info.normalized else images.sigmoid()
 
 
-def _calibration_images(folder: str, info: NetworkInfo) -> Tensor:
-    """Images of a folder, uint8 (N, 3, H, W), evenly from all of them if there are many."""
-    if not Path(folder).is_dir():
-        raise UserError(f"--calibrate: there is no folder {folder!r}")
-    paths, _ = find_photos([folder])
-    paths = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
-    found = []
-    for batch in read_photos(paths, _transform(info), MEASURED_AT_ONCE, threads=4):
-        for path, reason in batch.failures:
-            print(f"skipped {path}: {reason}", file=sys.stderr)
-        found += [] if batch.images is None else [batch.images]
-    if not found:
-        raise UserError(f"--calibrate: none of the images in {folder!r} can be read")
-    return torch.cat(found)
-
-
-def _transform(info: NetworkInfo) -> Transform:
-    return eval_transform(
-        info.input_size, crop_ratio=info.crop_ratio, warp=info.warp,
-        interpolation=info.interpolation,
-    )  # fmt: skip
-
-
-def _calibration_batches(
-    args: argparse.Namespace, info: NetworkInfo, images: Tensor
-) -> Iterator[Tensor]:
-    """The images as a file of a fixed batch size takes them: the first fill the last batch.
-
-    Their mirror images too: antisymmetric features then have ranges around zero, and round the same
-    with either sign.
-    """
-    size = MEASURED_AT_ONCE if args.dynamic_batch else args.batch_size
-    for start in range(0, len(images), size):
-        end = start + size if not args.dynamic_batch else min(start + size, len(images))
-        batch = info.prepare(images[torch.arange(start, end) % len(images)])
-        yield batch
-        yield batch.flip(-1)
-
-
-def _test_images(
-    args: argparse.Namespace, info: NetworkInfo, outputs: int, calibration: Tensor | None
-) -> Batches:
-    """What int8 is measured on: batches of images and labels, which are None without labels."""
-    if args.eval_data_path is None:
-        if calibration is None:
-            print(f"note    measured on {2 * SAMPLE_IMAGES} sample images: --eval-data-path gives "
-                  "others, with the accuracy")  # fmt: skip
-            images = _samples(SAMPLE_IMAGES, info).split(MEASURED_AT_ONCE)
-        else:
-            images = map(info.prepare, calibration.split(MEASURED_AT_ONCE))
-        return [(batch, None) for batch in images]
-    data = build_dataset("val", class_folders=args.eval_data_path, transform=_transform(info))
-    names, origin = names_of_outputs(
-        data.class_names, outputs, source=info.model, saved=info.class_names or ()
-    )
-    for note in [data.note, *match_classes(data, names, outputs, origin=origin)]:
-        if note:
-            print(f"note    {note}")
-    mean, std = (info.mean, info.std) if info.normalized else ((0.0,) * 3, (1.0,) * 3)
-    return build_eval_loader(data, batch_size=MEASURED_AT_ONCE, device="cpu", mean=mean, std=std)
-
-
-@torch.no_grad()
-def _measure(run: Runner, network: nn.Module, batches: Batches) -> str:
-    """What int8 changes: outputs, answers, accuracy where there are labels, mirror symmetry.
-
-    Raises:
-        UserError: an output is not finite, or the answers agree no better than guesses.
-    """
-    networks = {"float": network, "int8": run}
-    scores = {name: Accuracy() for name in networks}
-    mirror = dict.fromkeys(networks, 0.0)
-    agreement = Accuracy()
-    largest = distance = norm = 0.0
-    labelled = False
-    console = Console(stderr=True)
-    for images, labels in track(
-        batches, "measuring", console=console, transient=True, disable=not console.is_terminal
-    ):
-        logits, flopped = (
-            {name: one(batch) for name, one in networks.items()}
-            for batch in (images, images.flip(-1))
-        )
-        expected, found = logits["float"], logits["int8"]
-        if expected.ndim != 2:
-            raise UserError(f"--quantize needs a classifier, which gives (B, classes) and not "
-                            f"{tuple(expected.shape)}")  # fmt: skip
-        if not (found.isfinite().all() and flopped["int8"].isfinite().all()):
-            raise UserError("the int8 file gives outputs that are infinite or NaN: it is not left")
-        answers = expected.argmax(1)
-        agreement.update(found, answers)
-        for name, score in scores.items():
-            score.update(logits[name], answers if labels is None else labels, flopped[name])
-            change = (logits[name] - flopped[name]).abs().max().item()
-            mirror[name] = max(mirror[name], change)
-        difference = (found - expected).double()
-        largest = max(largest, difference.abs().max().item())
-        distance, norm = distance + difference.square().sum(), norm + expected.square().sum()
-        labelled = labels is not None
-    same = agreement.compute()
-    _check_agreement(same.acc1 / 100, same.count, expected.shape[1])
-    results = {name: score.compute() for name, score in scores.items()}
-    lines = [
-        f"greatest difference from the float network {largest:.1e} "
-        f"({sqrt(distance / norm):.1e} of the norm of the outputs), the same answer for "
-        f"{same.acc1:.2f} % of {same.count} images",
-        *(
-            f"mirrored, {name}: another answer for {100 - result.same:.2f} % of the images, "
-            f"greatest difference {mirror[name]:.1e}"
-            for name, result in results.items()
-        ),
-    ]
-    if labelled:
-        before, after = (result.acc1 for result in results.values())
-        lines.append(f"accuracy: float {before:.2f} %, int8 {after:.2f} %, "
-                     f"a loss of {before - after:.2f} points")  # fmt: skip
-    return "\n    ".join(lines)
-
-
-def _check_agreement(share: float, count: int, classes: int) -> None:
-    """Refuse a share of equal answers that guesses reach, up to two of its standard deviations."""
-    chance = 1 / classes
-    guessed = chance + 2 * sqrt(chance * (1 - chance) / count)
-    if share < 1 and share <= guessed:
-        raise UserError(
-            f"the int8 file gives the network's answer for {100 * share:.1f} % of {count} images, "
-            f"no more than guessing among {classes} classes would: it is not left"
-        )
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(partial(main, None)))
+    sys.exit(run_command(main))

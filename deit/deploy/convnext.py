@@ -9,13 +9,14 @@ and maps are linear layers. ONNX Runtime is faster with channels first and 1x1 c
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deit.deploy.pair import PairMlp, PairNorm, Residual, Target
+from deit.deploy.pair import Each, PairMlp, PairNorm, Residual, Target
 from deit.deploy.vit import fold_last_norm, fold_patches
 from deit.deploy.weights import Map, Pair, affine_maps, convolution, exact, pointwise, times
 from deit.layers import ConvBlock, LayerNorm, MirrorConv2d, MirrorKernel, tracing
@@ -26,55 +27,24 @@ __all__ = ["FoldedConvNeXt"]
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
-class Permute(nn.Module):
-    """The axes in another order."""
+class Apply(nn.Module):
+    """A function as a layer."""
 
-    def __init__(self, order: tuple[int, ...]):
+    def __init__(self, function: Callable[..., Any], *args: Any):
         super().__init__()
-        self.order = order
+        self.function, self.args = function, args
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(self.order)
+    def forward(self, x: Any) -> Any:
+        return self.function(x, *self.args)
 
     def extra_repr(self) -> str:
-        return str(self.order)
+        return f"{self.function.__name__}, {', '.join(map(str, self.args))}"
 
 
-class Join(nn.Module):
-    """A pair as one tensor."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, x: Pair) -> Tensor:
-        return torch.cat(x, self.dim)
-
-
-class Split(Join):
-    """One tensor as a pair."""
-
-    def forward(self, x: Tensor) -> Pair:
-        return halves(x, self.dim)
-
-
-class Exchange(Join):
+def exchange(x: Pair, dim: int) -> Pair:
     """(s, a) to (u, v), and the other way round."""
-
-    def forward(self, x: Pair) -> Pair:
-        (s1, s2), (a1, a2) = halves(x[0], self.dim), halves(x[1], self.dim)
-        return torch.cat([s1, a1], self.dim), torch.cat([s2, a2], self.dim)
-
-
-class Each(nn.Module):
-    """A layer for each part."""
-
-    def __init__(self, first: nn.Module, second: nn.Module):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Pair) -> Pair:
-        return self.first(x[0]), self.second(x[1])
+    (s1, s2), (a1, a2) = x[0].chunk(2, dim), x[1].chunk(2, dim)
+    return torch.cat([s1, a1], dim), torch.cat([s2, a2], dim)
 
 
 class PointwiseMlp(nn.Module):
@@ -122,7 +92,7 @@ class FoldedConvNeXt(nn.Module):
         tracing.check_total_stride(images.shape[-2], images.shape[-1], self.stride)
         u, v = self.steps(images)
         dim, places = (1, (2, 3)) if self.channels_first else (-1, (1, 2))
-        (s1, a1), (s2, a2) = halves(u, dim), halves(v, dim)
+        (s1, a1), (s2, a2) = u.chunk(2, dim), v.chunk(2, dim)
         chosen = [s1, s2, a1.abs(), a2.abs()] if self.absolute else [s1, s2]
         if self.global_pool == "avg":
             return self.head(self.norm(torch.cat([q.mean(places) for q in chosen], -1)))
@@ -131,22 +101,22 @@ class FoldedConvNeXt(nn.Module):
         return x.permute(FIRST)
 
 
-def halves(x: Tensor, dim: int) -> Pair:
-    """The two halves along an axis."""
-    first, second = x.chunk(2, dim)
-    return first, second
-
-
 def fold_steps(model: IsotropicConvNeXt | ConvNeXt, channels_first: bool) -> list[nn.Module]:
     """Stem, blocks and what stands between stages, from images to (u, v)."""
-    to_own = [] if channels_first else [Permute(LAST)]
-    end = Split(1 if channels_first else -1)
+    to_own = [] if channels_first else [Apply(torch.permute, LAST)]
+    end = Apply(torch.chunk, 2, 1 if channels_first else -1)
     if isinstance(model, IsotropicConvNeXt):
         stem = [regrouped(fold_patches(model.stem)), *to_own, end]
         return [*stem, *(fold_block(block, channels_first) for block in model.blocks)]
     conv, norm = model.downsample_layers[0]
     conv, norm = regrouped(fold_patches(conv, (True, True))), regrouped(fold_last_norm(norm))
-    steps = [conv, Permute(LAST), norm, *([Permute(FIRST)] if channels_first else []), end]
+    steps = [
+        conv,
+        Apply(torch.permute, LAST),
+        norm,
+        *([Apply(torch.permute, FIRST)] if channels_first else []),
+        end,
+    ]
     for i, stage in enumerate(model.stages):
         if i:
             steps += fold_downsample(*model.downsample_layers[i], channels_first)
@@ -170,7 +140,7 @@ def fold_block(block: ConvBlock, channels_first: bool) -> Residual:
     norm = PairNorm(block.norm.eps, (True, True), dim)
     if channels_first:
         return Residual(depthwise, norm, PointwiseMlp(first, second, nn.GELU()))
-    return Residual(depthwise, norm, PairMlp(first, second, nn.GELU()), Exchange(dim))
+    return Residual(depthwise, norm, PairMlp(first, second, nn.GELU()), Apply(exchange, dim))
 
 
 def fold_depthwise(
@@ -180,8 +150,14 @@ def fold_depthwise(
     weights, biases = zip(*(kernel() for kernel in kernels), strict=True)
     weight = torch.cat([exact(half) for half in weights])
     bias = None if biases[0] is None else torch.cat([exact(bias) for bias in biases])
-    conv = convolution(weight, bias, padding=padding, groups=len(weight))
-    return conv if channels_first else nn.Sequential(Permute(FIRST), conv, Permute(LAST))
+    return placed(convolution(weight, bias, padding=padding, groups=len(weight)), channels_first)
+
+
+def placed(conv: nn.Conv2d, channels_first: bool) -> nn.Module:
+    """A convolution of maps whose channels are first or last."""
+    if channels_first:
+        return conv
+    return nn.Sequential(Apply(torch.permute, FIRST), conv, Apply(torch.permute, LAST))
 
 
 def fold_downsample(norm: LayerNorm, conv: MirrorConv2d, channels_first: bool) -> list[nn.Module]:
@@ -191,10 +167,14 @@ def fold_downsample(norm: LayerNorm, conv: MirrorConv2d, channels_first: bool) -
     kernel, bias = (exact(tensor) for tensor in conv.kernel())
     bias = bias + torch.einsum("oihw,i->o", kernel[:, : len(affine.beta)], affine.beta)
     kernel = kernel * torch.cat([affine.alpha_sym, affine.alpha_asym])[:, None, None]
-    layer = regrouped(convolution(kernel, bias, conv.stride, conv.padding))
-    if not channels_first:
-        layer = nn.Sequential(Permute(FIRST), layer, Permute(LAST))
-    return [Exchange(dim), PairNorm(norm.eps, (True, True), dim), Join(dim), layer, Split(dim)]
+    layer = placed(regrouped(convolution(kernel, bias, conv.stride, conv.padding)), channels_first)
+    return [
+        Apply(exchange, dim),
+        PairNorm(norm.eps, (True, True), dim),
+        Apply(torch.cat, dim),
+        layer,
+        Apply(torch.chunk, 2, dim),
+    ]
 
 
 def regrouped(layer: nn.Module) -> nn.Module:

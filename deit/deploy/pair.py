@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deit.deploy.weights import Map, Pair, linear
 from deit.layers import tracing
 
-__all__ = ["PairMlp", "PairNorm", "Residual", "Target"]
+__all__ = ["Each", "PairMlp", "PairNorm", "Residual", "Target"]
 
 Target = Literal["torch", "onnx"]
 
@@ -25,6 +25,17 @@ class Residual(nn.Sequential):
     def forward(self, x: Pair) -> Pair:
         s, a = super().forward(x)
         return x[0] + s, x[1] + a
+
+
+class Each(nn.Module):
+    """A layer for each part."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Pair) -> Pair:
+        return self.first(x[0]), self.second(x[1])
 
 
 class PairNorm(nn.Module):

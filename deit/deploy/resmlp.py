@@ -20,7 +20,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from deit.deploy.pair import PairMlp, Residual, Target
+from deit.deploy.pair import Each, PairMlp, Residual, Target
 from deit.deploy.vit import fold_patches
 from deit.deploy.weights import Map, Pair, affine_maps, exact, fill, linear, times
 from deit.groups import Rep
@@ -69,17 +69,6 @@ class TokenMixing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.map(x.mT).mT if self.transposed else self.map(x)
         return x + (y * self.gain + self.shift)
-
-
-class PairMixing(nn.Module):
-    """Both parts' token mixing."""
-
-    def __init__(self, s: TokenMixing, a: TokenMixing):
-        super().__init__()
-        self.s, self.a = s, a
-
-    def forward(self, x: Pair) -> Pair:
-        return self.s(x[0]), self.a(x[1])
 
 
 class RowShiftedMlp(PairMlp):
@@ -149,7 +138,7 @@ def fold_block(block: MixerBlock, target: Target) -> list[nn.Module]:
     return [fold_mixing(block, places, target), Residual(fold_perceptron(block, places))]
 
 
-def fold_mixing(block: MixerBlock, places: Places, target: Target) -> PairMixing:
+def fold_mixing(block: MixerBlock, places: Places, target: Target) -> Each:
     """The first half of a block."""
     count, width = block.tokens.size, len(block.gamma_1.alpha_sym)
     # a batch of tokens, one of them one, and one without
@@ -163,7 +152,7 @@ def fold_mixing(block: MixerBlock, places: Places, target: Target) -> PairMixing
     )
     zeros = torch.zeros(1, count, width, dtype=torch.float64)
     shifts = places.to(block.gamma_1(block.mix(block.norm1((zeros, zeros)))))
-    return PairMixing(*(
+    return Each(*(
         TokenMixing(weight, gain, shift[0], target)
         for weight, gain, shift in zip(weights, gains, shifts, strict=True)
     ))  # fmt: skip
