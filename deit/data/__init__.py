@@ -5,15 +5,15 @@ from deit.data.datasets import DATA_SETS, build_dataset, check_same_classes
 from deit.data.images import ImageDataset, to_rgb
 from deit.data.loader import DeviceLoader, TrainLoader, build_eval_loader, build_train_loader
 from deit.data.mixup import build_mixup
-from deit.data.stream import EpochStream
+from deit.data.stream import ResumableBatchSampler
 from deit.data.transforms import INTERPOLATIONS, eval_transform, train_transform
 
 __all__ = [
     "DATA_SETS",
     "INTERPOLATIONS",
     "DeviceLoader",
-    "EpochStream",
     "ImageDataset",
+    "ResumableBatchSampler",
     "TrainLoader",
     "build_dataset",
     "build_eval_loader",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from deit.data.batches import BatchDataset, RawBatch, WorkerError, erase
 from deit.data.images import ImageDataset
-from deit.data.stream import EpochStream
+from deit.data.stream import ResumableBatchSampler
 from deit.data.workers import end_workers, is_worker_death, starting_workers, worker_death
 from deit.errors import UserError
 
@@ -128,7 +128,7 @@ class DeviceLoader:
 class TrainLoader(DeviceLoader):
     """One pass over all epochs from the start on; `steps_per_epoch` of its batches are an epoch."""
 
-    def __init__(self, stream: EpochStream, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, stream: ResumableBatchSampler, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.steps_per_epoch = stream.steps_per_epoch
 
@@ -164,7 +164,7 @@ def build_train_loader(
     damaged image, which it names.
     """
     device = torch.device(device)
-    stream = EpochStream(
+    stream = ResumableBatchSampler(
         len(dataset),
         batch_size=batch_size,
         epochs=epochs,
@@ -212,7 +212,7 @@ def build_eval_loader(
 
 def _data_loader(
     source: BatchDataset,
-    batch_sampler: EpochStream | list[list[int]],
+    batch_sampler: ResumableBatchSampler | list[list[int]],
     num_workers: int,
     pin_memory: bool,
     device: torch.device,

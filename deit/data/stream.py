@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     position: int
 
 
-class EpochStream:
+class ResumableBatchSampler:
     """Batch sampler: the batches of one process from (start_epoch, start_step) to the end.
 
     It yields lists of `batch_size` Samples; the last, incomplete global batch of an epoch is

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deit.data import EpochStream, build_dataset
+from deit.data import ResumableBatchSampler, build_dataset
 from deit.data.datasets import DEBIAN_FASHION_MNIST, find_idx_pair
 from deit.data.idx import read_idx
 from deit.data.stream import sample_seeds
@@ -120,7 +120,7 @@ def training_batches(
     that is resumed sees what it would have seen. Networks of one seed see the same batches, flipped
     or not.
     """
-    stream = EpochStream(len(images), batch_size=batch_size, epochs=0, seed=seed)
+    stream = ResumableBatchSampler(len(images), batch_size=batch_size, epochs=0, seed=seed)
     device = images.targets.device
     number, order, known = start, torch.empty(0), -1
     while True:

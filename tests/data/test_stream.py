@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from deit.data import EpochStream
+from deit.data import ResumableBatchSampler
 from deit.data.stream import preserve_generators, sample_seeds, seed_everything
 from deit.errors import UserError
 
 
-def stream(length=50, **options) -> EpochStream:
-    return EpochStream(length, **{"batch_size": 8, "epochs": 3, "seed": 5, **options})
+def stream(length=50, **options) -> ResumableBatchSampler:
+    return ResumableBatchSampler(length, **{"batch_size": 8, "epochs": 3, "seed": 5, **options})
 
 
 def flat(batches) -> list:
