@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 from deit.data.batches import BatchDataset, RawBatch, WorkerError, erase
 from deit.data.images import ImageDataset
 from deit.data.stream import ResumableBatchSampler
-from deit.data.workers import end_workers, is_worker_death, starting_workers, worker_death
+from deit.data.workers import end_workers, is_worker_death, start_pass, worker_death
 from deit.errors import UserError
 
 
@@ -32,7 +31,7 @@ class DeviceLoader:
 
     On CUDA the next batch is copied and normalised on a side stream while the current one is in
     use, as in timm's PrefetchLoader. `batches` yields RawBatches. A WorkerError among them is
-    raised as UserError. A pass that fails ends the workers and closes the loader.
+    raised as UserError. Workers live from the first pass until `close`, or until a pass fails.
     """
 
     def __init__(
@@ -43,9 +42,7 @@ class DeviceLoader:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        self._batches: DataLoader | None = batches
-        self._running: Iterator | None = None
-        self._passes: list[Iterator] = []
+        self._batches = batches
         self.device = device
         self._compute = device if device.type == "cuda" else torch.device("cpu")
         self._mean, self._std = (
@@ -54,47 +51,31 @@ class DeviceLoader:
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # registered after torch's own, it runs at exit while workers can still be asked to end
-        atexit.register(weakref.finalize(self, end_workers, self._passes))
+        atexit.register(weakref.finalize(self, end_workers, batches))
 
     def __len__(self) -> int:
         """The number of batches of one pass."""
-        assert self._batches is not None, "the loader is closed"
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self._batches is not None, "the loader is closed"
-        self._running = self._on_device() if self._stream is None else self._ahead_on_cuda()
-        return self._running
+        return self._on_device() if self._stream is None else self._ahead_on_cuda()
 
     def close(self) -> None:
-        """End the pass under way, if any, and the workers."""
-        if self._running is not None:
-            self._running.close()
-        end_workers(self._passes)
-        self._running = self._batches = None
+        """End the workers, and so the pass under way, if any."""
+        end_workers(self._batches)
 
     def _raw(self) -> Iterator[RawBatch]:
-        loader, reused = self._batches, bool(self._passes)
-        with starting_workers() if loader.num_workers and not reused else nullcontext():
-            batches = iter(loader)
-        if not reused or not loader.persistent_workers:
-            self._passes.append(batches)
         try:
-            for batch in batches:
+            for batch in start_pass(self._batches):
                 if isinstance(batch, WorkerError):
                     raise UserError(batch.message)
                 yield batch
         except Exception as error:
             failure = worker_death(error) if is_worker_death(error) else None
-            end_workers(self._passes)
-            self._batches = None
+            self.close()
             if failure is not None:
                 raise failure from error
             raise
-        finally:
-            if not loader.persistent_workers and batches in self._passes:
-                self._passes.remove(batches)
-                end_workers([batches])
 
     def _on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self._raw():
@@ -206,7 +187,7 @@ def build_eval_loader(
         list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)
     ]
     source = BatchDataset(dataset)
-    loader = _data_loader(source, batches, num_workers, pin_memory, device, persistent=True)
+    loader = _data_loader(source, batches, num_workers, pin_memory, device)
     return DeviceLoader(loader, device=device, mean=mean, std=std)
 
 
@@ -216,7 +197,6 @@ def _data_loader(
     num_workers: int,
     pin_memory: bool,
     device: torch.device,
-    persistent: bool = False,
 ) -> DataLoader:
     return DataLoader(
         source,
@@ -224,7 +204,7 @@ def _data_loader(
         num_workers=num_workers,
         collate_fn=_identity,  # the source makes batches
         pin_memory=pin_memory and device.type == "cuda",
-        persistent_workers=persistent and num_workers > 0,
+        persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # by default the DataLoader draws its seed from the global one
     )
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing.process
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from deit.errors import UserError
 
@@ -21,38 +20,36 @@ JOB_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REST = 0.1
 
 
-@contextmanager
-def starting_workers() -> Iterator[None]:
-    """Start workers in here: they are born with JOB_SIGNALS blocked, and keep them blocked.
+def start_pass(loader: DataLoader) -> Iterator:
+    """`iter(loader)`, whose workers are persistent, and are born with JOB_SIGNALS blocked.
 
-    Ctrl-C and cluster managers signal all processes of a job; the main process then saves a
+    Ctrl-C and cluster managers signal all processes of a job. The main process then saves a
     checkpoint, for which it may need its workers, and ends them itself.
 
     Among several processes it first waits for threads that end a collective. Such a thread enters
     Python to drop tensors. Up to Python 3.11 a process that is forked while it does hangs in
     `os.fork` for ever: the child takes the lock on the list of threads before it is made anew.
     """
+    if loader.num_workers == 0 or loader._iterator is not None:
+        return iter(loader)
     if sys.version_info < (3, 12) and dist.is_available() and dist.is_initialized():
         time.sleep(REST)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
-        yield
+        return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_workers(passes: list[Iterator]) -> None:
-    """End the workers of the DataLoader's iterators in `passes`, and empty it.
+def end_workers(loader: DataLoader) -> None:
+    """End the workers of `loader`, if any: they are asked, and those that hang are killed.
 
-    Torch asks them to leave and waits for five seconds. Those that hang are killed: they do not
-    hear the SIGTERM by which torch, and multiprocessing at exit, would end them.
+    Workers do not hear the SIGTERM by which torch, and multiprocessing at exit, would end them.
     """
-    while passes:
-        running = passes.pop()
-        workers: list[multiprocessing.process.BaseProcess] = getattr(running, "_workers", [])
-        if workers:
-            running._shutdown_workers()
-        for worker in workers:
+    running, loader._iterator = loader._iterator, None
+    if running is not None:
+        running._shutdown_workers()
+        for worker in running._workers:
             if worker.is_alive():
                 worker.kill()
                 worker.join()
