@@ -17,16 +17,18 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
-# Torch's own lines about a broken connection come with pages of C++ frames; `deit.train.watchdog`
-# says what happened. Read when torch is imported.
+# Torch's own lines about a broken connection come with pages of C++ frames. Read when torch is
+# imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from deit.data.workers import is_worker_death, worker_death
 from deit.errors import UserError, run_command
@@ -62,10 +64,10 @@ def main(args: Namespace) -> int:
     Raises:
         UserError: something that was asked for cannot be.
     """
-    place = RankInfo.from_env(url=args.dist_url, world_size=args.world_size)
-    device = choose_device(args.device, place.local_rank)
+    info = RankInfo.from_env(url=args.dist_url, world_size=args.world_size)
+    device = choose_device(args.device, info.local_rank)
     set_precision(args, device)
-    with connect(place, device) as processes:
+    with connect(info, device, timedelta(minutes=args.dist_timeout)) as processes:
         if args.eval:
             both = args.model_ema_eval == "both"
             for ema in (False, True) if both else (args.model_ema_eval,):
@@ -77,9 +79,6 @@ def main(args: Namespace) -> int:
             run = build_run(args, processes)
             try:
                 train(run)
-            except Exception as error:
-                processes.note(error)
-                raise
             finally:
                 run.close()
     return 0
@@ -209,6 +208,7 @@ def explain_non_finite(run: Run, error: NonFiniteLossError) -> str:
     )
 
 
+@record  # so that torchrun's table of failures shows the traceback
 def command(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line (default: this process's own); returns the exit status."""
     return run_command(lambda: main(parse_args(argv)))

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,10 +15,8 @@ from training_runs import PLAIN, TINY, differences, load, make_images, run_proce
 
 import deit.main
 import deit.train.engine
-import deit.train.watchdog
 from deit.errors import UserError
 from deit.train.distributed import SHARDS_ON_CPU, RankInfo, choose_device, first_host
-from deit.train.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,22 +63,18 @@ SRUN = {
 
 
 def test_places():
-    assert RankInfo.from_env({}) == RankInfo(0, 1, 0, "env://", "localhost")
-    assert RankInfo.from_env(TORCHRUN) == RankInfo(3, 4, 1, "env://", "n1")
+    assert RankInfo.from_env({}) == RankInfo(0, 1, 0, "env://")
+    assert RankInfo.from_env(TORCHRUN) == RankInfo(3, 4, 1, "env://")
     srun = RankInfo.from_env(SRUN)
-    assert (srun.rank, srun.world_size, srun.local_rank, srun.address) == (2, 4, 0, "n1")
+    assert (srun.rank, srun.world_size, srun.local_rank) == (2, 4, 0)
     assert re.fullmatch(r"tcp://n1:2\d{4}", srun.url)
     # All ranks of a step agree, two steps do not clash.
     assert RankInfo.from_env(SRUN | {"SLURM_PROCID": "0"}).url == srun.url
     assert RankInfo.from_env(SRUN | {"SLURM_STEP_ID": "1"}).url != srun.url
     # torchrun inside a Slurm job wins.
     assert RankInfo.from_env(SRUN | TORCHRUN) == RankInfo.from_env(TORCHRUN)
-    elsewhere = RankInfo.from_env(TORCHRUN, url="tcp://n9:1234")
-    assert (elsewhere.url, elsewhere.address) == ("tcp://n9:1234", "n9")
-
-
-def test_a_batch_script_is_one_process():
-    """It has SLURM_PROCID and SLURM_NTASKS of its job, but nobody started the other tasks."""
+    assert RankInfo.from_env(TORCHRUN, url="tcp://n9:1234").url == "tcp://n9:1234"
+    # A batch script has its job's SLURM_NTASKS, but nobody started the other tasks.
     batch = {key: value for key, value in SRUN.items() if "STEP" not in key}
     assert RankInfo.from_env(batch | {"SLURM_PROCID": "0"}).world_size == 1
 
@@ -230,21 +223,11 @@ def test_interrupted_ranks_resume_exactly(data, tmp_path):
     assert differences(load(out / "checkpoint.pth"), load(whole)) == []
 
 
-def evaluate_on_ranks(*argv: str) -> int:
-    from deit.errors import one_line_errors
-    from deit.main import main
-    from deit.train.args import parse_args
-
-    return one_line_errors(lambda: main(parse_args([*TINY, *argv])))
-
-
-@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("options", [(), ("--batch-size", "16"), ("--no-dist-eval",)])
-def test_evaluation_is_exact(count, options, data, one_process, tmp_path, capfd):
+def test_evaluation_is_exact(options, data, one_process, tmp_path):
     """17 images over 3 processes in batches of 4 or 16: nothing counted twice or left out."""
-    argv = ("--eval", "--data-path", str(data), "--resume", str(one_process / "checkpoint.pth"))
-    body = functools.partial(evaluate_on_ranks, *MODEL, *argv, *options)
-    results = run_processes([body] * count, (), tmp_path)
+    argv = (*MODEL, "--eval", "--resume", str(one_process / "checkpoint.pth"), *options)
+    results = run_processes([functools.partial(train, *argv, data=data)] * 3, (), tmp_path)
     for status, output in results:
         assert status == 0, output
     last = load(one_process / "checkpoint.pth")["progress"]["history"][-1]
@@ -259,101 +242,81 @@ def test_evaluation_is_exact(count, options, data, one_process, tmp_path, capfd)
 # dying
 
 
-def doomed(way: str, data: Path, out: Path) -> int:
-    """Train; rank 1 comes to grief at its third update."""
-    deit.train.watchdog.INTERVAL, deit.train.watchdog.SILENCE = 1.0, 8.0
-    original = deit.train.engine.TrainStep.update
-    calls = 0
+def at_update(number: int, rank: int, action) -> None:
+    """Have `action()` done by `rank` before its update `number` (from 1)."""
+    original, calls = deit.train.engine.TrainStep.update, 0
 
     def update(*args):
         nonlocal calls
         calls += 1
-        if calls == 3 and os.environ["RANK"] == way[-1]:
-            if way.startswith("error"):
-                raise ValueError("a defect of rank 1")
-            os.kill(os.getpid(), signal.SIGKILL if way.startswith("kill") else signal.SIGSTOP)
+        if calls == number and os.environ["RANK"] == str(rank):
+            action()
         original(*args)
 
     deit.train.engine.TrainStep.update = update
-    return train(data=data, out=out)
+
+
+def raise_defect() -> None:
+    raise ValueError("a defect of rank 1")
+
+
+def send_self(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def doomed(rank: int, action, *argv: str, data: Path, out: Path) -> int:
+    at_update(3, rank, action)
+    return train(*argv, data=data, out=out)
 
 
 @pytest.mark.parametrize(
-    ("way", "message"),
+    ("rank", "action"),
     [
-        ("kill 1", "rank 1 on .* has been silent"),
-        ("freeze 1", "rank 1 on .* has been silent"),
-        ("error 1", "rank 1 on .* failed: ValueError: a defect of rank 1"),
-        ("kill 0", "rank 0 on .* cannot be reached"),
+        (1, functools.partial(send_self, signal.SIGKILL)),
+        (0, functools.partial(send_self, signal.SIGKILL)),
+        (1, functools.partial(send_self, signal.SIGSTOP)),
+        (1, raise_defect),
     ],
+    ids=["kill 1", "kill 0", "freeze 1", "error 1"],
 )
-def test_a_rank_that_dies_ends_the_others_and_is_named(way, message, data, tmp_path):
-    dead = int(way[-1])
-    body = functools.partial(doomed, way, data, tmp_path / "out")
-    results = run_processes([body] * 3, (), tmp_path, frozen=dead if "freeze" in way else None)
-    for rank, (status, output) in enumerate(results):
-        if rank != dead:
+def test_a_rank_that_dies_ends_the_others(rank, action, data, tmp_path):
+    out = tmp_path / "out"
+    body = functools.partial(doomed, rank, action, "--dist-timeout", "0.1", data=data, out=out)
+    frozen = rank if "STOP" in str(action) else None
+    results = run_processes([body] * 3, (), tmp_path, frozen=frozen)
+    for other, (status, output) in enumerate(results):
+        if other != rank:
             assert status == 1, output
-            assert re.search(f"error: {message}", output), output
-    if "error" in way:
-        assert "Traceback" in results[dead][1]
+            line = f"error: rank {other} lost the connection to another process, .*\n"
+            assert re.search(rf"(^|\n){line}$", output), output
+            assert "Traceback" not in output
+        elif action is raise_defect:
+            assert "ValueError: a defect of rank 1\n" in output
+    saved = load(out / "checkpoint.pth")  # the last but one, if the last was just being written
+    assert (saved["epoch"], saved["step"]) in ((-1, 2), (0, 0))
 
 
-def fail_beside(data: Path) -> int:
-    """Rank 0 has a wrong input while rank 1 trains and rank 2 is stopped."""
-    deit.train.watchdog.INTERVAL, deit.train.watchdog.SILENCE = 1.0, 8.0
+def fail_alone(data: Path) -> int:
+    """Ranks 1 and 2 fail for reasons of their own."""
     original = deit.main.build_run
 
     def build_run(*args):
-        if os.environ["RANK"] == "2":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(2 if os.environ["RANK"] == "0" else 600)
+        rank = int(os.environ["RANK"])
+        if rank == 1:
+            raise UserError("own error of rank 1")
+        if rank == 2:
+            raise ValueError("a defect")
         return original(*args)
 
     deit.main.build_run = build_run
     return train("--resume", "no.pth", data=data)
 
 
-def fail_each(data: Path) -> int:
-    def build_run(*args):
-        rank = int(os.environ["RANK"])
-        time.sleep(rank)
-        raise UserError(f"own error of rank {rank}") if rank < 2 else ValueError("a defect")
-
-    deit.main.build_run = build_run
-    return train(data=data)
-
-
-def test_an_error_is_told_before_a_launcher_ends_the_process(data, tmp_path):
-    body = functools.partial(fail_beside, data)
-    results = run_processes([body] * 3, (), tmp_path, frozen=2, launcher=True)
-    assert "error: no checkpoint" in results[0][1], results
-    assert "error" not in results[1][1], results
-
-
-def test_each_error_is_told(data, tmp_path):
-    body = functools.partial(fail_each, data)
-    results = run_processes([body] * 3, (), tmp_path, launcher=True)
-    for rank in (0, 1):
-        assert results[rank][1].count(f"error: own error of rank {rank}\n") == 1, results
+def test_errors_of_single_ranks_are_told(data, tmp_path):
+    results = run_processes([functools.partial(fail_alone, data)] * 3, (), tmp_path)
+    assert all(status for status, _ in results)
+    assert results[1] == (2, "error: own error of rank 1\n")
     assert "ValueError: a defect\n" in results[2][1], results
-
-
-def end_with_full_disk() -> None:
-    with open("/dev/full", "w") as full:
-        os.dup2(full.fileno(), 1)
-        os.dup2(full.fileno(), 2)
-    print("still in a buffer", end="")
-    watchdog = object.__new__(Watchdog)
-    watchdog.rank, watchdog._host, watchdog._error = 1, "here", None
-    watchdog._closing = threading.Event()
-    watchdog._exit("rank 0 is gone")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_keeps_no_process_alive(tmp_path):
-    ((status, _),) = run_processes([end_with_full_disk], (), tmp_path, timeout=60)
-    assert status == 1
 
 
 def resume_late(rank: int, *argv: str, data: Path) -> int:
@@ -374,17 +337,37 @@ def test_a_wrong_input_is_told_once(late, data, tmp_path):
     body = functools.partial(resume_late, late, "--resume", str(tmp_path / "no.pth"), data=data)
     results = run_processes([body] * 3, (), tmp_path)
     assert [status for status, _ in results] == [2, 2, 2], results
-    assert "".join(output for _, output in results).count("error: no checkpoint") == 1
-    assert results[0][1].count("\n") == 1, results
+    output = "".join(output for _, output in results)
+    assert output.startswith("error: no checkpoint")
+    assert output.count("\n") == 1
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {paths}
+from test_distributed import at_update, send_self
+import deit.main
+at_update(5, 1, lambda: send_self(signal.SIGKILL))
+sys.exit(deit.main.command())
+"""
 
 
 @pytest.mark.slow
 def test_torchrun(data, one_process, tmp_path):
-    """The real launcher, from the command line."""
+    """The real launcher: it names a rank that is killed, and the run goes on at its last state."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "deit/main.py"]
-    argv = [*TINY, *MODEL, *PLAIN, "--data-path", str(data), "--output-dir", str(tmp_path)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    argv = [*TINY, *MODEL, *PLAIN, "--data-path", str(data), "--output-dir", str(out)]
+    argv += ["--resume", "auto"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+    run = functools.partial(subprocess.run, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = run([*command, str(script), *argv])
+    assert done.returncode != 0
+    assert re.search(r"exitcode +: -9", done.stderr), done.stderr
+    assert re.search(r"rank +: 1", done.stderr), done.stderr
+    done = run([*command, "deit/main.py", *argv])
     assert done.returncode == 0, done.stderr
-    assert weights_differ(one_process, tmp_path) < 1e-5
+    assert weights_differ(one_process, out) < 1e-5

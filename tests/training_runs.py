@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +115,12 @@ def run_processes(
     timeout: float = 240,
     distributed: bool = True,
     frozen: int | None = None,
-    launcher: bool = False,
 ) -> list[tuple[int, str]]:
     """Run one function a process, as ranks that torchrun would have started.
 
     Args:
         timeout: seconds for all together; who takes longer is killed and has status -9.
         frozen: the rank that is killed when all others have ended.
-        launcher: end all others by SIGTERM once one has failed, as torchrun and srun do.
 
     Returns:
         (exit status, output) of each.
@@ -146,10 +143,6 @@ def run_processes(
         process.start()
         processes.append((process, log))
     deadline = time.monotonic() + timeout
-    if launcher:
-        wait([process.sentinel for process, _ in processes], timeout)
-        for process, _ in processes:
-            process.terminate()
     results = {}
     for rank in sorted(range(len(processes)), key=lambda rank: rank == frozen):
         process, log = processes[rank]

@@ -1,9 +1,10 @@
-"""Many processes: who am I, where do we meet, how a model is spread.
+"""Many processes: which rank is this, where do they meet, how a model is spread.
 
 Processes are started by torchrun or submitit (both set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
 MASTER_PORT) or by plain srun (Slurm's own variables). Without any of these there is one process,
 and everything here works for it too. Torch does the work: NCCL between GPUs, gloo between CPUs,
-DDP or FSDP2 around the model.
+DDP or FSDP2 around the model. A process that dies is the launcher's affair: torchrun and srun name
+it and end the others.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import time
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from deit.errors import EXIT_USER_ERROR, UserError, one_line
-from deit.train.watchdog import ARRIVAL, Watchdog
 
-# A collective that takes longer hangs; ranks that die are noticed sooner (`deit.train.watchdog`).
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+ARRIVAL = timedelta(minutes=5)
+"""Processes may start so far apart."""
 # FSDP2 records events in streams, which those of CPUs in torch 2.6 cannot.
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
@@ -46,18 +45,12 @@ class RankInfo:
     local_rank: int = 0
     url: str = "env://"
     """For `torch.distributed.rendezvous`: env://, tcp://HOST:PORT or file://PATH."""
-    address: str = "localhost"
-    """The host of rank 0."""
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     @classmethod
     def from_env(
         cls, environ: Mapping[str, str] = os.environ, *, url: str = "env://", world_size: int = 1
     ) -> RankInfo:
-        """Read this process's place from the environment of its launcher.
+        """Read this process's rank from the environment of its launcher.
 
         Args:
             url: `--dist-url`. Anything but env:// says where to meet whatever the launcher is.
@@ -66,35 +59,28 @@ class RankInfo:
         Raises:
             UserError: the variables are incomplete, or contradict `world_size`.
         """
-        if "RANK" in environ and "WORLD_SIZE" in environ:
-            rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-            local = _integer(environ, "LOCAL_RANK", rank)
-            address = environ.get("MASTER_ADDR", "")
-            if url == "env://" and size > 1 and not (address and environ.get("MASTER_PORT")):
-                raise UserError(
-                    "RANK is set but not MASTER_ADDR and MASTER_PORT: start by torchrun"
-                )
-        elif _in_slurm_step(environ):
-            rank, local = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID", 0)
-            size = _integer(environ, "SLURM_STEP_NUM_TASKS", _integer(environ, "SLURM_NTASKS"))
-            nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-            address = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else "localhost")
+        if not ("RANK" in environ and "WORLD_SIZE" in environ):
+            # A batch script has all of Slurm's variables but the step's.
+            if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
+                if world_size > 1:
+                    raise UserError(
+                        f"--world-size {world_size}, but no launcher started the processes: use "
+                        f"torchrun --nproc-per-node {world_size} deit/main.py ..."
+                    )
+                return cls(url=url)
+            environ = _from_slurm(environ)
             if url == "env://":
-                url = f"tcp://{address}:{environ.get('MASTER_PORT') or _slurm_port(environ)}"
-        else:
-            rank, size, local, address = 0, 1, 0, "localhost"
-            if world_size > 1:
-                raise UserError(
-                    f"--world-size {world_size}, but no launcher started the processes: use "
-                    f"torchrun --nproc-per-node {world_size} deit/main.py ..."
-                )
+                url = f"tcp://{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
+        rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+        local_rank = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
+        meeting = environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")
+        if url == "env://" and size > 1 and not meeting:
+            raise UserError("RANK is set but not MASTER_ADDR and MASTER_PORT: start by torchrun")
         if world_size not in (1, size):
             raise UserError(f"--world-size {world_size}, but the launcher started {size} processes")
         if not 0 <= rank < size:
             raise UserError(f"rank {rank} does not exist among {size} processes")
-        if not url.startswith("env://") and urlparse(url).hostname:
-            address = urlparse(url).hostname
-        return cls(rank, size, local, url, address)
+        return cls(rank, size, local_rank, url)
 
 
 def first_host(nodelist: str) -> str:
@@ -105,25 +91,28 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
-def _in_slurm_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process: a batch script has all these variables but the step's."""
-    return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ
+def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a process that srun started."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    # A port that all tasks of a job step agree on, and two steps of a node hardly share.
+    step = int(environ.get("SLURM_JOB_ID", "0")) * 7 + int(environ["SLURM_STEP_ID"])
+    host = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else "localhost")
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", ""),
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(20000 + step % 20000),
+    }
 
 
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """One that all tasks of a job step agree on, and two steps of a node hardly share."""
-    job, step = environ.get("SLURM_JOB_ID", "0"), environ.get("SLURM_STEP_ID", "0")
-    return 20000 + (int(job) * 7 + int(step)) % 20000
-
-
-def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environ.get(name)
-    if text is None and default is not None:
-        return default
+def _integer(environ: Mapping[str, str], name: str) -> int:
     try:
-        return int(text or "")
+        return int(environ[name])
     except ValueError:
-        raise UserError(f"the environment variable {name} is {text!r}, not a number") from None
+        raise UserError(
+            f"the environment variable {name} is {environ[name]!r}, not a number"
+        ) from None
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -159,15 +148,13 @@ class DistContext:
     Made by `connect`. With a single process every method is the trivial one.
     """
 
-    def __init__(self, place: RankInfo, device: torch.device) -> None:
-        self.place = place
-        self.rank = place.rank
-        self.world_size = place.world_size
-        self.is_main = place.is_main
+    def __init__(self, info: RankInfo, device: torch.device) -> None:
+        self.rank = info.rank
+        self.world_size = info.world_size
+        self.is_main = info.rank == 0
         self.device = device
         self.control: dist.ProcessGroup | None = None
         """A gloo group for host-side messages, so that they never wait for the GPU."""
-        self.watchdog: Watchdog | None = None
 
     def all_reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
         """`values` of all processes combined, in place, on whatever device it is."""
@@ -183,93 +170,103 @@ class DistContext:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.control is not None:
-            dist.barrier(group=self.control)
-
-    def note(self, error: BaseException) -> None:
-        """Tell the others of a failure before what has to be done at its end."""
-        if self.watchdog is not None and not _is_network_error(error):
-            self.watchdog.note(error)
-
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0 first: it may download what the others then find."""
+        """Run the body on rank 0 first: it may download what the others then find.
+
+        Raises:
+            UserError: that of rank 0, on all ranks.
+        """
         if not self.is_main:
-            self.barrier()
-        yield
+            problem = self.gather(None)[0]
+            if problem is not None:
+                raise UserError(problem)
+        try:
+            yield
+        except UserError as error:
+            if self.is_main:
+                with suppress(RuntimeError):  # another process hangs: the error comes first
+                    self.gather(str(error))
+            raise
         if self.is_main:
-            self.barrier()
+            self.gather(None)
 
 
 @contextmanager
-def connect(place: RankInfo, device: torch.device) -> Iterator[DistContext]:
+def connect(info: RankInfo, device: torch.device, timeout: timedelta) -> Iterator[DistContext]:
     """Meet the other processes; take everything down afterwards.
 
-    Inside, an exception on one process ends all of them, with a message that names it.
+    Inside, a `UserError` that several processes find is raised by one of them. The others exit
+    without a word, and with one line those whose collective broke because another process ended.
+
+    Args:
+        timeout: a collective that takes longer, because a process hangs, fails.
     """
-    processes = DistContext(place, device)
-    if place.world_size == 1:
-        yield processes
+    context = DistContext(info, device)
+    if info.world_size == 1:
+        yield context
         return
+    told = dist.PrefixStore("told", _meet(info, device, timeout))
+    context.control = dist.new_group(backend="gloo", timeout=timeout)
     try:
-        _meet(processes)
-        processes.control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-        yield processes
-        processes.barrier()
-    except Exception as error:
-        if processes.watchdog is not None:
-            if _is_network_error(error):
-                processes.watchdog.blame()
-            if processes.watchdog.fail(error) and isinstance(error, UserError):
-                raise SystemExit(EXIT_USER_ERROR) from None  # rank 0 prints the line
+        yield context
+        dist.barrier(group=context.control)
+    except UserError as error:
+        if _count(told, str(error)) != 1:
+            raise SystemExit(EXIT_USER_ERROR) from None
         raise
-    finally:
-        if processes.watchdog is not None:
-            processes.watchdog.close()
+    except (RuntimeError, ConnectionError) as error:
+        text = one_line(error)
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", text, re.I):
+            raise
+        # A process that hangs may be the one that serves the store.
+        if "imed out" not in text and _count(told, "any", 0) > 0:
+            raise SystemExit(EXIT_USER_ERROR) from None
+        print(
+            f"error: rank {info.rank} lost the connection to another process, which may have "
+            f"ended: {text[:300]}; --resume auto goes on from the last state",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(1) from None
     dist.destroy_process_group()
 
 
-def _meet(processes: DistContext) -> None:
-    place, device = processes.place, processes.device
-    start = time.monotonic()
+def _count(told: dist.Store, message: str, more: int = 1) -> int:
+    """How often `message` was told, this time included.
+
+    0 without an answer: rank 0, which serves the store, has ended, and told why.
+    """
     try:
-        store, rank, world_size = next(
-            dist.rendezvous(
-                place.url, place.rank, place.world_size, timeout=timedelta(seconds=ARRIVAL)
-            )
-        )
+        told.add("any", more)
+        return told.add(message, more)
+    except (RuntimeError, OSError):
+        return 0
+
+
+def _meet(info: RankInfo, device: torch.device, timeout: timedelta) -> dist.Store:
+    """Wait for all processes; returns the store that they share."""
+    try:
+        meeting = dist.rendezvous(info.url, info.rank, info.world_size, timeout=ARRIVAL)
+        store, rank, world_size = next(meeting)
     except (RuntimeError, ValueError, OSError) as error:
-        waited = f" after {time.monotonic() - start:.0f} s" if time.monotonic() - start > 1 else ""
         raise UserError(
-            f"the {place.world_size} processes cannot meet at {place.url} "
-            f"(host {place.address}){waited}: {one_line(error)[:300]}"
+            f"the {info.world_size} processes cannot meet at {info.url}: {one_line(error)[:300]}"
         ) from error
-    watchers = dist.PrefixStore("watchdog", store)
-    processes.watchdog = Watchdog(watchers, rank, world_size, place.address)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("default", store),
         rank=rank,
         world_size=world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
     )
-
-
-def _is_network_error(error: BaseException) -> bool:
-    """Whether a collective broke, which is most often another process's fault."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(s in text for s in ("gloo", "NCCL", "Gloo"))
-    )
+    return store
 
 
 def wrap_ddp(model: nn.Module, processes: DistContext) -> nn.Module:
     """`model` with its gradients averaged over all processes (as it is for a single one)."""
-    if processes.world_size == 1:
-        return model
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trainable = any(parameter.requires_grad for parameter in model.parameters())
+    if processes.world_size == 1 or not trainable:
         return model
     # Of gradients of (1, 1, C) tokens. They are copied, which costs nothing at that size.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

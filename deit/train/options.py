@@ -375,6 +375,8 @@ def _add_data(parser: ArgumentParser) -> None:
                               "torchrun, srun and submitit set the first two by themselves.")
     distributed.add("--world-size", COUNT, 1, "N", "number of processes")
     distributed.add("--dist-url", str, "env://", "URL", "where the processes meet")
+    distributed.add("--dist-timeout", POSITIVE, 10.0, "MINUTES",
+                    "what waits longer for another process, because that one hangs, fails")
     distributed.switch("--fsdp",
                        "shard weights, gradients and optimizer state over the processes, for "
                        "networks that are too large for one device")

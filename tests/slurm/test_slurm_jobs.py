@@ -253,7 +253,7 @@ def test_node_that_dies_is_survived_from_the_last_checkpoint(submit, undisturbed
     job.wait_for_mid_epoch()
     job.cluster.kill_node("n2")
     # The survivors notice, long before the controller does.
-    job.wait_until(lambda: "n2 " in error_log(job) and "dead" in error_log(job), "report", 60)
+    job.wait_until(lambda: "lost the connection to another" in error_log(job), "report", 60)
     job.cluster.start_node("n2")
     job.wait_for_end()
     assert job.restarts() == 1
