@@ -17,7 +17,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deit.errors import one_line_errors
-from deit.launch.plan import make_plan
+from deit.launch.spec import make_spec
 from deit.launch.status import show_status
 from deit.launch.submit import dry_run, submit
 
@@ -27,14 +27,14 @@ def run(argv: Sequence[str]) -> None:
     if argv and argv[0] == "status":
         show_status(argv[1:])
         return
-    plan, flags = make_plan(argv)
+    spec, flags = make_spec(argv)
     if flags.print_command:
-        for task in range(len(plan.array)):
-            print(plan.command(task))
+        for task in range(len(spec.array)):
+            print(spec.command(task))
     elif flags.dry_run:
-        print(dry_run(plan))
+        print(dry_run(spec))
     else:
-        submit(plan)
+        submit(spec)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pytest
 
 from deit.cli import CommandLine, OptionGroup
 from deit.errors import UserError
-from deit.launch.plan import make_plan
 from deit.launch.recipes import load_recipe, options_to_argv
+from deit.launch.spec import make_spec
 from deit.train.args import get_parser, parse_args
 
 BOTH = (
@@ -86,13 +86,13 @@ def test_a_published_line_is_its_recipe(name):
     nodes, rest = LINES[name]
     words = f"--nodes {nodes} --ngpus 4 --model {name} --data-path imagenet {rest}".split()
     script = "convnext" if "convnext" in name else "deit"
-    plan, _ = make_plan([*words, "--published", script, "--job-dir", "x"])
-    typed = vars(parse_args(plan.argv()))
+    spec, _ = make_spec([*words, "--published", script, "--job-dir", "x"])
+    typed = vars(parse_args(spec.argv()))
     recipe = load_recipe(name)
     options = recipe.options | {"data_path": "imagenet"}
     wanted = vars(parse_args(options_to_argv(options, get_parser())))
-    assert plan.resources.processes == recipe.gpus
-    assert plan.global_batch() == recipe.global_batch
+    assert spec.resources.processes == recipe.gpus
+    assert spec.global_batch() == recipe.global_batch
     different = {key for key in wanted if typed[key] != wanted[key]}
     # LAMB by its other name; fused attention, which ResMLP does not have
     assert different <= {"published", "opt", *(["fused_attn"] if "resmlp" in name else [])}
@@ -131,12 +131,12 @@ def test_every_option_of_the_convnext_script():
 
 def test_options_of_the_published_launchers():
     line = "--use_volta32 --timeout 36 --job_name mine --constraint ib --comment soon --nodes 1"
-    resources = make_plan(line.split())[0].resources
+    resources = make_spec(line.split())[0].resources
     assert (resources.constraint, resources.job_name) == ("ib&volta32gb", "mine")
     assert resources.minutes() == 36 * 60
-    assert make_plan(["--timeout", "0.5"])[0].resources.minutes() == 30
+    assert make_spec(["--timeout", "0.5"])[0].resources.minutes() == 30
     with pytest.raises(UserError, match="--timeout and --time"):
-        make_plan(["--timeout", "3", "--time", "1-0"])
+        make_spec(["--timeout", "3", "--time", "1-0"])
 
 
 def test_what_is_given_wins_over_a_published_script():

@@ -16,9 +16,9 @@ from deit.cli import Switch
 from deit.errors import UserError
 from deit.launch import submit as submit_module
 from deit.launch.cluster import load_cluster_file, parse_time
-from deit.launch.plan import make_plan
 from deit.launch.preflight import check
 from deit.launch.recipes import options_to_argv, recipe_names
+from deit.launch.spec import make_spec
 from deit.launch.submit import dry_run
 from deit.train.args import get_parser, parse_args
 
@@ -44,8 +44,8 @@ def cluster_file(tmp_path):
     return path
 
 
-def plan(*argv: str):
-    return make_plan(argv)[0]
+def spec(*argv: str):
+    return make_spec(argv)[0]
 
 
 def sbatch_flags(text: str) -> dict[str, str]:
@@ -65,7 +65,7 @@ def run_script(*argv: str, path: str | None = None) -> subprocess.CompletedProce
 
 
 def test_the_original_command_and_its_defaults():
-    made = plan("--model", "deit_small_patch16_LS", "--batch", "64", "--lr", "5e-4")
+    made = spec("--model", "deit_small_patch16_LS", "--batch", "64", "--lr", "5e-4")
     flags = sbatch_flags(dry_run(made))
     assert flags["nodes"] == "2"
     assert flags["ntasks-per-node"] == "8"
@@ -92,7 +92,7 @@ def test_every_cluster_option_reaches_sbatch():
     }
     words = [f"--{name}={value}" for name, value in given.items()]
     text = dry_run(
-        plan(
+        spec(
             *words,
             "--nodes=3",
             "--ngpus=2",
@@ -114,7 +114,7 @@ def test_every_cluster_option_reaches_sbatch():
 
 def test_flags_of_sbatch_can_be_turned_off(cluster_file):
     cluster_file.write_text("[sbatch]\nrequeue = false\nhold = false\nexclusive = true\n")
-    flags = sbatch_flags(dry_run(plan("--cluster-file", str(cluster_file))))
+    flags = sbatch_flags(dry_run(spec("--cluster-file", str(cluster_file))))
     assert flags["exclusive"] == ""
     assert not {"requeue", "hold"} & flags.keys()
 
@@ -123,13 +123,13 @@ def test_flags_of_sbatch_can_be_turned_off(cluster_file):
     ("tgpu", "gres"), [("none", None), ("any", "gpu:2"), ("H100", "gpu:H100:2")]
 )
 def test_gpu_type(tgpu, gres):
-    flags = sbatch_flags(dry_run(plan("--tgpu", tgpu, "--ngpus", "2", "--nodes", "1")))
+    flags = sbatch_flags(dry_run(spec("--tgpu", tgpu, "--ngpus", "2", "--nodes", "1")))
     assert flags.get("gres") == gres
 
 
 def test_precedence_is_command_line_recipe_cluster_file_default(cluster_file):
     words = ["--cluster-file", str(cluster_file), "--recipe", "resmlp_equi_d2_12"]
-    made = plan(*words, "--account", "mine", "--setup", "module load X", "--epochs", "3")
+    made = spec(*words, "--account", "mine", "--setup", "module load X", "--epochs", "3")
     assert (made.resources.partition, made.resources.account) == ("gpu", "mine")
     assert (made.resources.nodes, made.resources.ngpus) == (2, 4)  # 8 GPUs, four a node
     assert made.resources.setup == ["module load CUDA", "module load X"]
@@ -166,18 +166,18 @@ def test_wrong_cluster_file(tmp_path, text, message):
     path = tmp_path / "c.toml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        plan("--cluster-file", str(path))
+        spec("--cluster-file", str(path))
 
 
 def test_asked_for_cluster_file_must_exist(monkeypatch):
     monkeypatch.setenv("DEIT_CLUSTER", "/nowhere/c.toml")
     with pytest.raises(UserError, match=r"cannot read cluster file /nowhere/c\.toml"):
-        plan("--dry-run")
+        spec("--dry-run")
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_has_a_dry_run_that_can_be_typed_by_hand(name):
-    made = plan("--recipe", name, "--dry-run", "--data-path", "/imagenet")
+    made = spec("--recipe", name, "--dry-run", "--data-path", "/imagenet")
     text = dry_run(made)
     by_hand = shlex.split(text.splitlines()[-1])
     assert by_hand[0] == "torchrun"
@@ -195,28 +195,28 @@ def test_resplit_keeps_the_global_batch():
         (2, 8, ["--batch", "128"], (128, 1)),
         (8, 8, [], (32, 1)),
     ]:
-        made = plan(*words, "--nodes", str(nodes), "--ngpus", str(ngpus), *extra)
+        made = spec(*words, "--nodes", str(nodes), "--ngpus", str(ngpus), *extra)
         assert (made.options["batch_size"], made.options["update_freq"]) == split
         assert made.global_batch() == 2048
     with pytest.raises(UserError, match="2048 cannot be split evenly over 24 processes"):
-        plan(*words, "--nodes", "3")
+        spec(*words, "--nodes", "3")
     with pytest.raises(UserError, match="--batch-size 100 does not divide"):
-        plan(*words, "--nodes", "1", "--batch", "100")
+        spec(*words, "--nodes", "1", "--batch", "100")
 
 
 def test_recipe_without_imagenet_is_shown_but_not_started():
     words = ["--recipe", "d2_deit_base_patch16_LS"]
-    assert "/path/to/imagenet" in dry_run(plan(*words, "--dry-run"))
+    assert "/path/to/imagenet" in dry_run(spec(*words, "--dry-run"))
     with pytest.raises(UserError, match="trains on ImageNet: give --data-path"):
-        plan(*words)
+        spec(*words)
 
 
 def test_array_over_seeds_and_models():
-    made = plan("--array", "seed=0-2,7", "--nodes", "1")
+    made = spec("--array", "seed=0-2,7", "--nodes", "1")
     assert [task["seed"] for task in made.array] == [0, 1, 2, 7]
     assert parse_args(made.argv(3)).seed == 7
     assert sbatch_flags(dry_run(made))["array"] == "0-3%4"
-    made = plan("--array", "model=deit_base_patch16_LS,d2_deit_base_patch16_LS")
+    made = spec("--array", "model=deit_base_patch16_LS,d2_deit_base_patch16_LS")
     assert [parse_args(made.argv(t)).model for t in (0, 1)] == [
         "deit_base_patch16_LS",
         "d2_deit_base_patch16_LS",
@@ -224,16 +224,16 @@ def test_array_over_seeds_and_models():
 
 
 @pytest.mark.parametrize(
-    "spec", ["seed", "seed=", "seed=a", "seed=3-1", "seed=1,1", "lr=1", "model=a,"]
+    "text", ["seed", "seed=", "seed=a", "seed=3-1", "seed=1,1", "lr=1", "model=a,"]
 )
-def test_wrong_array(spec):
+def test_wrong_array(text):
     with pytest.raises(UserError, match="--array"):
-        plan("--array", spec)
+        spec("--array", text)
 
 
 def test_array_runs_need_folders_of_their_own():
     with pytest.raises(UserError, match="need %j in it"):
-        plan("--array", "seed=0-1", "--job-dir", "/same/for/all")
+        spec("--array", "seed=0-1", "--job-dir", "/same/for/all")
 
 
 @pytest.mark.parametrize(
@@ -270,21 +270,21 @@ def test_wrong_times(text):
 )
 def test_wrong_command_lines(words, message):
     with pytest.raises(UserError, match=message):
-        plan(*words)
+        spec(*words)
 
 
 def test_local_takes_one_cpu_process_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    made = plan("--local", "--model", "m")
+    made = spec("--local", "--model", "m")
     assert (made.resources.nodes, made.resources.ngpus, made.resources.gres) == (1, 1, None)
     assert made.command().startswith("python deit/main.py ")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert plan("--local", "--model", "m").resources.gres == "gpu:4"
+    assert spec("--local", "--model", "m").resources.gres == "gpu:4"
 
 
 def test_options_of_main_pass_through_in_any_spelling():
     words = ["--opt_betas", "0.9", "0.95", "--no-repeated_aug", "--epo", "3", "--wandb"]
-    made = plan(*words)
+    made = spec(*words)
     assert made.options == {
         "opt_betas": [0.9, 0.95],
         "repeated_aug": False,
@@ -315,8 +315,8 @@ def test_dry_run_and_print_command_of_the_script_need_no_slurm():
 
 def test_the_launcher_loads_neither_torch_nor_submitit():
     code = (
-        "import sys; from deit.launch.plan import make_plan; "
-        "import deit.run_with_submitit; make_plan(['--recipe', 'resmlpL_24', '--dry-run']); "
+        "import sys; from deit.launch.spec import make_spec; "
+        "import deit.run_with_submitit; make_spec(['--recipe', 'resmlpL_24', '--dry-run']); "
         "print(sorted({'torch', 'submitit', 'timm'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -354,7 +354,7 @@ def test_every_option_of_main_passes_through_unchanged(monkeypatch):
     assert len(actions) > 100
     for action in actions:
         words = sample_words(action)
-        made = make_plan([*words, "--dry-run"])[0]
+        made = make_spec([*words, "--dry-run"])[0]
         direct, passed = (get_parser().parse_args(argv) for argv in (words, made.argv()))
         assert vars(passed) == vars(direct), words
         assert passed.given == direct.given, words
@@ -362,16 +362,16 @@ def test_every_option_of_main_passes_through_unchanged(monkeypatch):
 
 
 def test_model_kwargs_reach_the_command_by_hand():
-    made = plan("--model", "d2_deit_tiny_patch16_LS", "--model-kwargs", "depth=2", "num_heads=3")
+    made = spec("--model", "d2_deit_tiny_patch16_LS", "--model-kwargs", "depth=2", "num_heads=3")
     assert "--model-kwargs depth=2 num_heads=3" in made.command()
     options = {"model_kwargs": {"depth": 2}}  # as in a recipe
     assert options_to_argv(options, get_parser()) == ["--model-kwargs", "depth=2"]
 
 
 def test_a_recipe_without_its_compilation():
-    made = plan("--recipe", "resmlpL_24", "--data-path", "x", "--no-compile")
+    made = spec("--recipe", "resmlpL_24", "--data-path", "x", "--no-compile")
     assert not parse_args(made.argv()).compile
-    assert parse_args(plan("--recipe", "resmlpL_24", "--data-path", "x").argv()).compile
+    assert parse_args(spec("--recipe", "resmlpL_24", "--data-path", "x").argv()).compile
 
 
 TINY = ("--local", "--model", "d2_deit_tiny_patch16_LS", "--input-size", "32")
@@ -402,12 +402,12 @@ def test_what_would_fail_is_refused_before_a_job_starts(words, message, tmp_path
     (tmp_path / "file").touch()
     monkeypatch.setattr(submit_module, "_submit_all", lambda *args: pytest.fail("a job started"))
     with pytest.raises(UserError, match=message):
-        submit_module.submit(plan(*TINY, *(word.format(tmp=tmp_path) for word in words)))
+        submit_module.submit(spec(*TINY, *(word.format(tmp=tmp_path) for word in words)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
 
 
 def test_data_that_only_the_nodes_have_are_noted(tmp_path):
     words = ["--model", "d2_deit_tiny_patch16_LS", "--data-path", "/nowhere"]
-    (note,) = check(plan(*words, "--job-dir", str(tmp_path / "%j")))
+    (note,) = check(spec(*words, "--job-dir", str(tmp_path / "%j")))
     assert note == "note    /nowhere is not on this machine: the nodes must see it"
-    assert check(plan(*TINY)) == []
+    assert check(spec(*TINY)) == []

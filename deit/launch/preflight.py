@@ -12,11 +12,11 @@ from argparse import Namespace
 from pathlib import Path
 
 from deit.errors import UserError, suggest
-from deit.launch.plan import Plan
+from deit.launch.spec import JobSpec
 from deit.train.args import parse_args
 
 
-def check(plan: Plan) -> list[str]:
+def check(spec: JobSpec) -> list[str]:
     """Build what the job will build, without its memory, and look at the files it will read.
 
     Returns:
@@ -29,16 +29,16 @@ def check(plan: Plan) -> list[str]:
         raise UserError("starting jobs needs the package submitit: pip install submitit")
     notes: list[str] = []
     classes = 1000
-    for task in range(len(plan.array)):
-        args = parse_args(plan.argv(task))
-        for folder in (plan.job_dir, args.output_dir):
+    for task in range(len(spec.array)):
+        args = parse_args(spec.argv(task))
+        for folder in (spec.job_dir, args.output_dir):
             _check_writable(folder)
         _check_files(args)
         if task == 0:  # the same data for all
-            classes, notes = _check_data(plan, args)
-        _check_network(plan, args, classes)
+            classes, notes = _check_data(spec, args)
+        _check_network(spec, args, classes)
         _check_packages(args)
-        if plan.local:
+        if spec.local:
             from deit.train.distributed import choose_device
 
             choose_device(args.device, 0)
@@ -64,7 +64,7 @@ def _check_files(args: Namespace) -> None:
             raise UserError(f"{option} {source}: there is no such file")
 
 
-def _check_data(plan: Plan, args: Namespace) -> tuple[int, list[str]]:
+def _check_data(spec: JobSpec, args: Namespace) -> tuple[int, list[str]]:
     """The number of classes, where it can be told, and remarks."""
     from deit.data import check_same_classes
     from deit.train.build import build_train_dataset, build_val_dataset, number_of_classes
@@ -73,16 +73,16 @@ def _check_data(plan: Plan, args: Namespace) -> tuple[int, list[str]]:
     here = all(
         Path(path).expanduser().exists() for path in (args.data_path, args.eval_data_path) if path
     )
-    if not plan.local and not here:
+    if not spec.local and not here:
         note = f"note    {args.data_path or args.eval_data_path} is not on this machine: "
         return args.nb_classes or 1000, [note + "the nodes must see it"]
-    if args.download or not (plan.local or args.data_set == "SAMPLE"):
+    if args.download or not (spec.local or args.data_set == "SAMPLE"):
         # the first is not there yet; the second may be millions of files on a slow file system
         return args.nb_classes or 1000, []
     sets = [] if args.disable_eval else [build_val_dataset(args)]
     if not args.eval:
         sets.append(build_train_dataset(args))
-        updates_per_epoch(args, len(sets[-1]), plan.resources.processes)
+        updates_per_epoch(args, len(sets[-1]), spec.resources.processes)
     if len(sets) > 1:
         check_same_classes(sets[1], sets[0])
     if args.resume or args.finetune:  # the checkpoint says how many outputs there are
@@ -90,7 +90,7 @@ def _check_data(plan: Plan, args: Namespace) -> tuple[int, list[str]]:
     return number_of_classes(args, sets[0]), []
 
 
-def _check_network(plan: Plan, args: Namespace, classes: int) -> None:
+def _check_network(spec: JobSpec, args: Namespace, classes: int) -> None:
     import timm
     import torch
 
@@ -105,7 +105,7 @@ def _check_network(plan: Plan, args: Namespace, classes: int) -> None:
     for option, name in names.items():
         if not timm.is_model(name):
             raise UserError(f"{option}: unknown model {name!r}{suggest(name, timm.list_models())}")
-    if args.resume or args.finetune or (Path(plan.job_dir) / LAST).exists():
+    if args.resume or args.finetune or (Path(spec.job_dir) / LAST).exists():
         return  # what the command line does not say of the network stands in the checkpoint
     with torch.device("meta"):
         model, _ = build_model(args, classes)

@@ -1,4 +1,4 @@
-"""Handing a `Plan` to submitit: Slurm's sbatch, or processes on this machine.
+"""Handing a `JobSpec` to submitit: Slurm's sbatch, or processes on this machine.
 
 submitit writes the sbatch script, one log a process, and the pickled job that a requeued run starts
 from again. It is imported here only, so that nothing else needs it.
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from deit.errors import UserError, one_line
 from deit.launch import slurm
 from deit.launch.job import STOP_SIGNALS, TrainingJob
-from deit.launch.plan import LAUNCHER, Plan
 from deit.launch.preflight import check
+from deit.launch.spec import LAUNCHER, JobSpec
 from deit.launch.status import RECORD
 from deit.train.args import config_dict, parse_args
 
@@ -35,49 +35,49 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _NO_LIMIT = 1_000_000
 
 
-def submit(plan: Plan) -> list[submitit.Job]:
-    """Submit `plan` and tell on stdout what was started and how to follow and stop it.
+def submit(spec: JobSpec) -> list[submitit.Job]:
+    """Submit `spec` and tell on stdout what was started and how to follow and stop it.
 
     Raises:
         UserError: Slurm is not there, or refuses the job.
     """
-    if not plan.local and shutil.which("sbatch") is None:
+    if not spec.local and shutil.which("sbatch") is None:
         raise UserError(
             "Slurm is not on this machine (no sbatch command): submit on a login node of your "
             "cluster, or add --local to train here"
         )
-    notes = check(plan)
-    executor = _local_executor(plan) if plan.local else _slurm_executor(plan)
-    jobs = _submit_all(executor, [TrainingJob(plan.argv(task)) for task in range(len(plan.array))])
-    print("\n".join([*notes, plan.describe()]))
-    _refuse_foreign_folder(plan, jobs)
-    with nullcontext() if plan.local else _cancelled_on_failure(jobs):
-        _record(plan, jobs)
-    if not plan.local and not plan.resources.sbatch.get("hold"):
+    notes = check(spec)
+    executor = _local_executor(spec) if spec.local else _slurm_executor(spec)
+    jobs = _submit_all(executor, [TrainingJob(spec.argv(task)) for task in range(len(spec.array))])
+    print("\n".join([*notes, spec.describe()]))
+    _refuse_foreign_folder(spec, jobs)
+    with nullcontext() if spec.local else _cancelled_on_failure(jobs):
+        _record(spec, jobs)
+    if not spec.local and not spec.resources.sbatch.get("hold"):
         _release(jobs[0].job_id.partition("_")[0])
     return jobs
 
 
-def _record(plan: Plan, jobs: list[submitit.Job]) -> None:
+def _record(spec: JobSpec, jobs: list[submitit.Job]) -> None:
     """Write into each job's folder what it is, and tell how to follow and stop it."""
     from deit.saving import write_text
 
     for task, job in enumerate(jobs):
         folder = job.paths.folder
-        output_dir = plan.options.get("output_dir", "").replace("%j", job.job_id)
+        output_dir = spec.options.get("output_dir", "").replace("%j", job.job_id)
         record = {
             "job_id": job.job_id,
-            "name": plan.name,
-            "recipe": plan.recipe,
-            "local": plan.local,
-            "epochs": parse_args(plan.argv(task)).epochs,
+            "name": spec.name,
+            "recipe": spec.recipe,
+            "local": spec.local,
+            "epochs": parse_args(spec.argv(task)).epochs,
             "output_dir": os.path.abspath(output_dir) if output_dir else "",
             "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "command": plan.command(task),
-            "resources": asdict(plan.resources),
+            "command": spec.command(task),
+            "resources": asdict(spec.resources),
         }
         write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-        _announce(plan, job, folder, plan.array[task])
+        _announce(spec, job, folder, spec.array[task])
 
 
 @contextlib.contextmanager
@@ -93,19 +93,19 @@ def _cancelled_on_failure(jobs: list[submitit.Job]) -> Iterator[None]:
         raise
 
 
-def dry_run(plan: Plan) -> str:
+def dry_run(spec: JobSpec) -> str:
     """What `submit` would do: the sbatch script and the resolved configuration. Submits nothing."""
-    parts = [f"# {plan.describe()}"]
-    if plan.local:
-        parts.append(f"# {plan.resources.processes} local processes, logs in {plan.job_dir}")
+    parts = [f"# {spec.describe()}"]
+    if spec.local:
+        parts.append(f"# {spec.resources.processes} local processes, logs in {spec.job_dir}")
     else:
-        parts.append(_sbatch_script(plan))
-    for task, own in enumerate(plan.array):
+        parts.append(_sbatch_script(spec))
+    for task, own in enumerate(spec.array):
         title = "".join(f", array task {task}: {name} = {value}" for name, value in own.items())
-        args = parse_args(plan.argv(task))
-        args.output_dir = args.output_dir or plan.job_dir
+        args = parse_args(spec.argv(task))
+        args.output_dir = args.output_dir or spec.job_dir
         parts.append(f"# configuration{title}\n{json.dumps(config_dict(args), indent=2)}")
-        parts.append(f"# by hand\n{plan.command(task)}")
+        parts.append(f"# by hand\n{spec.command(task)}")
     return "\n\n".join(parts)
 
 
@@ -120,11 +120,11 @@ def _python() -> str:
     return shlex.join(["sh", "-c", script, sys.executable])
 
 
-def _slurm_executor(plan: Plan) -> submitit.SlurmExecutor:
+def _slurm_executor(spec: JobSpec) -> submitit.SlurmExecutor:
     from submitit import SlurmExecutor
 
-    executor = SlurmExecutor(folder=plan.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
-    parameters = _slurm_parameters(plan)
+    executor = SlurmExecutor(folder=spec.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
+    parameters = _slurm_parameters(spec)
     # Its number names its folder. A job that starts before that is made fails without a log.
     parameters["additional_parameters"] = parameters["additional_parameters"] | {"hold": True}
     executor.update_parameters(**parameters)
@@ -139,13 +139,13 @@ def _release(job_id: str) -> None:
         )
 
 
-def _slurm_parameters(plan: Plan) -> dict[str, Any]:
+def _slurm_parameters(spec: JobSpec) -> dict[str, Any]:
     """submitit's names for what sbatch is to be told; absent where the cluster is to decide."""
-    resources = plan.resources
-    workers = parse_args(plan.argv()).num_workers
+    resources = spec.resources
+    workers = parse_args(spec.argv()).num_workers
     path = shlex.quote(str(_REPOSITORY))
     values = {
-        "job_name": resources.job_name or plan.name,
+        "job_name": resources.job_name or spec.name,
         "nodes": resources.nodes,
         "ntasks_per_node": resources.ngpus,
         "cpus_per_task": resources.cpus_per_task or max(1, workers),
@@ -173,7 +173,7 @@ def _slurm_parameters(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _sbatch_script(plan: Plan) -> str:
+def _sbatch_script(spec: JobSpec) -> str:
     """The text that sbatch would get; needs no Slurm."""
     from submitit import SlurmExecutor
 
@@ -184,21 +184,21 @@ def _sbatch_script(plan: Plan) -> str:
         def affinity(cls) -> int:
             return 2
 
-    executor = Unsubmitted(folder=plan.job_dir, python=_python())
-    executor.update_parameters(**_slurm_parameters(plan))
-    if len(plan.array) > 1:
-        executor.parameters["map_count"] = len(plan.array)
+    executor = Unsubmitted(folder=spec.job_dir, python=_python())
+    executor.update_parameters(**_slurm_parameters(spec))
+    if len(spec.array) > 1:
+        executor.parameters["map_count"] = len(spec.array)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def _local_executor(plan: Plan) -> submitit.LocalExecutor:
+def _local_executor(spec: JobSpec) -> submitit.LocalExecutor:
     from submitit import LocalExecutor
 
     # The processes inherit this environment; `setup` lines are for another machine's.
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), inherited)))
-    executor = LocalExecutor(folder=plan.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
-    resources = plan.resources
+    executor = LocalExecutor(folder=spec.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
+    resources = spec.resources
     executor.update_parameters(
         nodes=1,
         tasks_per_node=resources.ngpus,
@@ -249,11 +249,11 @@ def _silenced() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _refuse_foreign_folder(plan: Plan, jobs: list[submitit.Job]) -> None:
+def _refuse_foreign_folder(spec: JobSpec, jobs: list[submitit.Job]) -> None:
     """Job ids come again (process ids, a new Slurm), and a folder's checkpoint is gone on with."""
     folders = [job.paths.folder for job in jobs]
     taken = [folder for folder in folders if (folder / "checkpoint.pth").exists()]
-    if "%j" in plan.job_dir and taken:
+    if "%j" in spec.job_dir and taken:
         for job in jobs:
             job.cancel(check=False)
         raise UserError(
@@ -263,9 +263,9 @@ def _refuse_foreign_folder(plan: Plan, jobs: list[submitit.Job]) -> None:
         )
 
 
-def _announce(plan: Plan, job: submitit.Job, folder: Path, own: dict[str, Any]) -> None:
+def _announce(spec: JobSpec, job: submitit.Job, folder: Path, own: dict[str, Any]) -> None:
     title = "".join(f" ({name} {value})" for name, value in own.items())
-    stop = f"kill {job.job_id}" if plan.local else f"scancel {job.job_id}"
+    stop = f"kill {job.job_id}" if spec.local else f"scancel {job.job_id}"
     print(f"job {job.job_id}{title}")
     print(f"  folder  {folder}")
     print(f"  log     tail -F {job.paths.stdout}")

@@ -1,4 +1,4 @@
-"""From a command line to a `Plan`: what to run, on what, where.
+"""From a command line to a `JobSpec`: what to run, on what, where.
 
 Precedence, option by option: command line, recipe, the user's cluster file, default.
 """
@@ -60,7 +60,7 @@ recipes:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobSpec:
     """One submission: `options` of deit/main.py on `resources`, once for each of `array`."""
 
     name: str
@@ -178,8 +178,8 @@ def get_launch_parser() -> CommandLine:
     return parser
 
 
-def make_plan(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
-    """The plan for a command line, and the launcher's own flags (dry_run, print_command).
+def make_spec(argv: Sequence[str]) -> tuple[JobSpec, argparse.Namespace]:
+    """The spec for a command line, and the launcher's own flags (dry_run, print_command).
 
     Raises:
         UserError: unknown options, recipes, resources, or a global batch that cannot be kept.
@@ -210,7 +210,7 @@ def make_plan(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
                 )
             options["data_path"] = DATA_PLACEHOLDER
     job_dir = given.get("job_dir") or cluster.job_dir or DEFAULT_JOB_DIR
-    plan = Plan(
+    spec = JobSpec(
         name=recipe.name if recipe else parse_args(options_to_argv(options, get_parser())).model,
         recipe=recipe.name if recipe else None,
         resources=resources,
@@ -219,8 +219,8 @@ def make_plan(argv: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
         job_dir=os.path.expandvars(os.path.expanduser(job_dir)),
         local=flags.local,
     )
-    _check(plan)
-    return plan, flags
+    _check(spec)
+    return spec, flags
 
 
 def _resources(
@@ -284,11 +284,11 @@ def _array(text: str | None) -> tuple[dict[str, Any], ...]:
     return tuple({"seed": seed} for seed in seeds)
 
 
-def _check(plan: Plan) -> None:
+def _check(spec: JobSpec) -> None:
     """Refuse now what would otherwise fail in the queue, hours later."""
-    for task in range(len(plan.array)):
-        parse_args(plan.argv(task))
-    if len(plan.array) > 1 and not any(tag in plan.job_dir for tag in ("%j", "%a")):
+    for task in range(len(spec.array)):
+        parse_args(spec.argv(task))
+    if len(spec.array) > 1 and not any(tag in spec.job_dir for tag in ("%j", "%a")):
         raise UserError(
-            f"--job-dir {plan.job_dir}: runs of an array need %j in it to tell them apart"
+            f"--job-dir {spec.job_dir}: runs of an array need %j in it to tell them apart"
         )
