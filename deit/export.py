@@ -189,7 +189,7 @@ def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo, argparse
     kwargs = dict(args.model_kwargs or ())
     if args.resume:
         network, used = build_as_trained(
-            read_checkpoint(args.resume), source=args.resume, ema=args.model_ema_eval,
+            read_checkpoint(args.resume), ema=args.model_ema_eval,
             model=args.model, img_size=size, kwargs=kwargs,
         )  # fmt: skip
         names = network.class_names

@@ -123,7 +123,7 @@ def _checkpoint(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     network, used = build_as_trained(
-        read_checkpoint(args.checkpoint), source=args.checkpoint, ema=args.model_ema_eval,
+        read_checkpoint(args.checkpoint), ema=args.model_ema_eval,
         model=args.model, kwargs=dict(args.model_kwargs or ()),
     )  # fmt: skip
     if (channels := input_channels(network)) != 3:

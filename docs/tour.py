@@ -38,8 +38,8 @@ from deit.export import main as export
 from deit.groups import FLOP
 from deit.layers import GELU, Linear
 from deit.predict import main as predict
-from deit.train.checkpoint import load_model, model_state, read_checkpoint
-from deit.train.finetune import load_for_finetune
+from deit.train.checkpoint import read_checkpoint
+from deit.train.weights import load_weights
 
 os.chdir(tempfile.mkdtemp())  # for the files that this writes
 torch.manual_seed(0)
@@ -167,7 +167,7 @@ print("on their mirror images", accuracy(model, test_images.flip(-1), test_class
 # ## Fine-tuning at another resolution, from the checkpoint
 #
 # 35 x 35 pixels are 5 x 5 patches in place of 4 x 4, so the position embedding must be resampled.
-# `load_for_finetune` does it such that the network stays exactly equivariant. The command line does
+# `load_weights` does it such that the network stays exactly equivariant. The command line does
 # all of this by `python deit/main.py --finetune FILE --input-size 35`. A checkpoint, as
 # `deit/main.py` writes it, also says how the network is built, and what its outputs are called.
 
@@ -178,8 +178,7 @@ saved = {"model": model.state_dict(), "args": options, "class_names": names}
 torch.save(saved, "checkpoint.pth")
 
 larger = small_vit(35)
-state = model_state(read_checkpoint("checkpoint.pth"), source="checkpoint.pth")
-print(load_for_finetune(larger, state, source="checkpoint.pth"))
+print(load_weights(larger, read_checkpoint("checkpoint.pth"), adapt=True))
 images_35, test_35 = (F.interpolate(x, 35, mode="bilinear") for x in (images, test_images))
 print("before", accuracy(larger, test_35, test_classes))
 train(larger, images_35, classes, steps=100, lr=1e-3)
@@ -207,7 +206,7 @@ print("upside down, after", accuracy(adapted, test_upside_down, test_classes))
 print("on their mirror images", accuracy(adapted, test_upside_down.flip(-1), test_classes))
 print(equivariance_error(adapted, FLOP, test_images[:4], image(FLOP), invariant))
 merged = small_vit(28)
-load_model(merged, adapted.merge_and_unload().state_dict(), source="the merged network")
+merged.load_state_dict(adapted.merge_and_unload().state_dict())
 print("merged", accuracy(merged, test_upside_down, test_classes))
 
 # %% [markdown]

@@ -17,13 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deit.errors import UserError
-from deit.train.checkpoint import (
-    load_model,
-    model_state,
-    read_checkpoint,
-    strip_prefixes,
-    trained_model_name,
-)
+from deit.train.checkpoint import Checkpoint, read_checkpoint, strip_prefixes
+from deit.train.weights import load_weights
 
 
 @pytest.fixture
@@ -60,16 +55,14 @@ def test_published_format(net, tmp_path, prefix):
     checkpoint = read_checkpoint(tmp_path / "c.pth")
     assert checkpoint["epoch"] == 399
     assert str(checkpoint["args"].output_dir) == "/data/run"
-    assert trained_model_name(checkpoint) == "a_net"
-    state = model_state(checkpoint, source="c.pth")
-    assert_same(state, net)
-    average = model_state(checkpoint, source="c.pth", ema=True)
-    assert torch.equal(average["0.weight"], net[0].weight + 1)
+    assert checkpoint.model_name == "a_net"
+    assert_same(checkpoint.state(), net)
+    assert torch.equal(checkpoint.state(ema=True)["0.weight"], net[0].weight + 1)
 
 
 def test_legacy_file_format(net, tmp_path):
     torch.save(published(net), tmp_path / "c.pth", _use_new_zipfile_serialization=False)
-    assert_same(model_state(read_checkpoint(tmp_path / "c.pth"), source="c"), net)
+    assert_same(read_checkpoint(tmp_path / "c.pth").state(), net)
 
 
 def test_paths_of_other_pythons_and_systems(tmp_path):
@@ -95,7 +88,7 @@ def test_bare_state_dict(net, tmp_path, suffix):
         torch.save(net.state_dict(), file)
     else:
         save_file(net.state_dict(), file)
-    assert_same(model_state(read_checkpoint(file), source=file), net)
+    assert_same(read_checkpoint(file).state(), net)
 
 
 def test_address_is_downloaded_once(net, tmp_path, monkeypatch):
@@ -116,7 +109,7 @@ def test_address_is_downloaded_once(net, tmp_path, monkeypatch):
     try:
         for _ in range(2):
             checkpoint = read_checkpoint(f"{address}/checkpoint.pth?version=2")
-            assert_same(model_state(checkpoint, source=address), net)
+            assert_same(checkpoint.state(), net)
         assert len(requests) == 1
         with pytest.raises(UserError, match=r"cannot download.*absent.*404"):
             read_checkpoint(f"{address}/absent.pth")
@@ -138,8 +131,7 @@ def test_hugging_face_names(net, tmp_path, monkeypatch):
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    state = model_state(read_checkpoint("hf-hub:owner/some.net@v1"), source="hub")
-    assert_same(state, net)
+    assert_same(read_checkpoint("hf-hub:owner/some.net@v1").state(), net)
     assert asked == [
         ("owner/some.net", "model.safetensors", "v1"),
         ("owner/some.net", "pytorch_model.bin", "v1"),
@@ -215,22 +207,23 @@ def test_unusable_files(net, tmp_path):
     }
     for name, message in expected.items():
         with pytest.raises(UserError, match=message) as caught:
-            model_state(read_checkpoint(tmp_path / name), source=name)
+            read_checkpoint(tmp_path / name).state()
         assert "\n" not in str(caught.value)
 
 
-def test_absent_average_is_an_error(net, tmp_path):
+def test_absent_average_is_an_error(net):
     with pytest.raises(UserError, match=r"no 'model_ema'.*--model-ema-eval"):
-        model_state({"model": net.state_dict()}, source="c.pth", ema=True)
+        Checkpoint({"model": net.state_dict()}, "c.pth").state(ema=True)
     with pytest.raises(UserError, match=r"no 'model' .*'model_ema' is taken with .*ema=True"):
-        model_state({"model_ema": net.state_dict()}, source="c.pth")
+        Checkpoint({"model_ema": net.state_dict()}, "c.pth").state()
 
 
 def test_foreign_keys_are_counted(net):
     state = {f"other.{n}": torch.ones(1) for n in range(5)}
     state["1.weight"] = net[1].weight
+    content = {"model": state, "args": argparse.Namespace(model="a_net")}
     with pytest.raises(UserError) as caught:
-        load_model(net, state, source="c.pth", trained_as="a_net")
+        load_weights(net, Checkpoint(content, "c.pth"))
     message = str(caught.value)
     assert "3 missing keys (0.weight, 0.bias, 1.bias)" in message
     assert "5 unexpected keys (other.0, other.1, other.2, ...)" in message
@@ -241,7 +234,7 @@ def test_foreign_keys_are_counted(net):
 def test_other_shapes_are_counted(net):
     state = {key: value[:-1] for key, value in net.state_dict().items()}
     with pytest.raises(UserError, match=r"4 tensors of another shape \(0.weight, 0.bias, 1.weight"):
-        load_model(net, state, source="c.pth")
+        load_weights(net, Checkpoint({"model": state}, "c.pth"))
 
 
 def test_strip_prefixes_leaves_other_names():

@@ -17,6 +17,7 @@ from deit.errors import UserError, one_line_errors
 from deit.main import main
 from deit.measure import command as complexity
 from deit.train.args import parse_args
+from deit.train.checkpoint import Checkpoint
 from deit.train.loading import NETWORK, adopt, build_as_trained
 from deit.train.teacher import build_teacher
 
@@ -184,17 +185,17 @@ def test_the_complexity_is_that_of_the_network_in_the_file(file, tmp_path, capsy
 def test_a_namespace_without_a_command_line():
     """What differs from the defaults counts as given."""
     args = Namespace(model="test_vit", input_size=32, patch_size=None, model_kwargs=None)
-    checkpoint = {"args": Namespace(model="test_vit", input_size=48, patch_size=8)}
-    notes = adopt(args, checkpoint, {}, NETWORK, source="c.pth")
+    theirs = Namespace(model="test_vit", input_size=48, patch_size=8)
+    notes = adopt(args, Checkpoint({"model": {}, "args": theirs}, "c.pth"), NETWORK)
     assert (args.input_size, args.patch_size) == (32, 8)
     assert notes == ["taken from c.pth: --patch-size 8",
                      "other than in c.pth: --input-size 32 (there: --input-size 48)"]  # fmt: skip
 
 
 def test_another_models_options_are_not_taken(file):
+    content = {"model": load(file)["model"], "args": Namespace(model=MODEL)}
     with pytest.raises(UserError, match="does not fit"):
-        build_as_trained({"model": load(file)["model"], "args": Namespace(model=MODEL)},
-                         source="c", model="test_vit")  # fmt: skip
+        build_as_trained(Checkpoint(content, "c"), model="test_vit")
 
 
 def test_the_teachers_outputs_are_put_in_the_students_order(file):
@@ -303,8 +304,8 @@ def test_logits_that_are_not_finite(file, data, monkeypatch, capsys):
         model.register_forward_hook(lambda module, inputs, logits: logits / 0)
         return model, *rest
 
-    build = evaluation._resumed
-    monkeypatch.setattr(evaluation, "_resumed", overflow)
+    build = evaluation.build_model
+    monkeypatch.setattr(evaluation, "build_model", overflow)
     assert run("--eval", "--resume", str(file)) == 2
     assert "the logits of 17 of 17 images are infinite or NaN" in capsys.readouterr().err
 

@@ -22,11 +22,11 @@ from training_runs import load, make_images, train
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.models.published import own_name
-from deit.train.checkpoint import load_model, load_weights, read_checkpoint, strip_prefixes
+from deit.train.checkpoint import Checkpoint, read_checkpoint
 from deit.train.engine import Precision
-from deit.train.finetune import load_for_finetune
 from deit.train.moments import load_optimizer, optimizer_names, positions_of, published_names
 from deit.train.optim import build_optimizer, freeze_shift
+from deit.train.weights import load_weights
 
 FAMILIES = json.loads((Path(__file__).parent / "fixtures" / "networks.json").read_text())[
     "families"
@@ -227,7 +227,7 @@ def test_training_goes_on_with_the_published_updates(name, prefix, groups, excep
     train_published(theirs, optimizer, (3, 4))
 
     model = timm.create_model(name, num_classes=3, **NETWORKS[name][1])
-    load_model(model, strip_prefixes(state), source="published.pth")
+    load_weights(model, Checkpoint({"model": state}, "published.pth"))
     if frozen:
         freeze_shift(model)
     compiled = prefix != "" or "convnext" in name or ("cls_token" in exceptions and "d2" in name)
@@ -288,8 +288,9 @@ def test_published_ordinary_convnexts_load(name, tmp_path):
         {"model": state, "model_ema": {k: v * 0 for k, v in state.items()}}, tmp_path / "p.pth"
     )
     resumed, tuned = build(), build()
-    load_weights(resumed, read_checkpoint(tmp_path / "p.pth"), source="p.pth")
-    report = load_for_finetune(tuned, state)
+    checkpoint = read_checkpoint(tmp_path / "p.pth")
+    load_weights(resumed, checkpoint)
+    report = load_weights(tuned, checkpoint, adapt=True)
     assert report.missing == report.unexpected == report.reinitialised == []
     torch.save(state, tmp_path / "bare.pth")
     overlay = {"file": str(tmp_path / "bare.pth"), "num_classes": 3}

@@ -11,7 +11,7 @@ from training_runs import TINY, differences, load, make_images, train
 from deit.errors import UserError
 from deit.train.args import parse_args
 from deit.train.build import build_model, mean_and_std, set_precision
-from deit.train.finetune import read_for_finetune
+from deit.train.checkpoint import read_checkpoint
 from deit.train.reporting import read_log
 from deit.train.training import workers
 
@@ -149,12 +149,12 @@ def test_weights_in_a_file_of_another_layout(tmp_path):
     path = tmp_path / "x.pth"
     weights = {"backbone.a": torch.ones(2), "head.b": torch.zeros(1)}
     torch.save({"module": weights, "epoch": 3}, path)
-    assert read_for_finetune(str(path), "model|module")["model"].keys() == weights.keys()
-    assert read_for_finetune(str(path), "module", "backbone.")["model"].keys() == {"a"}
+    assert read_checkpoint(path, key="model|module")["model"].keys() == weights.keys()
+    assert read_checkpoint(path, key="module", prefix="backbone.")["model"].keys() == {"a"}
     with pytest.raises(UserError, match="neither a 'model'"):
-        read_for_finetune(str(path))
+        read_checkpoint(path)
     with pytest.raises(UserError, match="no weights whose names begin with 'neck'"):
-        read_for_finetune(str(path), "module", "neck")
+        read_checkpoint(path, key="module", prefix="neck")
 
 
 def test_wandb_ckpt_needs_checkpoints():

@@ -147,7 +147,6 @@ def _take_checkpoint(args: Namespace) -> None:
     """Set the model, its arguments and the size of its images as --checkpoint has them."""
     network, options = build_as_trained(
         read_checkpoint(args.checkpoint),
-        source=args.checkpoint,
         model=args.models[0] if args.models else None,
         img_size=args.img_size,
         kwargs=args.arguments,

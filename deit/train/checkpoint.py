@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pathlib
 import pickle
 import re
@@ -26,12 +25,13 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from deit.errors import UserError, one_line
-from deit.models.published import adapt_state
 
-_SHOWN_KEYS = 3
+_SHOWN = 3
 _HUB_PREFIX = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
 # Where published files keep their weights, in order of preference.
@@ -44,15 +44,14 @@ _EMA_KEYS = ("model_ema", "state_dict_ema")
 def _safe_globals() -> list[tuple[Any, str]]:
     """The types beyond torch's own that published checkpoints hold, as (type, pickled name).
 
-    Paths of the other operating system are read as pure paths, which exist everywhere. Python
-    3.13 pickles paths under `pathlib._local`, numpy 1 and 2 their scalars under different modules.
+    Paths are read as pure paths, which exist on every system. Python 3.13 pickles them under
+    `pathlib._local`, numpy 1 and 2 their scalars under different modules.
     """
-    native = {"posix": ("PosixPath",), "nt": ("WindowsPath",)}.get(os.name, ())
     allowed: list[tuple[Any, str]] = [(argparse.Namespace, "argparse.Namespace")]
     for module in ("pathlib", "pathlib._local"):
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
-            readable = name if name in native or name.startswith("Pure") else f"Pure{name}"
-            allowed.append((getattr(pathlib, readable), f"{module}.{name}"))
+        for pure in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
+            name = pure.__name__
+            allowed += [(pure, f"{module}.{n}") for n in (name, name.removeprefix("Pure"))]
     multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed.append((multiarray.scalar, f"{module}.scalar"))
@@ -67,21 +66,111 @@ def _safe_globals() -> list[tuple[Any, str]]:
 _SAFE_GLOBALS = _safe_globals()
 
 
-def read_checkpoint(source: str | Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+class Checkpoint(dict[str, Any]):
+    """What a checkpoint holds, under its keys; messages call it by its `source`."""
+
+    def __init__(self, content: Mapping[str, Any], source: str | Path) -> None:
+        super().__init__(content)
+        self.source = str(source)
+        self._states: dict[bool, dict[str, Tensor]] = {}
+
+    @property
+    def model_name(self) -> str | None:
+        """The `--model` of the run that wrote it, if it says so."""
+        name = getattr(self.get("args"), "model", None)
+        return name if isinstance(name, str) else None
+
+    @property
+    def class_names(self) -> list[str]:
+        """What the network's outputs stand for, in their order; empty if it does not say so."""
+        return list(self.get("class_names") or ())
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the average of the weights is in it."""
+        return any(isinstance(self.get(key), Mapping) for key in _EMA_KEYS)
+
+    @property
+    def raw_state(self) -> Mapping[str, Tensor]:
+        """The trained weights with all prefixes of their names; empty if there are none."""
+        states = (self.get(key) for key in _MODEL_KEYS)
+        return next((state for state in states if isinstance(state, Mapping)), {})
+
+    def state(self, ema: bool = False) -> dict[str, Tensor]:
+        """The state dict of the trained weights, or with `ema` of their average, no prefixes.
+
+        Raises:
+            UserError: these weights are not in it (the others are never taken in their place), or
+                are infinite or NaN.
+        """
+        if ema not in self._states:
+            state = self._states[ema] = self._find(_EMA_KEYS if ema else _MODEL_KEYS)
+            bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+            if bad:
+                raise UserError(
+                    f"{self.source!r} has weights that are infinite or NaN, in "
+                    f"{counted(bad, 'tensor')}: that training had diverged; take an earlier "
+                    "checkpoint"
+                )
+        return self._states[ema]
+
+    def narrow(self, key: str, prefix: str) -> None:
+        """Have as trained weights those under `key` (`a|b`: the first that is there) whose names
+        begin with `prefix`, without it.
+
+        Raises:
+            UserError: there are none.
+        """
+        state = self._find((*(key.split("|") if key else ()), *_MODEL_KEYS))
+        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if not state:
+            raise UserError(f"{self.source!r} has no weights whose names begin with {prefix!r}")
+        self["model"] = state
+
+    def _find(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        found = next((key for key in keys if isinstance(self.get(key), Mapping)), None)
+        if found is None:
+            ema = keys is _EMA_KEYS
+            present = ", ".join(repr(key) for key in self)
+            other = next((key for key in (_MODEL_KEYS if ema else _EMA_KEYS) if key in self), None)
+            word = "without" if ema else "with"
+            hint = f"; its '{other}' is taken {word} --model-ema-eval, or ema={not ema}"
+            raise UserError(
+                f"{self.source!r} has no '{keys[0]}' (it has {present}){hint if other else ''}"
+            )
+        for name, value in self[found].items():
+            if not isinstance(value, Tensor):
+                raise UserError(
+                    f"{self.source!r}: '{found}' holds other things than tensors: {name!r} is a "
+                    f"{type(value).__name__}"
+                )
+        return strip_prefixes(self[found])
+
+    def which(self, ema: bool = False) -> str:
+        """In words, which of its weights are taken."""
+        if ema:
+            return "the average of the weights (model_ema)"
+        return "the trained weights (model)" + (", not their average" if self.has_average else "")
+
+
+def read_checkpoint(source: str | Path, *, key: str = "", prefix: str = "") -> Checkpoint:
     """Read a checkpoint onto the CPU.
 
     Args:
         source: a `.pth`/`.pt`/`.safetensors` file, an http(s) address (kept in torch.hub's
             cache), or `hf-hub:owner/name[@revision][/file]` on the Hugging Face hub.
-        keys: other places than the usual ones where its weights may be.
+        key: where its weights are (`model|module`: the first that is there), before the usual
+            places.
+        prefix: take only the weights whose names begin with it, and cut it off.
 
     Returns:
-        A dict that has at least one of the keys `model` and `model_ema` (or timm's `state_dict`),
-        or of `keys`. Its `args`, which our files hold as a dict and published ones as a Namespace,
-        are a Namespace if they are there.
+        At least one of the keys `model` and `model_ema` (or timm's `state_dict`), or of `key`, is
+        in it. With `key` or `prefix` `model` has the weights that are meant. Its `args`, which our
+        files hold as a dict and published ones as a Namespace, are a Namespace if they are there.
 
     Raises:
-        UserError: the file is missing, empty, damaged, refused as unsafe, or no checkpoint.
+        UserError: the file is missing, empty, damaged, refused as unsafe, or no checkpoint, or has
+            no such weights.
     """
     text = str(source)
     if text.startswith(_HUB_PREFIX):
@@ -93,17 +182,22 @@ def read_checkpoint(source: str | Path, keys: Sequence[str] = ()) -> dict[str, A
     content = _read_file(path, text)
     if not isinstance(content, Mapping):
         raise UserError(f"{text!r} holds a {type(content).__name__}, not a checkpoint")
-    if any(isinstance(content.get(key), Mapping) for key in (*keys, *_MODEL_KEYS, *_EMA_KEYS)):
-        checkpoint = dict(content)
-        if isinstance(checkpoint.get("args"), Mapping):
-            checkpoint["args"] = argparse.Namespace(**checkpoint["args"])
-        return checkpoint
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return {"model": dict(content)}
-    shown = ", ".join(repr(key) for key in list(content)[:_SHOWN_KEYS]) or "nothing"
-    raise UserError(
-        f"{text!r} is no checkpoint: it has neither a 'model' nor a bare state dict, it has {shown}"
-    )
+    known = (*key.split("|"), *_MODEL_KEYS, *_EMA_KEYS)
+    if any(isinstance(content.get(name), Mapping) for name in known):
+        checkpoint = Checkpoint(content, text)
+    elif content and all(isinstance(value, Tensor) for value in content.values()):
+        checkpoint = Checkpoint({"model": dict(content)}, text)
+    else:
+        shown = ", ".join(repr(name) for name in list(content)[:_SHOWN]) or "nothing"
+        raise UserError(
+            f"{text!r} is no checkpoint: it has neither a 'model' nor a bare state dict, it has "
+            f"{shown}"
+        )
+    if isinstance(checkpoint.get("args"), Mapping):
+        checkpoint["args"] = argparse.Namespace(**checkpoint["args"])
+    if key or prefix:
+        checkpoint.narrow(key, prefix)
+    return checkpoint
 
 
 def _read_file(path: Path, source: str) -> Any:
@@ -115,28 +209,28 @@ def _read_file(path: Path, source: str) -> Any:
         raise UserError(f"checkpoint {source!r} is empty (0 bytes): it was not written completely")
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-            from safetensors.torch import load_file
-
-            with safe_open(path, "pt") as opened:
-                said = opened.metadata() or {}
-            state = load_file(path)
-            try:
-                saved = {key: json.loads(said[key]) for key in _EXPORTED_KEYS if key in said}
-            except ValueError:
-                return state
-            # other files than those of deit/export.py have no such args
-            return {"model": state, **saved} if isinstance(saved.get("args"), dict) else state
+            return _read_safetensors(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about pickle protocols; an error follows if it matters
+            # about pickle protocols; an error follows if it matters
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"checkpoint {source!r} cannot be read: permission denied") from error
     except Exception as error:
         # Damaged bytes surface as nearly any exception: unpickling, zip, key, attribute, memory.
         raise UserError(_why_unreadable(path, source, error)) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The weights, beside `args` and `class_names` if deit/export.py wrote the file."""
+    with safe_open(path, "pt") as opened:
+        said = opened.metadata() or {}
+    state = load_file(path)
+    try:
+        saved = {key: json.loads(said[key]) for key in _EXPORTED_KEYS if key in said}
+    except ValueError:
+        return state
+    return {"model": state, **saved} if isinstance(saved.get("args"), dict) else state
 
 
 def _why_unreadable(path: Path, source: str, error: Exception) -> str:
@@ -211,147 +305,12 @@ def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stripped
 
 
-def model_state(
-    checkpoint: Mapping[str, Any],
-    *,
-    source: str | Path,
-    ema: bool = False,
-    keys: Sequence[str] = (),
-) -> dict[str, Tensor]:
-    """The state dict to load from what `read_checkpoint` returned, prefixes stripped.
-
-    Args:
-        ema: take the averaged weights. Without them in the checkpoint this is an error, never a
-            silent fall-back to the others.
-        keys: where to look before the usual places.
-
-    Raises:
-        UserError: the checkpoint lacks these weights, or they are not tensors.
-    """
-    wanted = _EMA_KEYS if ema else (*keys, *_MODEL_KEYS)
-    for key in wanted:
-        state = checkpoint.get(key)
-        if isinstance(state, Mapping):
-            bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
-            if bad:
-                raise UserError(
-                    f"{str(source)!r}: '{key}' holds other things than tensors: {bad[0]!r} is a "
-                    f"{type(state[bad[0]]).__name__}"
-                )
-            return strip_prefixes(state)
-    present = ", ".join(repr(key) for key in checkpoint)
-    other = next((key for key in (_MODEL_KEYS if ema else _EMA_KEYS) if key in checkpoint), None)
-    way = "without --model-ema-eval, or ema=False" if ema else "with --model-ema-eval, or ema=True"
-    hint = f"; its '{other}' is taken {way}" if other is not None else ""
-    raise UserError(f"{str(source)!r} has no '{wanted[0]}' (it has {present}){hint}")
+def some(names: Sequence[str]) -> str:
+    """The first of `names`."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def load_model(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    source: str | Path,
-    trained_as: str | None = None,
-) -> None:
-    """Load `state` into `model`; every key must fit, by the published names or the model's own.
-
-    Args:
-        trained_as: the model name in the checkpoint's `args`, for the error message.
-
-    Raises:
-        UserError: with the numbers of missing, unexpected and misshapen keys and a few of each.
-    """
-    mismatched: list[str] = []
-    missing: list[str] = []
-    unexpected: list[str] = []
-    state = adapt_state(state, model)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except ValueError as error:  # a model's own check, such as a different token order
-        raise UserError(f"checkpoint {str(source)!r} does not fit: {one_line(error)}") from error
-    except RuntimeError as error:
-        mismatched = re.findall(r"size mismatch for ([^:\s]+):", str(error))
-        if not mismatched:
-            message = one_line(error)
-            raise UserError(f"checkpoint {str(source)!r} does not fit: {message}") from error
-        own = model.state_dict().keys()
-        missing = [key for key in own if key not in state]
-        unexpected = [key for key in state if key not in own]
-    if not (missing or unexpected or mismatched):
-        return
-    parts = [
-        _counted(len(missing), "missing key", missing),
-        _counted(len(unexpected), "unexpected key", unexpected),
-        _counted(len(mismatched), "tensor", mismatched, " of another shape"),
-    ]
-    origin = f"; it was saved from model {trained_as!r}" if trained_as else ""
-    found = ", ".join(part for part in parts if part)
-    raise UserError(
-        f"checkpoint {str(source)!r} does not fit this {type(model).__name__}: {found}{origin}"
-    )
-
-
-def load_weights(
-    model: nn.Module,
-    checkpoint: Mapping[str, Any],
-    *,
-    source: str | Path,
-    ema: bool = False,
-    hint: str = "",
-) -> None:
-    """Load the trained weights of `checkpoint` into `model`, or with `ema` their average.
-
-    Args:
-        hint: what to add to the message if they do not fit.
-
-    Raises:
-        UserError: they are not there, or do not fit.
-    """
-    state = model_state(checkpoint, source=source, ema=ema)
-    try:
-        load_model(model, state, source=source, trained_as=trained_model_name(checkpoint))
-    except UserError as error:
-        raise UserError(f"{error}; {hint}" if hint else str(error)) from error
-
-
-def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise UserError if a value in `state` is infinite or NaN."""
-    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"{str(source)!r} has weights that are infinite or NaN, in "
-            f"{_counted(len(bad), 'tensor', bad)}: that training had diverged; take an earlier "
-            "checkpoint"
-        )
-
-
-def has_average(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether the average of the weights is in it."""
-    return any(isinstance(checkpoint.get(key), Mapping) for key in _EMA_KEYS)
-
-
-def raw_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The trained weights as they are in the file, with all prefixes; empty if there are none."""
-    states = (checkpoint.get(key) for key in _MODEL_KEYS)
-    return next((state for state in states if isinstance(state, Mapping)), {})
-
-
-def which_weights(checkpoint: Mapping[str, Any], ema: bool = False) -> str:
-    """In words, which of a checkpoint's weights are taken."""
-    if ema:
-        return "the average of the weights (model_ema)"
-    other = ", not their average" if has_average(checkpoint) else ""
-    return f"the trained weights (model){other}"
-
-
-def _counted(count: int, noun: str, names: list[str], suffix: str = "") -> str:
-    if not count:
-        return ""
-    shown = ", ".join(names[:_SHOWN_KEYS]) + (", ..." if count > _SHOWN_KEYS else "")
-    return f"{count} {noun}{'' if count == 1 else 's'}{suffix} ({shown})"
-
-
-def trained_model_name(checkpoint: Mapping[str, Any]) -> str | None:
-    """The `--model` of the run that wrote `checkpoint`, if it says so."""
-    name = getattr(checkpoint.get("args"), "model", None)
-    return name if isinstance(name, str) else None
+def counted(names: Sequence[str], noun: str, suffix: str = "") -> str:
+    """`2 missing keys (a, b)`; empty without names."""
+    plural = "" if len(names) == 1 else "s"
+    return f"{len(names)} {noun}{plural}{suffix} ({some(names)})" if names else ""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -12,19 +10,14 @@ from deit.data import ImageDataset, match_classes, names_of_outputs, read_class_
 from deit.deploy import fold
 from deit.errors import UserError
 from deit.train.build import build_model, build_val_dataset, number_of_classes
-from deit.train.checkpoint import (
-    check_finite,
-    load_weights,
-    model_state,
-    which_weights,
-)
+from deit.train.checkpoint import Checkpoint
 from deit.train.compilation import compile_network
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, describe, evaluate
-from deit.train.finetune import load_for_finetune, read_for_finetune
-from deit.train.loading import DATA, NETWORK, adopt, number_of_outputs
-from deit.train.run import LAST, find_checkpoint
+from deit.train.folder import LAST
+from deit.train.loading import DATA, NETWORK, adopt, find_checkpoints, number_of_outputs
 from deit.train.training import build_val_loader
+from deit.train.weights import load_weights
 
 __all__ = ["evaluate_once"]
 
@@ -35,23 +28,18 @@ def evaluate_once(args: Namespace, processes: DistContext) -> None:
     Raises:
         UserError: the checkpoint or the data cannot be used, or the scores would mean nothing.
     """
-    source, checkpoint = find_checkpoint(args, processes)
-    if args.resume and checkpoint is None:
+    resumed, origin = find_checkpoints(args, processes)
+    if args.resume and resumed is None:
         raise UserError(f"--eval --resume auto: there is no {LAST} in {args.output_dir!r}")
-    if checkpoint is None and args.finetune:
-        source = args.finetune
-        with processes.main_first():
-            checkpoint = read_for_finetune(source, args.model_key, args.model_prefix)
+    checkpoint = resumed if origin is None else origin
     if checkpoint is None:
-        notes = ["evaluating random weights: no checkpoint is given by --resume"]
         data = build_val_dataset(args)
-        model, remarks = build_model(args, number_of_classes(args, data))
+        model, notes = build_model(args, number_of_classes(args, data))
+        notes.insert(0, "evaluating random weights: no checkpoint is given by --resume")
     else:
-        build = _resumed if args.resume else _adapted
-        model, data, remarks = build(args, checkpoint, source)
-        notes = []
+        model, data, notes = _network(args, checkpoint)
     if processes.is_main:
-        for note in notes + remarks + ([data.note] if data.note else []):
+        for note in notes + ([data.note] if data.note else []):
             print(f"note    {note}", flush=True)
     model.to(processes.device)
     if args.fold:
@@ -80,15 +68,15 @@ def evaluate_once(args: Namespace, processes: DistContext) -> None:
         print(f"Accuracy of the network on the {images}: {scores.acc1:.1f}%", flush=True)
 
 
-Built = tuple[nn.Module, ImageDataset, list[str]]
+def _network(args: Namespace, checkpoint: Checkpoint) -> tuple[nn.Module, ImageDataset, list[str]]:
+    """The network, the data with its labels, and remarks.
 
-
-def _resumed(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> Built:
-    """The network exactly as in the checkpoint, and the data with its labels."""
-    ema = args.model_ema_eval
-    state = model_state(checkpoint, source=source, ema=ema)
-    check_finite(state, source)
-    adopted = adopt(args, checkpoint, state, (*NETWORK, *DATA), source=source)
+    With --resume it is exactly the checkpoint's; with --finetune the one that a training would
+    start from.
+    """
+    source, exact = checkpoint.source, bool(args.resume)
+    ema = exact and args.model_ema_eval
+    adopted = adopt(args, checkpoint, (*NETWORK, *DATA), ema=ema)
     if not isinstance(args.input_size, int):
         height, width = args.input_size
         raise UserError(
@@ -96,45 +84,31 @@ def _resumed(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> Bui
             "evaluation are square: deit.load gives the network"
         )
     data = build_val_dataset(args)
-    outputs = number_of_outputs(state, args.model) or number_of_classes(args, data)
-    if args.nb_classes not in (None, outputs):
-        raise UserError(
-            f"--nb-classes {args.nb_classes}, but the network in {source} has {outputs} outputs: "
-            "omit it"
-        )
-    model, notes = build_model(args, outputs)
-    hint = "; ".join(adopted)
-    load_weights(model, checkpoint, source=source, ema=ema, hint=hint)
-    notes = [f"{source}: {which_weights(checkpoint, ema)}", *adopted, *notes]
-    return model, data, notes + label(args, data, checkpoint, outputs, source)
-
-
-def _adapted(args: Namespace, checkpoint: Mapping[str, Any], source: str) -> Built:
-    """The network as a training with --finetune would start from it."""
-    state = model_state(checkpoint, source=source)
-    check_finite(state, source)
-    adopted = adopt(args, checkpoint, state, (*NETWORK, *DATA), source=source)
-    data = build_val_dataset(args)
-    outputs = number_of_outputs(state, args.model)
-    model, notes = build_model(args, args.nb_classes or outputs or data.num_classes)
-    report = load_for_finetune(model, state, source=source)
-    notes = [f"{source}: {which_weights(checkpoint)}; {report}", *adopted, *notes]
-    if outputs is not None and not report.reinitialised:
-        notes += label(args, data, checkpoint, outputs, source)
+    trained = number_of_outputs(checkpoint.state(ema), args.model)
+    if exact:
+        outputs = trained or number_of_classes(args, data)
+        if args.nb_classes not in (None, outputs):
+            raise UserError(
+                f"--nb-classes {args.nb_classes}, but the network in {source} has {outputs} "
+                "outputs: omit it"
+            )
+    else:
+        outputs = args.nb_classes or trained or data.num_classes
+    model, remarks = build_model(args, outputs)
+    report = load_weights(model, checkpoint, ema=ema, adapt=not exact, hint="; ".join(adopted))
+    notes = [f"{source}: {checkpoint.which(ema)}" + ("" if exact else f"; {report}")]
+    notes += adopted + remarks
+    if exact or (trained is not None and not report.reinitialised):
+        notes += _label(args, data, checkpoint, outputs)
     return model, data, notes
 
 
-def label(
-    args: Namespace,
-    data: ImageDataset,
-    checkpoint: Mapping[str, Any],
-    outputs: int,
-    source: str,
-) -> list[str]:
+def _label(args: Namespace, data: ImageDataset, checkpoint: Checkpoint, outputs: int) -> list[str]:
     """Give the data the labels that the network's outputs stand for; remarks for the user."""
     if args.class_map:
         names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
     else:
-        saved = checkpoint.get("class_names") or ()
-        names, origin = names_of_outputs(data.class_names, outputs, source=source, saved=saved)
+        names, origin = names_of_outputs(
+            data.class_names, outputs, source=checkpoint.source, saved=checkpoint.class_names
+        )
     return match_classes(data, names, outputs, origin=origin)

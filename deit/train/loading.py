@@ -23,14 +23,10 @@ from deit.errors import UserError
 from deit.layers import MirrorGrid
 from deit.train.args import config_dict, get_parser, parse_args
 from deit.train.build import build_model, mean_and_std, warps
-from deit.train.checkpoint import (
-    check_finite,
-    load_model,
-    model_state,
-    read_checkpoint,
-    trained_model_name,
-)
-from deit.train.finetune import load_for_finetune
+from deit.train.checkpoint import Checkpoint, read_checkpoint
+from deit.train.distributed import DistContext
+from deit.train.folder import LAST
+from deit.train.weights import load_weights
 
 __all__ = [
     "DATA",
@@ -38,6 +34,7 @@ __all__ = [
     "PREPARATION",
     "adopt",
     "build_as_trained",
+    "find_checkpoints",
     "load",
     "network_info",
     "number_of_outputs",
@@ -85,10 +82,8 @@ def load(
             weights that are infinite or NaN; `img_size` or `num_classes` is no number.
     """
     _check_numbers(img_size, num_classes)
-    checkpoint = read_checkpoint(source)
     network, _ = build_as_trained(
-        checkpoint,
-        source=source,
+        read_checkpoint(source),
         ema=ema,
         model=model,
         img_size=img_size,
@@ -108,9 +103,8 @@ def _check_numbers(img_size: Any, num_classes: Any) -> None:
 
 
 def build_as_trained(
-    checkpoint: Mapping[str, Any],
+    checkpoint: Checkpoint,
     *,
-    source: str | Path,
     ema: bool = False,
     model: str | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -118,30 +112,30 @@ def build_as_trained(
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Namespace]:
     """`load` for a checkpoint that has been read; also returns the options that were used."""
-    state = model_state(checkpoint, source=source, ema=ema)
-    check_finite(state, source)
     args = parse_args([])
-    name = model or trained_model_name(checkpoint)
+    name = model or checkpoint.model_name
     if name is None:
-        raise UserError(f"{str(source)!r} does not say which model it is: give its name (--model)")
+        raise UserError(
+            f"{checkpoint.source!r} does not say which model it is: give its name (--model)"
+        )
     args.model, args.model_kwargs = name, list((kwargs or {}).items())
     args.given = frozenset({"model", "model_kwargs"})
     args.drop = args.drop_path = 0.0
-    adopt(args, checkpoint, state, (*NETWORK, *PREPARATION), source=source)
+    adopt(args, checkpoint, (*NETWORK, *PREPARATION), ema=ema)
     trained_size = to_2tuple(args.input_size)
     args.input_size = args.input_size if img_size is None else img_size
-    outputs = number_of_outputs(state, name) or 0
+    weight = _classifier_weight(checkpoint.state(ema), name)
+    outputs = 0 if weight is None else len(weight)
     wanted = outputs if num_classes is None else num_classes
     network, _ = build_model(args, wanted)
-    if _lacks_symmetrized_features(network, state, name):
+    own = _classifier_weight(network.state_dict(), name)
+    if weight is not None and own is not None and weight.shape[1] == 2 * own.shape[1]:
         args.symmetrized_asym_feats = True
         network, _ = build_model(args, wanted)
-    if wanted != outputs or to_2tuple(args.input_size) != trained_size:
-        load_for_finetune(network, state, source=source)
-    else:
-        load_model(network, state, source=source, trained_as=trained_model_name(checkpoint))
-    names = checkpoint.get("class_names")
-    network.class_names = list(names) if names and wanted == outputs else None
+    other = wanted != outputs or to_2tuple(args.input_size) != trained_size
+    load_weights(network, checkpoint, ema=ema, adapt=other)
+    names = checkpoint.class_names
+    network.class_names = names if names and wanted == outputs else None
     return network, args
 
 
@@ -160,33 +154,28 @@ def network_info(args: Namespace, class_names: Sequence[str] | None) -> NetworkI
 
 
 def adopt(
-    args: Namespace,
-    checkpoint: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    names: Iterable[str],
-    *,
-    source: str | Path,
+    args: Namespace, checkpoint: Checkpoint, names: Iterable[str], *, ema: bool = False
 ) -> list[str]:
     """Take from a checkpoint those of the options `names` that the command line does not give.
 
-    Of `model_kwargs` each one counts by itself. If the command line names another model than the
+    What the checkpoint's `args` do not say, the names and shapes of its weights may. Of
+    `model_kwargs` each one counts by itself. If the command line names another model than the
     checkpoint, nothing is taken.
 
     Args:
         args: changed in place.
-        state: the weights that are to be loaded; their names and shapes say what the checkpoint's
-            `args` do not.
+        ema: the average is what is to be loaded.
 
     Returns:
         What was taken, and where the command line and the checkpoint differ, for the user.
     """
-    trained = vars(checkpoint.get("args") or Namespace())
+    source, trained = checkpoint.source, vars(checkpoint.get("args") or Namespace())
     given = _given(args)
     model = trained.get("model", args.model)
     if "model" in given and model != args.model:
         return [f"--model {args.model}, but {source} was saved from {model}"]
     said = {name: value for name, value in trained.items() if value is not None}
-    saved = _inferred(state, model) | said
+    saved = _inferred(checkpoint.state(ema), model) | said
     if given & {"data_path", "eval_data_path", "data_set"}:
         # what the file says of the data belongs to its own folder
         given |= {"data_path", "eval_data_path", "zip_dataloader"}
@@ -195,9 +184,15 @@ def adopt(
     for name in names:
         ours = getattr(args, name, None)
         if name == "model_kwargs":
-            words = _merge(args, dict(said.get(name, ())))
-            taken += words[0]
-            differing += words[1]
+            theirs, ours = dict(said.get(name, ())), dict(ours or ())
+            words = [f"{key}={value}" for key, value in theirs.items() if key not in ours]
+            taken += [f"--model-kwargs {' '.join(words)}"] if words else []
+            differing += [
+                f"--model-kwargs {key}={ours[key]} (there: {value})"
+                for key, value in theirs.items()
+                if key in ours and not _same(ours[key], value)
+            ]
+            args.model_kwargs = list((theirs | ours).items())
         elif name in given:
             if name in trained and name not in DATA and not _same(ours, trained[name]):
                 theirs = _spelled(name, trained[name])
@@ -209,26 +204,30 @@ def adopt(
     return notes + ([f"other than in {source}: {', '.join(differing)}"] if differing else [])
 
 
+def find_checkpoints(
+    args: Namespace, processes: DistContext
+) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """What `--resume` names, None for a fresh start, and what that begins with by `--finetune`."""
+    source = args.resume
+    if source == "auto":
+        last = Path(args.output_dir) / LAST
+        source = str(last) if last.exists() else ""
+    with processes.main_first():
+        if source:
+            return read_checkpoint(source), None
+        if args.finetune:
+            return None, read_checkpoint(
+                args.finetune, key=args.model_key, prefix=args.model_prefix
+            )
+    return None, None
+
+
 def _given(args: Namespace) -> set[str]:
     """The options that the command line has; for other namespaces those that say something."""
     if hasattr(args, "given"):
         return set(args.given)
     parser = get_parser()
     return {name for name, value in vars(args).items() if value != parser.get_default(name)}
-
-
-def _merge(args: Namespace, theirs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Complete `args.model_kwargs`; what was taken, and what differs, as words."""
-    ours = dict(args.model_kwargs or ())
-    words = [f"{key}={value}" for key, value in theirs.items() if key not in ours]
-    taken = [f"--model-kwargs {' '.join(words)}"] if words else []
-    differing = [
-        f"--model-kwargs {key}={ours[key]} (there: {value})"
-        for key, value in theirs.items()
-        if key in ours and not _same(ours[key], value)
-    ]
-    args.model_kwargs = list((dict(theirs) | ours).items())
-    return taken, differing
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -245,21 +244,14 @@ def _spelled(name: str, value: Any) -> str:
 
 def number_of_outputs(state: Mapping[str, Tensor], name: str) -> int | None:
     """The rows of the classifier in the weights of the model `name`; None without one."""
-    weight = state.get(f"{_classifier(name)}.weight")
+    weight = _classifier_weight(state, name)
     return None if weight is None else len(weight)
 
 
-def _classifier(name: str) -> str:
+def _classifier_weight(state: Mapping[str, Tensor], name: str) -> Tensor | None:
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     found = (config.classifier if config is not None else None) or "head"
-    return found if isinstance(found, str) else found[0]
-
-
-def _lacks_symmetrized_features(network: nn.Module, state: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the classifier in `state` sees twice the features that the network gives it."""
-    theirs = state.get(f"{_classifier(name)}.weight")
-    own = network.state_dict().get(f"{_classifier(name)}.weight")
-    return theirs is not None and own is not None and theirs.shape[1] == 2 * own.shape[1]
+    return state.get(f"{found if isinstance(found, str) else found[0]}.weight")
 
 
 def _inferred(state: Mapping[str, Tensor], name: str | None) -> dict[str, Any]:

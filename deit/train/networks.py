@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from deit.train.build import build_model
-from deit.train.checkpoint import has_average, load_weights, model_state, which_weights
+from deit.train.checkpoint import Checkpoint
 from deit.train.compilation import compile_network
 from deit.train.distributed import DistContext, shard, wrap_ddp
 from deit.train.ema import ModelEma
 from deit.train.engine import Precision, count_parameters
-from deit.train.finetune import freeze_all_but_attention, load_for_finetune
 from deit.train.losses import prepare_student
 from deit.train.optim import freeze_shift
 from deit.train.resume import seed_all
+from deit.train.weights import freeze_all_but_attention, load_weights
 
 
 @dataclass
@@ -39,15 +38,14 @@ def build_networks(
     args: Namespace,
     classes: int,
     processes: DistContext,
-    source: str,
-    checkpoint: Mapping[str, Any] | None,
-    origin: Mapping[str, Any] | None = None,
+    checkpoint: Checkpoint | None,
+    origin: Checkpoint | None = None,
     class_names: Sequence[str] = (),
 ) -> Networks:
     """Build the network, with its first weights, and its average.
 
     Args:
-        checkpoint: that `source` holds and the training goes on from.
+        checkpoint: that the training goes on from.
         origin: the checkpoint that --finetune names.
         class_names: of the data; a classifier for others is not taken from `origin`.
 
@@ -57,14 +55,12 @@ def build_networks(
     seed_all(args.seed)  # the same weights on every rank
     model, notes = build_model(args, classes)
     if checkpoint is not None:
-        load_weights(model, checkpoint, source=source)
+        load_weights(model, checkpoint)
     elif origin is not None:
-        state = model_state(origin, source=args.finetune)
-        theirs = origin.get("class_names")
-        others = bool(theirs and class_names) and list(theirs) != list(class_names)
-        report = load_for_finetune(model, state, source=args.finetune, new_classes=others)
-        which = which_weights(origin)
-        notes.append(f"--finetune {args.finetune}: {which}; {report}")
+        theirs = origin.class_names
+        others = bool(theirs and class_names) and theirs != list(class_names)
+        report = load_weights(model, origin, adapt=True, new_classes=others)
+        notes.append(f"--finetune {origin.source}: {origin.which()}; {report}")
     if args.attn_only:
         freeze_all_but_attention(model)
     if args.freeze_shift and (note := freeze_shift(model)):
@@ -76,10 +72,10 @@ def build_networks(
     ema = None
     if args.model_ema:
         ema = ModelEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
-        if checkpoint is not None and has_average(checkpoint):
-            load_weights(ema.module, checkpoint, source=source, ema=True)
+        if checkpoint is not None and checkpoint.has_average:
+            load_weights(ema.module, checkpoint, ema=True)
         elif checkpoint is not None:
-            notes.append(f"{source} has no average, it starts as a copy of the weights")
+            notes.append(f"{checkpoint.source} has no average, it starts as a copy of the weights")
     spread = args.fsdp and processes.world_size > 1
     if args.compile:
         for network in [model] if ema is None else [model, ema.module]:

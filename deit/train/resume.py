@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from deit.errors import UserError
 from deit.train.args import config_dict
-from deit.train.checkpoint import has_average, raw_state
+from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, RunningLoss
 from deit.train.moments import (
@@ -220,9 +220,7 @@ class TrainingState:
             checkpoint["model_ema"] = whole(self.ema.state_dict(), keep)
         return checkpoint
 
-    def restore(
-        self, checkpoint: Mapping[str, Any], *, source: str, global_batch: int
-    ) -> list[str]:
+    def restore(self, checkpoint: Checkpoint, *, global_batch: int) -> list[str]:
         """Go on from `checkpoint`, whose `model` and `model_ema` have been loaded already.
 
         Args:
@@ -231,12 +229,13 @@ class TrainingState:
         Returns:
             What could not be restored exactly, in sentences for the user; none if all was.
         """
+        source = checkpoint.source
         notes = changed_options(checkpoint.get("args"), self.args)
         if self.args.resume_weights_only:
             notes.append("--resume-weights-only: the optimizer's moments start at zero")
         elif isinstance(checkpoint.get("optimizer"), Mapping):
             self._check_optimizer(checkpoint.get("args"), source)
-            notes += self._restore_optimizer(checkpoint, source)
+            notes += self._restore_optimizer(checkpoint)
             scaler = checkpoint.get("scaler") or checkpoint.get("amp_scaler")  # timm's name
             if scaler and self.precision.scaler.is_enabled():
                 self.precision.scaler.load_state_dict(scaler)
@@ -247,7 +246,7 @@ class TrainingState:
             notes.append(
                 "the accuracies that --sched plateau has seen are not in it: it starts anew"
             )
-        if self.ema is None and has_average(checkpoint):
+        if self.ema is None and checkpoint.has_average:
             notes.append("its average (model_ema) is dropped, as this run keeps none: --model-ema")
         known = {f.name for f in fields(Progress)}
         saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
@@ -262,13 +261,13 @@ class TrainingState:
         notes += self._restore_processes(checkpoint.get("processes"))
         return notes
 
-    def _restore_optimizer(self, checkpoint: Mapping[str, Any], source: str) -> list[str]:
-        saved, order = checkpoint["optimizer"], None
+    def _restore_optimizer(self, checkpoint: Checkpoint) -> list[str]:
+        source, saved, order = checkpoint.source, checkpoint["optimizer"], None
         own = optimizer_names(self.model, self.optimizer)
         published = "processes" not in checkpoint  # our own code has always written it
         names = checkpoint.get("parameters")
         if published:
-            names = published_names(self.model, raw_state(checkpoint), saved)
+            names = published_names(self.model, checkpoint.raw_state, saved)
             if names is None:
                 raise UserError(
                     f"the optimizer state in {source!r} cannot be told apart: no grouping of the "

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from deit.data import DeviceLoader, TrainLoader
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
-from deit.train.checkpoint import read_checkpoint
 from deit.train.distributed import DistContext
 from deit.train.engine import TrainStep
 from deit.train.folder import BEST, BEST_EMA, EPOCH_COPY, LAST, check_unused, claim, clear
@@ -22,7 +20,7 @@ from deit.train.reporting import Reporter
 from deit.train.resume import TrainingState
 from deit.train.stopping import StopAgreement
 
-__all__ = ["BEST", "BEST_EMA", "LAST", "Run", "claim_folder", "find_checkpoint", "open_writer"]
+__all__ = ["BEST", "BEST_EMA", "LAST", "Run", "claim_folder", "open_writer"]
 
 
 @dataclass
@@ -106,18 +104,6 @@ class Run:
             self.val_loader.close()
         if self.writer is not None:
             self.writer.close()
-
-
-def find_checkpoint(args: Namespace, processes: DistContext) -> tuple[str, dict[str, Any] | None]:
-    """What `--resume` names: (source, checkpoint), or ("", None) for a fresh start."""
-    source = args.resume
-    if source == "auto":
-        last = Path(args.output_dir) / LAST
-        source = str(last) if last.exists() else ""
-    if not source:
-        return "", None
-    with processes.main_first():
-        return source, read_checkpoint(source)
 
 
 @contextmanager

@@ -84,10 +84,9 @@ def build_teacher(
         raise UserError(f"unknown teacher {name!r}{suggest(name, timm.list_models())}")
     if path:
         checkpoint = read_checkpoint(path)
-        model, _ = build_as_trained(checkpoint, source=path, model=name)
+        model, _ = build_as_trained(checkpoint, model=name)
         has = number_of_outputs(model.state_dict(), name) or num_classes
-        saved = checkpoint.get("class_names") or ()
-        outputs = _outputs(class_names, num_classes, has, saved, path)
+        outputs = _outputs(class_names, num_classes, has, checkpoint.class_names, path)
     else:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
         if config is None or not config.has_weights:

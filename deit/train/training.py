@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,17 +32,16 @@ from deit.train.build import (
     mean_and_std,
     number_of_classes,
 )
-from deit.train.checkpoint import check_finite, model_state
+from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, TrainStep, needs_second_order
-from deit.train.finetune import read_for_finetune
-from deit.train.loading import NETWORK, adopt
+from deit.train.loading import NETWORK, adopt, find_checkpoints
 from deit.train.losses import build_criterion
 from deit.train.networks import Networks, build_networks
 from deit.train.optim import build_optimizer, scaled_lr
 from deit.train.reporting import Reporter, environment, read_log
 from deit.train.resume import Progress, RunningLoss, TrainingState, seed_all
-from deit.train.run import BEST, LAST, Run, find_checkpoint, open_writer
+from deit.train.run import BEST, LAST, Run, open_writer
 from deit.train.schedule import build_scheduler
 from deit.train.stopping import StopAgreement
 from deit.train.teacher import build_teacher
@@ -234,24 +232,20 @@ def updates_per_epoch(args: Namespace, images: int, processes: int) -> int:
 
 def build_run(args: Namespace, processes: DistContext) -> Run:
     """Everything, at the start or where the checkpoint that `--resume` names was saved."""
-    source, checkpoint = find_checkpoint(args, processes)
-    origin = None
-    if checkpoint is None and args.finetune:
-        with processes.main_first():
-            origin = read_for_finetune(args.finetune, args.model_key, args.model_prefix)
+    checkpoint, origin = find_checkpoints(args, processes)
+    source = "" if checkpoint is None else checkpoint.source
     # Of a training that goes on all outputs are needed, of one to start from the data decide.
     names = NETWORK if checkpoint is None else (*NETWORK, "nb_classes")
-    adopted = _adopt(args, source or args.finetune, checkpoint or origin, names)
+    begin = checkpoint if origin is None else origin
+    adopted = [] if begin is None else adopt(args, begin, names)
     train_set = build_train_dataset(args)
     val_set = None if args.disable_eval else build_val_dataset(args)
     if val_set is not None:
         check_same_classes(train_set, val_set)
     sets = [data for data in (train_set, val_set) if data is not None]
-    adopted += _label(args, sets, source, checkpoint)
+    adopted += _label(args, sets, checkpoint)
     classes = number_of_classes(args, train_set)
-    networks = build_networks(
-        args, classes, processes, source, checkpoint, origin, train_set.class_names
-    )
+    networks = build_networks(args, classes, processes, checkpoint, origin, train_set.class_names)
     networks.notes[:0] = adopted
     networks.notes += [data.note for data in sets if data.note]
     if args.ThreeAugment and args.reprob > 0:
@@ -265,7 +259,7 @@ def build_run(args: Namespace, processes: DistContext) -> Run:
     # Building has drawn random numbers; from here on every rank has its own.
     seed_all(args.seed + processes.rank)
     if checkpoint is not None:
-        networks.notes += state.restore(checkpoint, source=source, global_batch=images)
+        networks.notes += state.restore(checkpoint, global_batch=images)
     state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
     writer = open_writer(args, processes, fresh=checkpoint is None)
     run = Run(
@@ -289,34 +283,24 @@ def build_run(args: Namespace, processes: DistContext) -> Run:
     return run
 
 
-def _adopt(
-    args: Namespace, source: str, checkpoint: Mapping[str, Any] | None, names: Sequence[str]
-) -> list[str]:
-    """Take from a checkpoint what the command line does not say of the network; remarks on it."""
-    if checkpoint is None:
-        return []
-    state = model_state(checkpoint, source=source)
-    check_finite(state, source)
-    return adopt(args, checkpoint, state, names, source=source)
-
-
 def _label(
-    args: Namespace,
-    data: Sequence[ImageDataset],
-    source: str,
-    checkpoint: Mapping[str, Any] | None,
+    args: Namespace, data: Sequence[ImageDataset], checkpoint: Checkpoint | None
 ) -> list[str]:
     """Number the classes as --class-map says, or as the training did that goes on."""
-    saved = () if checkpoint is None else checkpoint.get("class_names") or ()
-    names, origin = saved, source
     classes = data[0].class_names
     if args.class_map:
         names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
-    elif checkpoint is not None and not saved and (args.nb_classes or 0) > len(classes):
-        try:
-            names, origin = names_of_outputs(classes, args.nb_classes, source=source)
-        except UserError:
-            return [f"{source} does not say which output is which class: taken in the data's order"]
+    elif checkpoint is None:
+        return []
+    else:
+        names, origin = checkpoint.class_names, checkpoint.source
+        if not names and (args.nb_classes or 0) > len(classes):
+            try:
+                names, origin = names_of_outputs(classes, args.nb_classes, source=origin)
+            except UserError:
+                return [
+                    f"{origin} does not say which output is which class: taken in the data's order"
+                ]
     if not names:
         return []
     outputs = len(names) if args.nb_classes is None else args.nb_classes

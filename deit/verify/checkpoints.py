@@ -35,9 +35,7 @@ def network_of(
     if name is not None:
         (name,) = choose([name])
     checkpoint = read_checkpoint(source)
-    network, args = build_as_trained(
-        checkpoint, source=source, model=name, img_size=img_size, kwargs=kwargs
-    )
+    network, args = build_as_trained(checkpoint, model=name, img_size=img_size, kwargs=kwargs)
     choose([args.model])
     state = network.state_dict()
     options = model_arguments(args, number_of_outputs(state, args.model) or 0)

@@ -87,10 +87,10 @@ class Training:
         cell.network.register()
         self.args = arguments(cell, plan, device, folder)
         last = folder / LAST
-        checkpoint = read_checkpoint(str(last)) if last.exists() else None
+        checkpoint = read_checkpoint(last) if last.exists() else None
         if checkpoint is not None and checkpoint.get("origin") != self.origin:
             checkpoint = None  # of another plan
-        networks = build_networks(self.args, CLASSES, self.processes, str(last), checkpoint)
+        networks = build_networks(self.args, CLASSES, self.processes, checkpoint)
         self.parameters = networks.parameters
         self.state: TrainingState = build_state(
             self.args, networks, self.processes, plan.updates, plan.batch_size
@@ -98,7 +98,7 @@ class Training:
         self.train_step: TrainStep = build_train_step(self.args, networks, self.state, CLASSES)
         seed_all(cell.seed)
         if checkpoint is not None:
-            self.state.restore(checkpoint, source=str(last), global_batch=plan.batch_size)
+            self.state.restore(checkpoint, global_batch=plan.batch_size)
         self.start = self.state.progress.epoch * plan.updates + self.state.progress.step
         self.state.schedule.step_update(self.start)
 
