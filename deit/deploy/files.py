@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -157,23 +158,12 @@ def _describe_onnx(path: Path, metadata: Mapping[str, str]) -> Any:
     return model
 
 
-class _Reader:
-    """Batches as ONNX Runtime's calibration asks for them."""
-
-    def __init__(self, batches: Iterable[Tensor]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        images = next(self._batches, None)
-        return None if images is None else {INPUT: images.numpy()}
-
-
 def quantize_onnx(
     path: Path, batches: Iterable[Tensor] | None, metadata: Mapping[str, str]
 ) -> OnnxNetwork:
     """Replace a file of `write_onnx` by one with products in int8; run it.
 
-    Linear layers and dense convolutions are quantised, their weights by output channel. Norms,
+    Linear layers and dense convolutions are quantised, by output channel where ONNX can. Norms,
     softmax, products of activations and depthwise convolutions stay in float32: they lose much,
     and are a small part of the work.
 
@@ -192,6 +182,8 @@ def quantize_onnx(
         if (node.op_type == "MatMul" and node.input[1] not in weights)
         or any(entry.name == "group" and entry.i > 1 for entry in node.attribute)
     ]
+    feeds = iter({INPUT: images.numpy()} for images in batches or ())
+    reader = SimpleNamespace(get_next=lambda: next(feeds, None))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         files = [file for file in path.parent.iterdir() if file.is_file()]
         for file in files:
@@ -208,7 +200,7 @@ def quantize_onnx(
                 quantization.quantize_dynamic(Path(folder) / path.name, path, **options)
             else:
                 quantization.quantize_static(
-                    Path(folder) / path.name, path, _Reader(batches),
+                    Path(folder) / path.name, path, reader,
                     activation_type=quantization.QuantType.QUInt8, **options,
                 )  # fmt: skip
     _describe_onnx(path, metadata)

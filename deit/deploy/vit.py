@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deit.deploy.pair import PairMlp, PairNorm, Residual, Target
 from deit.deploy.weights import Map, Pair, affine_maps, convolution, exact, fill, linear, times
-from deit.layers import Attention, Block, LayerNorm, MirrorConv2d, RegularBridge, tracing
+from deit.layers import Block, LayerNorm, MirrorConv2d, RegularBridge, tracing
 from deit.layers.tokens import MirrorGrid, resample, whole
 from deit.models import VisionTransformer
 
@@ -167,10 +167,19 @@ def fold_block(block: Block, centred: Centred, target: Target) -> nn.Sequential:
     attn, mlp = block.attn, block.mlp
     width, hidden = attn.rep.invariant, mlp.act.rep.invariant
 
+    mixer = torch.ones(2) if attn.attn_mixer is None else attn.attn_mixer
+
+    def queries_keys_values(x: Pair) -> Pair:
+        parts = [part.chunk(3, -1) for part in attn.qkv(block.norm1.scaling(x))]
+        return tuple(
+            torch.cat([q * (attn.scale * factor), k, v], -1)
+            for (q, k, v), factor in zip(parts, mixer, strict=True)
+        )
+
     def written(x: Pair) -> Pair:
         return tuple(centre_halves(torch.cat(x, -1), centred, -1).chunk(2, -1))
 
-    qkv = affine_maps(lambda x: scale_queries(attn, attn.qkv(block.norm1.scaling(x))), width)
+    qkv = affine_maps(queries_keys_values, width)
     proj = affine_maps(lambda x: written(block.gamma_1(attn.proj(x))), width)
     first = affine_maps(lambda x: times(mlp.fc1(block.norm2.scaling(x)), sqrt(0.5)), width)
     second = affine_maps(lambda x: written(block.gamma_2(mlp.fc2(times(x, sqrt(0.5))))), hidden)
@@ -180,16 +189,6 @@ def fold_block(block: Block, centred: Centred, target: Target) -> nn.Sequential:
         ),
         Residual(PairNorm(block.norm2.eps, centre), PairMlp(first, second, nn.GELU())),
     )
-
-
-def scale_queries(attn: Attention, qkv: Pair) -> Pair:
-    """Parts (N, 3C/2) with the logits' scale and the mixer on their first thirds."""
-    mixer = [1.0, 1.0] if attn.attn_mixer is None else attn.attn_mixer
-    parts = []
-    for part, factor in zip(qkv, mixer, strict=True):
-        q, *others = part.chunk(3, -1)
-        parts.append(torch.cat([q * attn.scale * factor, *others], -1))
-    return tuple(parts)
 
 
 def centre_halves(x: Tensor, centred: Centred, dim: int) -> Tensor:
