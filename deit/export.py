@@ -44,7 +44,7 @@ from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, one_line, run_command
 from deit.measure import int8
 from deit.models.inputs import input_channels
-from deit.saving import atomic_files
+from deit.saving import atomic_path
 from deit.train.args import config_dict, parse_args
 from deit.train.build import build_model
 from deit.train.checkpoint import read_checkpoint
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         test = int8.labelled_images(args.eval_data_path, info, network.num_classes)
     if args.normalize_input:
         network = _Normalized(network, info)
-    with atomic_files(args.output) as path:
+    with atomic_path(args.output) as path:
         try:
             text = _compare(_write(args, network, info, used, path), network, info, args)
             if args.quantize:

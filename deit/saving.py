@@ -1,6 +1,6 @@
 """Files that survive a crash: atomic writes, and a writer that saves while training goes on.
 
-A file is written under a temporary name in its own folder, flushed to the disk, and renamed over
+A file is written in a temporary folder beside its place, flushed to the disk, and renamed over
 the old one. Whatever happens before the rename leaves the old file as it was.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import tempfile
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from deit.errors import UserError, one_line
 
-_TEMPORARY = ".{name}.{pid}.tmp"
 _FULL = {
     errno.ENOSPC: "no space left on",
     errno.EDQUOT: "no space left in the quota of",
@@ -35,49 +35,32 @@ class SaveError(UserError):
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it replaces `path`, on failure it goes.
+    """Yield a path of the same name, in a temporary folder beside `path`, to write to.
+
+    On success all files that are there move to the folder of `path`, that file last. On failure
+    they go.
 
     Raises:
         SaveError: the folder cannot be written, or the disk or the quota is full.
     """
     path = Path(path)
-    temporary = path.with_name(_TEMPORARY.format(name=path.name, pid=os.getpid()))
+    names = {"prefix": f".{path.name}.", "suffix": ".tmp"}
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeErrors
-        raise SaveError(_why_unwritten(path, error)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_files(path: str | Path) -> Iterator[Path]:
-    """As `atomic_path`, for writers that need the file's own name or put others beside it.
-
-    Yields a path of that name in a temporary folder beside `path`. On success all files that are
-    there move to the folder of `path`, that file last; on failure they go.
-
-    Raises:
-        SaveError: the folder cannot be written, or the disk or the quota is full.
-    """
-    path = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(**names, dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             yield temporary
-            files = sorted(Path(folder).iterdir(), key=lambda file: file == temporary)
-            for file in files:
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file == temporary):
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
                 os.replace(file, path.parent / file.name)
-            _sync_folder(path.parent)
-    except OSError as error:
-        raise SaveError(_why_unwritten(path, error)) from error
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__  # torch's zip writer has its own errors
+        if cause is None:
+            raise
+        raise SaveError(_why_unwritten(path, cause)) from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -91,8 +74,11 @@ def clean_temporaries(folder: Path) -> None:
 
     Only for the one process that writes there, before it writes.
     """
-    for leftover in folder.glob(_TEMPORARY.format(name="*", pid="*")):
-        leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(".*.*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -105,19 +91,15 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _why_unwritten(path: Path, error: Exception) -> str:
+def _why_unwritten(path: Path, error: OSError) -> str:
     kept = "the previous file is unchanged" if path.exists() else "there is no previous file"
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError:
         return f"cannot save {str(path)!r}: the folder is gone ({one_line(error)})"
-    # torch's zip writer hides the system's error behind one of its own.
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    numbers = {cause.errno for cause in causes if isinstance(cause, OSError)}
-    reason = next((text for number, text in _FULL.items() if number in numbers), None)
-    reason = f"{reason} {str(path.parent)!r}" if reason else one_line(error)[:160]
+    reason = one_line(error)[:160]
+    if error.errno in _FULL:
+        reason = f"{_FULL[error.errno]} {str(path.parent)!r}"
     return f"cannot save {str(path)!r}: {reason} ({free / 2**20:,.0f} MiB free); {kept}"
 
 
@@ -129,20 +111,17 @@ def snapshot(value: Any, reuse: Any = None) -> Any:
             memory costs several times the copying.
     """
     if isinstance(value, Tensor):
-        fits = isinstance(reuse, Tensor) and (reuse.shape, reuse.dtype) == (
-            value.shape,
-            value.dtype,
-        )
-        if fits:
-            return reuse.copy_(value.detach())
+        old = reuse if isinstance(reuse, Tensor) else None
+        if old is not None and old.shape == value.shape and old.dtype == value.dtype:
+            return old.copy_(value.detach())
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, Mapping):
         old = reuse if isinstance(reuse, Mapping) else {}
         return {key: snapshot(item, old.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        fits = isinstance(reuse, list | tuple) and len(reuse) == len(value)
-        old = reuse if fits else [None] * len(value)
-        return type(value)(map(snapshot, value, old))
+        old = reuse if isinstance(reuse, list | tuple) else ()
+        pairs = itertools.zip_longest(value, old[: len(value)])
+        return type(value)(snapshot(item, other) for item, other in pairs)
     return value
 
 
@@ -162,8 +141,8 @@ class CheckpointWriter:
     def save(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Save `state` under each of `names` (one write; the others are links to it).
 
-        The names appear in the given order, so the one that a resumed run reads comes last: then
-        it never exists without those that belong to it.
+        The last name appears last. It is the one that a resumed run reads, and so never exists
+        without those that belong to it.
         """
         self.flush()
         self._copied = snapshot(state, self._copied)
@@ -188,22 +167,12 @@ class CheckpointWriter:
             self._pool.shutdown()
 
     def _write(self, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
-        last = names[-1]
-        with atomic_path(self.folder / last) as written:
+        with atomic_path(self.folder / names[-1]) as written:
             with written.open("wb") as file:  # of Python, whose errors say what was wrong
                 torch.save(dict(state), file)
             for name in names[:-1]:
-                with atomic_path(self.folder / name) as temporary:
-                    _link(written, temporary)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for `source`, or a copy where the file system has no hard links.
-
-    Sharing is safe, as these files are only ever replaced, never changed in place.
-    """
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+                # Sharing is safe, as these files are only ever replaced, never changed in place.
+                try:
+                    os.link(written, written.with_name(name))
+                except OSError:  # this file system has no hard links
+                    shutil.copyfile(written, written.with_name(name))

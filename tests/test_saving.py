@@ -168,7 +168,8 @@ def test_really_too_large_a_file(tmp_path):
 
 
 def test_leftovers_are_cleaned(tmp_path):
-    (tmp_path / ".checkpoint.pth.123.tmp").touch()
+    (tmp_path / ".checkpoint.pth.123.tmp").mkdir()
+    (tmp_path / ".checkpoint.pth.123.tmp" / "checkpoint.pth").touch()
     (tmp_path / "checkpoint.pth").touch()
     (tmp_path / "notes.tmp").touch()
     clean_temporaries(tmp_path)
