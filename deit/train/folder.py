@@ -14,13 +14,13 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from deit.errors import UserError
-from deit.launch import slurm
 
 __all__ = ["BEST", "BEST_EMA", "EPOCH_COPY", "LAST", "LOCK", "claim", "clear", "results_in"]
 
@@ -32,8 +32,7 @@ LOCK = "run.lock"
 
 _CHECKPOINTS = ("checkpoint*.pth", "best*checkpoint*.pth")
 _RECORDS = ("log.txt", "config.json", "curves.png", "wandb_id.txt")
-# Slurm's states of a job that may still write.
-_MAY_WRITE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_JOBS_THAT_WRITE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # A process cannot lock out itself: the folders in which it trains already.
 _held: set[Path] = set()
@@ -90,18 +89,15 @@ def claim(folder: Path) -> Iterator[None]:
         UserError: it cannot be made or written, or another process trains in it.
     """
     made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {str(folder)!r} cannot be made: {error.strerror}") from error
     path = folder.resolve() / LOCK
     if path in _held:
         raise UserError(f"--output-dir {folder} is in use by this very process")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path)
     except OSError as error:
         raise UserError(
-            f"--output-dir {str(folder)!r} cannot be written: {error.strerror}"
+            f"--output-dir {str(folder)!r} cannot be made or written: {error.strerror}"
         ) from error
     _held.add(path)
     try:
@@ -120,23 +116,18 @@ def _lock(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            alive = _is_locked(descriptor)
+            busy = _is_locked(descriptor)
             # The owner may have removed the file after it was opened here.
-            if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-                os.close(descriptor)
-                continue
-            owner = _read(descriptor)
-            if alive or (alive is None and _runs(owner)) or _runs_elsewhere(owner):
-                raise UserError(_in_use(path, owner))
-            text = json.dumps(_myself()).encode()
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text, 0)
-            os.fsync(descriptor)
-            return descriptor
+            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+                owner = _read(descriptor)
+                if busy or (owner and _is_alive(owner, without_locks=busy is None)):
+                    raise UserError(_in_use(path, owner))
+                _write(descriptor)
+                return descriptor
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            os.close(descriptor)
             raise
+        os.close(descriptor)
 
 
 def _is_locked(descriptor: int) -> bool | None:
@@ -147,21 +138,25 @@ def _is_locked(descriptor: int) -> bool | None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return True
         if error.errno in _NO_LOCKS:
             return None
-        raise
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return True
     return False
 
 
-def _myself() -> dict[str, Any]:
-    return {
+def _write(descriptor: int) -> None:
+    """Write whose lock it is."""
+    myself = {
         "host": platform.node(),
         "process": os.getpid(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(myself).encode(), 0)
+    os.fsync(descriptor)
 
 
 def _read(descriptor: int) -> dict[str, Any]:
@@ -173,30 +168,35 @@ def _read(descriptor: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _runs(owner: dict[str, Any]) -> bool:
-    """Whether a process of this host is alive, where the kernel does not say it by its lock."""
-    if not owner or owner.get("host") != platform.node() or owner["process"] == os.getpid():
-        return False
-    try:
-        os.kill(owner["process"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_alive(owner: dict[str, Any], without_locks: bool) -> bool:
+    """Whether the owner may be alive, where the kernel's lock does not say so.
 
-
-def _runs_elsewhere(owner: dict[str, Any]) -> bool:
-    """Whether the owner may be alive on another host, whose locks may not be seen here.
-
-    Slurm starts a job again only after its earlier start has ended, and knows of other jobs.
+    Another host's locks may not be seen here. Slurm starts a job again only after its earlier start
+    has ended, and knows of other jobs.
     """
-    if not owner or owner.get("host") == platform.node():
-        return False
-    job = owner.get("slurm_job")
-    if job is None or not shutil.which("scontrol"):
+    if owner.get("host") == platform.node():
+        if not without_locks or owner["process"] == os.getpid():
+            return False
+        try:
+            os.kill(owner["process"], 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
         return True
-    return job != os.environ.get("SLURM_JOB_ID") and slurm.job_state(job) in _MAY_WRITE
+    job = owner.get("slurm_job")
+    if job is None or not shutil.which("squeue"):
+        return True
+    return job != os.environ.get("SLURM_JOB_ID") and _job_state(job) in _JOBS_THAT_WRITE
+
+
+def _job_state(job: str) -> str:
+    """Slurm's state of the job; empty where it does not know it, or does not answer."""
+    command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _in_use(path: Path, owner: dict[str, Any]) -> str:
