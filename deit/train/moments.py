@@ -20,7 +20,6 @@ from deit.errors import UserError
 from deit.models.published import own_name
 from deit.train.checkpoint import strip_prefixes
 from deit.train.distributed import like_sharded
-from deit.train.optim import named_parameters, plain_model
 
 # What the command line and the device decide about a parameter group. Everything else in it (step
 # counts, estimated distances, ...) is state of the optimizer.
@@ -42,7 +41,7 @@ _EXEMPT = (
 
 def optimizer_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """The names of the optimizer's parameters, in the order of its positions."""
-    names = {id(parameter): name for name, parameter in named_parameters(model)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -78,13 +77,12 @@ def published_names(
     Returns:
         None if no such grouping has the sizes and shapes of `saved`.
     """
-    network = plain_model(model)
-    own = dict(named_parameters(model))
+    own = dict(model.named_parameters())
     stripped = strip_prefixes(state)
     entries = [
-        (raw, own_name(network, name), value)
+        (raw, own_name(model, name), value)
         for (raw, value), name in zip(state.items(), stripped, strict=True)
-        if own_name(network, name) in own
+        if own_name(model, name) in own
     ]
     sizes = [len(group["params"]) for group in saved["param_groups"]]
     # Frozen here, they may have been trained there, and the other way round.

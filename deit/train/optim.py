@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from timm.models._manipulate import group_with_matcher  # timm.models has it for whole modules only
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.models import group_parameters
+from timm.optim import Lamb, create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 
 from deit.errors import UserError, one_line, suggest
-from deit.train.lamb import Lamb
 
 _logger = logging.getLogger(__name__)
 
@@ -30,23 +29,6 @@ _TOKENS = frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
 def scaled_lr(lr: float, global_batch: int) -> float:
     """The learning rate for `global_batch` images an update, if `lr` is meant for 512."""
     return lr * global_batch / REFERENCE_BATCH
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The network inside what `torch.compile` and DDP wrap around it."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the network under its own names, compiled as a whole, in parts or not."""
-    for name, parameter in plain_model(model).named_parameters():
-        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), parameter
 
 
 def decays(name: str, parameter: torch.Tensor, exempt: Collection[str] = ()) -> bool:
@@ -96,31 +78,33 @@ def parameter_groups(
     Raises:
         UserError: nothing is trainable, or a layer decay for a network without `group_matcher`.
     """
-    network = plain_model(model)
-    exempt = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
-    parameters = list(named_parameters(model))
-    depth = _layers_from_output(network, parameters) if layer_decay != 1 else {}
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    layers: dict[str, int] = {}
+    if layer_decay != 1:
+        if not hasattr(model, "group_matcher"):
+            raise UserError(
+                f"{type(model).__name__} does not say what its layers are (no group_matcher): "
+                "layer decay must be 1"
+            )
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values(), default=0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in parameters:
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = depth.get(name, 0)
-        if as_compiled:
-            decay = decays_as_compiled(name, parameter)
-        else:
-            decay = decays(name, parameter, exempt)
-        group = groups.setdefault(
-            (layer, decay),
-            {
-                "params": [],
-                "weight_decay": weight_decay if decay else 0.0,
-                "wd_scale": float(decay),
-                "lr_scale": layer_decay**layer,
-            },
+        decay = (
+            decays_as_compiled(name, parameter) if as_compiled else decays(name, parameter, exempt)
         )
-        group["params"].append(parameter)
+        from_output = last - layers.get(name, last)
+        group = {
+            "params": [],
+            "weight_decay": weight_decay if decay else 0.0,
+            "wd_scale": float(decay),
+            "lr_scale": layer_decay**from_output,
+        }
+        groups.setdefault((from_output, decay), group)["params"].append(parameter)
     if not groups:
-        raise UserError(f"{type(network).__name__} has no trainable parameter")
+        raise UserError(f"{type(model).__name__} has no trainable parameter")
     return list(groups.values())
 
 
@@ -132,24 +116,10 @@ def freeze_shift(model: nn.Module) -> str:
     Returns:
         A remark for the user, if the network has none.
     """
-    shifts = [p for name, p in named_parameters(model) if name.split(".")[-1].startswith("beta_")]
+    shifts = [p for name, p in model.named_parameters() if name.split(".")[-1].startswith("beta_")]
     for parameter in shifts:
         parameter.requires_grad_(False)
     return "" if shifts else "--freeze-shift has no effect: this network has no such shift"
-
-
-def _layers_from_output(
-    network: nn.Module, parameters: list[tuple[str, nn.Parameter]]
-) -> dict[str, int]:
-    """For each parameter name its layer's distance from the output, 0 being the head."""
-    if not hasattr(network, "group_matcher"):
-        raise UserError(
-            f"{type(network).__name__} does not say what its layers are (no group_matcher): layer "
-            "decay must be 1"
-        )
-    layers = group_with_matcher(parameters, network.group_matcher(coarse=False), reverse=True)
-    last = max(layers.values())
-    return {name: last - layer for name, layer in layers.items()}
 
 
 def build_optimizer(
@@ -164,12 +134,12 @@ def build_optimizer(
     layer_decay: float = 1.0,
     decay_as_compiled: bool = False,
 ) -> Optimizer:
-    """The optimizer `opt` over `parameter_groups(model, ...)`.
+    """timm's optimizer `opt` over `parameter_groups(model, ...)`.
 
-    Adam and AdamW are torch's fused ones where the network is on a GPU. `lamb` is
-    `deit.train.lamb.Lamb`. `fusedlamb` is apex's where that is installed and the network is on a
-    GPU and not sharded, else `Lamb` too, which makes the same updates; the log says which.
-    Everything else is timm's; what an optimizer has no use for (betas, eps, momentum) is ignored.
+    Adam and AdamW are torch's fused ones where the network is on a GPU. `fusedlamb` is apex's where
+    that is installed and the network is on a GPU and not sharded, else timm's `lamb`, which makes
+    the same updates. The log says which. What an optimizer has no use for (betas, eps, momentum) is
+    ignored.
 
     Args:
         eps, betas: None for the optimizer's own.
@@ -194,15 +164,16 @@ def build_optimizer(
     if betas is not None and info.has_betas and len(betas) != info.num_betas:
         raise UserError(f"optimizer {opt!r} takes {info.num_betas} betas, got {len(betas)}")
     try:
-        if name in ("lamb", "fusedlamb"):
-            return _build_lamb(groups, settings, fused=name == "fusedlamb")
+        if name == "fusedlamb":
+            return _apex_lamb(groups, settings) or Lamb(groups, **settings)
         return create_optimizer_v2(groups, opt=name, momentum=momentum, **settings)
     except Exception as error:  # timm asserts, imports and raises whatever the optimizer does
         raise UserError(f"optimizer {opt!r} cannot be built: {one_line(error)}") from error
 
 
-def _build_lamb(groups: list[dict[str, Any]], settings: dict[str, Any], fused: bool) -> Optimizer:
-    if fused and _on_one_gpu(groups):
+def _apex_lamb(groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer | None:
+    """apex's FusedLAMB, None where its kernels are missing or cannot have the parameters."""
+    if _on_one_gpu(groups):
         try:
             from apex.optimizers import FusedLAMB
 
@@ -212,8 +183,8 @@ def _build_lamb(groups: list[dict[str, Any]], settings: dict[str, Any], fused: b
         else:
             _logger.info("LAMB is apex's FusedLAMB")
             return optimizer
-    _logger.info("LAMB is this package's own implementation, by foreach operations")
-    return Lamb(groups, **settings)
+    _logger.info("LAMB is timm's Lamb")
+    return None
 
 
 def _on_gpu(groups: list[dict[str, Any]]) -> bool:
