@@ -97,7 +97,7 @@ def train(run: Run) -> None:
         run.save([LAST])
         how = f"stopped ({stop}) in epoch {progress.epoch + 1} after step {progress.step}"
     except NonFiniteLossError as error:
-        reporter.close(title=args.model)
+        reporter.close()
         raise UserError(explain_non_finite(run, error)) from error
     except UserError as error:
         raise UserError(f"{error}; {run.last_state()}") from error
@@ -109,7 +109,7 @@ def train(run: Run) -> None:
         reporter.stop()
     run.agreement.finish()
     run.close()
-    curves = reporter.close(title=args.model)
+    curves = reporter.close()
     best = ""
     if progress.best_epoch >= 0:
         best = f"; best Acc@1 {progress.best_acc1:.3f} in epoch {progress.best_epoch + 1}"

@@ -11,6 +11,8 @@ import torch
 from rich.console import Console
 
 from deit.errors import UserError
+from deit.train.args import parse_args
+from deit.train.distributed import DistContext, RankInfo
 from deit.train.reporting import Reporter, draw_curves, duration, environment, memory_used, read_log
 
 CPU = torch.device("cpu")
@@ -26,10 +28,11 @@ RECORD = {
 }
 
 
-def make_reporter(folder=None, **kwargs) -> Reporter:
-    options = {"active": True, "device": CPU, "epochs": 3, "updates": 4, "images": 8}
-    options |= {"log_interval": 2, "config": {"a": 1}} | kwargs
-    return Reporter(folder, **options)
+def make_reporter(*argv, rank=0, folder=None) -> Reporter:
+    words = ["--epochs", "3", "--log-interval", "2", *argv]
+    args = parse_args(words + (["--output-dir", str(folder)] if folder else []))
+    processes = DistContext(RankInfo(rank, 2), CPU)
+    return Reporter(args, processes, updates=4, images=8, config={"a": 1})
 
 
 def test_duration():
@@ -68,7 +71,7 @@ def test_a_bar_on_a_terminal():
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
-    reporter = make_reporter(tmp_path, active=False)
+    reporter = make_reporter(rank=1, folder=tmp_path)
     reporter.start("epoch 1/3", 4)
     reporter.on_update(0, 2, 1e-3, 2.5)
     reporter.say("hello")
@@ -79,13 +82,13 @@ def test_other_ranks_are_silent(tmp_path, capsys):
 
 
 def test_log_is_cut_back_to_what_a_checkpoint_knows(tmp_path):
-    reporter = make_reporter(tmp_path)
+    reporter = make_reporter(folder=tmp_path)
     for epoch in range(3):
         reporter.end_epoch(RECORD | {"epoch": epoch})
     with (tmp_path / "log.txt").open("a") as file:
         file.write('{"epoch": 3, "tra')
     assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1, 2]
-    make_reporter(tmp_path).restore(read_log(tmp_path)[:2])
+    make_reporter(folder=tmp_path).restore(read_log(tmp_path)[:2])
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1]
 
@@ -121,10 +124,10 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
     fake.init = lambda **kwargs: calls.append(kwargs) or run
     fake.Artifact = lambda name, type: calls.append(name) or artifact
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (tmp_path / "last.pth").touch()
+    (tmp_path / "checkpoint.pth").touch()
     for project in ("", "mine"):
-        more = {"project": project, "uploads": ("last.pth", "best.pth")}
-        reporter = make_reporter(tmp_path, wandb=True, **more)
+        options = ("--wandb", "--wandb-ckpt", f"--project={project}")
+        reporter = make_reporter(*options, folder=tmp_path)
         reporter.end_epoch(RECORD)
         reporter.close()
     starts = [call for call in calls if isinstance(call, dict)]
@@ -134,7 +137,7 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
     assert step == 4
     assert values["test/acc1"] == 40.0
     name, project = "run-id0-checkpoints", starts[1]["project"]
-    assert calls[-4:] == [name, str(tmp_path / "last.pth"), artifact, "end"]
+    assert calls[-4:] == [name, str(tmp_path / "checkpoint.pth"), artifact, "end"]
     assert (starts[0]["project"], project) == ("mirror-equivariant-vision", "mine")
 
     def refuse(**kwargs):
@@ -142,4 +145,4 @@ def test_wandb_continues_its_run(tmp_path, monkeypatch):
 
     fake.init = refuse
     with pytest.raises(UserError, match="did not start: no key no login"):
-        make_reporter(tmp_path, wandb=True)
+        make_reporter("--wandb", folder=tmp_path)

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from deit.errors import UserError, one_line
 from deit.saving import atomic_path, write_text
+from deit.train.distributed import DistContext
+from deit.train.folder import BEST, LAST
 
 LOG_FILE = "log.txt"
 CONFIG_FILE = "config.json"
 CURVES_FILE = "curves.png"
 _WANDB_PROJECT = "mirror-equivariant-vision"
+_PANELS = {
+    "loss": {"train_loss": "train", "test_loss": "test", "test_loss_ema": "test, average"},
+    "accuracy (%)": {
+        "test_acc1": "top-1",
+        "test_acc5": "top-5",
+        "test_acc1_ema": "top-1, average",
+        "test_acc5_ema": "top-5, average",
+    },
+    "learning rate": {"train_lr": None},
+}
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
@@ -104,25 +117,11 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str = "
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = {
-        "loss": {"train_loss": "train", "test_loss": "test", "test_loss_ema": "test, average"},
-        "accuracy (%)": {
-            "test_acc1": "top-1",
-            "test_acc5": "top-5",
-            "test_acc1_ema": "top-1, average",
-            "test_acc5_ema": "top-5, average",
-        },
-        "learning rate": {"train_lr": None},
-    }
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (name, curves) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         for key, label in curves.items():
-            points = [
-                (record["epoch"] + 1, record[key])
-                for record in history
-                if record.get(key) is not None
-            ]
+            points = [(r["epoch"] + 1, r[key]) for r in history if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker=".", linewidth=1.2)
         axes.set(xlabel="epoch", title=name)
@@ -139,74 +138,60 @@ class Reporter:
     """Tells the user and the files how a training goes.
 
     Args:
-        folder: the output folder, None to write nothing.
-        active: whether this process speaks (rank 0).
-        epochs: of the whole training.
+        args: of these, where to write and what to log to.
         updates: in an epoch.
         images: that all processes take in one update.
-        log_interval: updates between two lines where the output is not a terminal.
-        wandb: log to Weights & Biases too.
-        project: the name of the project there; default $WANDB_PROJECT, else a name of ours.
-        uploads: files of `folder` that are logged there as an artifact at the end.
-        log_dir: of the TensorBoard events; default `folder`/tensorboard.
+        config: written to config.json.
+        done: updates of the whole training that are behind us, when resuming.
 
     Raises:
-        UserError: `wandb` without the package, or it cannot start.
+        UserError: `--wandb` without the package, or it cannot start.
     """
 
     def __init__(
         self,
-        folder: Path | None,
+        args: Namespace,
+        processes: DistContext,
         *,
-        active: bool,
-        device: torch.device,
-        epochs: int,
         updates: int,
         images: int,
-        log_interval: int,
         config: Mapping[str, Any],
-        wandb: bool = False,
-        project: str = "",
-        uploads: Sequence[str] = (),
-        log_dir: Path | None = None,
         done: int = 0,
     ) -> None:
-        """`done`: updates of the whole training that are behind us, when resuming."""
-        self.folder = folder if active else None
+        self.active = processes.is_main
+        self.folder = Path(args.output_dir) if args.output_dir and self.active else None
         self.history: list[dict[str, Any]] = []
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not active)
-        self._active = active
-        self._device = device
-        self._epochs, self._updates, self._images = epochs, updates, images
-        self._log_interval = log_interval
-        self._session_start = time.perf_counter()
-        self._session_done = 0
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.active)
+        self._args, self._device = args, processes.device
+        self._updates, self._images = updates, images
+        self._session_start, self._session_done = time.perf_counter(), 0
         self._bar: Progress | None = None
         self._loss = float("nan")
         self._mark = (time.perf_counter(), 0)
+        self._boards: dict[str, Any] = {}
+        if not self.active:
+            return
         if self.folder is not None:
             text = json.dumps(config, indent=2, sort_keys=True, default=str)
             write_text(self.folder / CONFIG_FILE, text + "\n")
-        self._tensorboard = self._open_tensorboard(log_dir if active else None, done)
-        self._uploads = uploads
-        self._wandb = self._open_wandb(config, project) if wandb and active else None
+        if self.folder is not None or args.log_dir:
+            self._open_tensorboard(args.log_dir or self.folder / "tensorboard", done)
+        if args.wandb:
+            self._boards["Weights & Biases"] = self._open_wandb(config)
 
-    def _open_tensorboard(self, log_dir: Path | None, done: int) -> Any:
-        if log_dir is None and self.folder is not None:
-            log_dir = self.folder / "tensorboard"
-        if log_dir is None:
-            return None
+    def _open_tensorboard(self, folder: str | Path, done: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(folder, purge_step=done + 1 if done else None)
         except ImportError:
-            return None
-        try:
-            return SummaryWriter(log_dir, purge_step=done + 1 if done else None)
+            return
         except OSError as error:
             self.say(f"note    no TensorBoard events: {one_line(error)}")
-            return None
+            return
+        self._boards["TensorBoard"] = board
 
-    def _open_wandb(self, config: Mapping[str, Any], project: str) -> Any:
+    def _open_wandb(self, config: Mapping[str, Any]) -> Any:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError:
@@ -220,7 +205,7 @@ class Reporter:
             identity = remembered.read_text(encoding="utf-8").strip()
         try:
             return wandb.init(
-                project=project or os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
+                project=self._args.project or os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
                 config=dict(config),
                 dir=str(self.folder) if self.folder else None,
                 id=identity,
@@ -245,7 +230,7 @@ class Reporter:
         self.stop()
         self._title = title
         self._mark = (time.perf_counter(), done)
-        if self.console.is_terminal and self._active:
+        if self.console.is_terminal and self.active:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -260,20 +245,21 @@ class Reporter:
     def on_update(self, epoch: int, done: int, lr: float, loss: float | None) -> None:
         """Show that `done` updates of `epoch` are done; `loss` is their mean, where known."""
         self._session_done += 1
-        if not self._active:
+        if not self.active:
             return
+        number = epoch * self._updates + done
+        line = done % self._args.log_interval == 0
         if loss is not None:
             self._loss = loss
-        number = epoch * self._updates + done
-        if loss is not None and (done % self._log_interval == 0 or done == self._updates):
-            self._scalars({"train_running/loss": loss, "train_running/lr": lr}, number)
-        if self._bar is None and done % self._log_interval:
+            if line or done == self._updates:
+                self._scalars({"train_running/loss": loss, "train_running/lr": lr}, number)
+        if self._bar is None and not line:
             return
         now = time.perf_counter()
         since, before = self._mark
         speed = (done - before) * self._images / max(now - since, 1e-9)
         left = (now - self._session_start) / self._session_done
-        left *= self._epochs * self._updates - number
+        left *= self._args.epochs * self._updates - number
         info = (
             f"loss {self._loss:.4f}  lr {lr:.2e}  {speed:,.0f} images/s  "
             f"{memory_used(self._device) / 2**30:.1f} GiB  {duration(left)} left"
@@ -298,38 +284,37 @@ class Reporter:
         """Append a line to log.txt, before the checkpoint that counts on it is written."""
         self.history.append(dict(record))
         self._write_log()
-        self._scalars(
-            {
-                key.replace("_", "/", 1) if key.startswith(("train_", "test_")) else key: value
-                for key, value in record.items()
-                if key != "epoch"
-            },
-            (record["epoch"] + 1) * self._updates,
-        )
-        self._tell("_tensorboard", lambda board: board.flush())
+        values = {
+            key.replace("_", "/", 1) if key.startswith(("train_", "test_")) else key: value
+            for key, value in record.items()
+            if key != "epoch"
+        }
+        self._scalars(values, (record["epoch"] + 1) * self._updates)
+        self._tell("TensorBoard", lambda board: board.flush())
 
-    def close(self, title: str = "") -> Path | None:
+    def close(self) -> Path | None:
         """Draw the curves and close all files; returns the figure's path if there is one."""
         self.stop()
-        self._tell("_tensorboard", lambda board: board.close())
-        self._tell("_wandb", self._upload)
-        self._tell("_wandb", lambda board: board.finish())
+        self._tell("TensorBoard", lambda board: board.close())
+        self._tell("Weights & Biases", self._upload)
+        self._tell("Weights & Biases", lambda board: board.finish())
         if self.folder is None or not self.history:
             return None
         try:
-            draw_curves(self.history, self.folder / CURVES_FILE, title)
+            draw_curves(self.history, self.folder / CURVES_FILE, self._args.model)
         except Exception as error:  # whatever a plotting library, its fonts or the disk may raise
             self.say(f"note    no curves: {one_line(error)}")
             return None
         return self.folder / CURVES_FILE
 
     def _upload(self, run: Any) -> None:
-        files = [self.folder / name for name in self._uploads if self.folder is not None]
-        files = [path for path in files if path.exists()]
+        """Log the checkpoints as an artifact, for `--wandb-ckpt`."""
+        if not self._args.wandb_ckpt or self.folder is None:
+            return
+        files = [self.folder / name for name in (LAST, BEST) if (self.folder / name).exists()]
         if files:
-            artifact = importlib.import_module("wandb").Artifact(
-                f"run-{run.id}-checkpoints", type="model"
-            )
+            wandb = importlib.import_module("wandb")
+            artifact = wandb.Artifact(f"run-{run.id}-checkpoints", type="model")
             for path in files:
                 artifact.add_file(str(path))
             run.log_artifact(artifact)
@@ -347,15 +332,14 @@ class Reporter:
             for name, value in known.items():
                 board.add_scalar(name, value, number)
 
-        self._tell("_tensorboard", add)
-        self._tell("_wandb", lambda board: board.log(known, step=number))
+        self._tell("TensorBoard", add)
+        self._tell("Weights & Biases", lambda board: board.log(known, step=number))
 
-    def _tell(self, board: str, action: Callable[[Any], None]) -> None:
+    def _tell(self, name: str, action: Callable[[Any], None]) -> None:
         """Have a board do something. If it fails, the training goes on without it."""
         try:
-            if getattr(self, board) is not None:
-                action(getattr(self, board))
+            if name in self._boards:
+                action(self._boards[name])
         except Exception as error:  # a full disk, a broken network, ...
-            setattr(self, board, None)
-            name = {"_tensorboard": "TensorBoard", "_wandb": "Weights & Biases"}[board]
+            del self._boards[name]
             self.say(f"note    {name} failed, the training goes on without it: {one_line(error)}")

@@ -41,7 +41,7 @@ from deit.train.networks import Networks, build_networks
 from deit.train.optim import build_optimizer, scaled_lr
 from deit.train.reporting import Reporter, environment, read_log
 from deit.train.resume import Progress, RunningLoss, TrainingState, seed_all
-from deit.train.run import BEST, LAST, Run, open_writer
+from deit.train.run import LAST, Run, open_writer
 from deit.train.schedule import build_scheduler
 from deit.train.stopping import StopAgreement
 from deit.train.teacher import build_teacher
@@ -317,34 +317,22 @@ def build_reporter(
 ) -> Reporter:
     """The reporter, with the run's configuration written and its log where `state` stands."""
     processes, progress = state.processes, state.progress
-    folder = Path(args.output_dir) if args.output_dir else None
-    if source and not progress.history and folder is not None:
+    if source and not progress.history and args.output_dir:
         # A published checkpoint brings no log: keep what the folder's knows of the epochs before.
-        progress.history = [r for r in read_log(folder) if r["epoch"] < progress.epoch]
-    reporter = Reporter(
-        folder,
-        active=processes.is_main,
-        device=processes.device,
-        epochs=args.epochs,
-        updates=updates,
-        images=images,
-        log_interval=args.log_interval,
-        done=progress.epoch * updates + progress.step,
-        wandb=args.wandb,
-        project=args.project,
-        uploads=(LAST, BEST) if args.wandb_ckpt else (),
-        log_dir=Path(args.log_dir) if args.log_dir else None,
-        config={
-            "args": config_dict(args),
-            "environment": environment(processes.device, processes.world_size),
-            "trainable_parameters": networks.parameters,
-            "precision": str(state.precision),
-            "global_batch": images,
-            "updates_per_epoch": updates,
-            "peak_learning_rate": args.lr if args.unscale_lr else scaled_lr(args.lr, images),
-            "resumed_from": source or None,
-        },
-    )
+        log = read_log(Path(args.output_dir))
+        progress.history = [record for record in log if record["epoch"] < progress.epoch]
+    config = {
+        "args": config_dict(args),
+        "environment": environment(processes.device, processes.world_size),
+        "trainable_parameters": networks.parameters,
+        "precision": str(state.precision),
+        "global_batch": images,
+        "updates_per_epoch": updates,
+        "peak_learning_rate": args.lr if args.unscale_lr else scaled_lr(args.lr, images),
+        "resumed_from": source or None,
+    }
+    done = progress.epoch * updates + progress.step
+    reporter = Reporter(args, processes, updates=updates, images=images, config=config, done=done)
     reporter.restore(progress.history)
     return reporter
 
