@@ -21,6 +21,11 @@ from typing import Any, NoReturn
 
 from deit.errors import UserError, suggest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Room for long option names, and lines that stay readable on a wide terminal."""
@@ -81,23 +86,21 @@ class CommandLine(argparse.ArgumentParser):
         return super().parse_known_args([_with_dashes(arg) for arg in args], namespace)
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse does. Without a `namespace` to fill it returns `Options`."""
-        namespace = Options() if namespace is None else namespace
-        namespace, unknown = self.parse_known_args(args, namespace)
+        """As argparse does; returns `Options`."""
+        namespace, unknown = self.parse_known_args(args, namespace or Options())
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        # argparse leaves alone what a namespace has already, unless it is on the command line
+        absent = _Absent()
+        probe = argparse.Namespace(**dict.fromkeys(vars(namespace), absent))
+        self.parse_known_args(args, probe)
+        namespace.given = frozenset(k for k, v in vars(probe).items() if v is not absent)
         if "kernels" in namespace:
             _note_kernels(namespace.kernels)
         if "compile_mode" in namespace:
-            _check_compile(namespace)
-        if isinstance(namespace, Options):
-            # argparse leaves alone what a namespace has already, unless it is on the command line
-            absent = _Absent()
-            probe = argparse.Namespace(**dict.fromkeys(vars(namespace), absent))
-            self.parse_known_args(args, probe)
-            namespace.given = frozenset(k for k, v in vars(probe).items() if v is not absent)
+            _settle_compile(namespace)
         return namespace
 
     def error(self, message: str) -> NoReturn:
@@ -151,14 +154,15 @@ class OptionGroup:
         help: str,
         default: bool | None = False,
         words: tuple[str, ...] = (),
-        kind: type[Switch] = Switch,
     ) -> None:
         """A switch --x with its --no-x; a default of None leaves the choice to the network.
 
         `words` are values that it may have too, as in `--x both`.
         """
         shown = {True: "on", False: "off", None: "the network's own"}[default]
-        action = self._group.add_argument(*flags.split(), action=kind, default=default, words=words)
+        action = self._group.add_argument(
+            *flags.split(), action=Switch, default=default, words=words
+        )
         # Set afterwards: some Python versions append the default in words of their own.
         action.help = f"{help} (default: {shown})".replace("%", "%%")
 
@@ -173,6 +177,25 @@ def add_kernels(group: OptionGroup) -> None:
         "of no effect, as the environment variable DEIT_KERNELS: nothing is left to choose "
         "(default: none)",
     )
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The table in `path`; `what` names the file in the `UserError` of an unreadable one."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{what} {path} is not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {error}") from None
+
+
+def check_keys(table: dict[str, Any], known: set[str], where: str) -> None:
+    """Refuse keys that nobody reads: a misspelt one must not be ignored."""
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise UserError(
+            f"{where}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
 
 
 @functools.cache  # said once, however often and by whomever command lines are parsed
@@ -201,29 +224,17 @@ def add_compile(group: OptionGroup, help: str) -> None:
         "MODE",
         f"mode of torch.compile: {', '.join(COMPILE_MODES)}; implies --compile",
         choices=COMPILE_MODES,
-        action=_CompileMode,
     )
     group.switch(
         "--compile-blocks",
         "compile each block by itself, equal ones once: much sooner done than the whole network; "
         "implies --compile",
-        kind=_CompileBlocks,
     )
 
 
-class _CompileMode(argparse.Action):
-    def __call__(self, parser, namespace, value, option_string=None) -> None:
-        namespace.compile_mode, namespace.compile = value, True
-
-
-class _CompileBlocks(Switch):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        super().__call__(parser, namespace, values, option_string)
-        if namespace.compile_blocks:
-            namespace.compile = True
-
-
-def _check_compile(args: argparse.Namespace) -> None:
+def _settle_compile(args: Options) -> None:
+    if "compile" not in args.given:
+        args.compile = args.compile_blocks or "compile_mode" in args.given
     if args.compile and args.compile_blocks and args.compile_mode in CUDA_GRAPHS:
         raise UserError(
             f"--compile-blocks with --compile-mode {args.compile_mode}: its CUDA graphs hold a "

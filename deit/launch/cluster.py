@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from deit.cli import check_keys, read_toml
 from deit.errors import UserError
-from deit.launch.toml import check_keys, read_toml
 
 DEFAULT_FILE = Path("~/.config/deit/cluster.toml")
 FILE_VARIABLE = "DEIT_CLUSTER"

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.cli import Switch, key_value
+from deit.cli import Switch, check_keys, key_value, read_toml
 from deit.errors import UserError, suggest
-from deit.launch.toml import check_keys, read_toml
 
-COMPILE = ("compile_mode", "compile_blocks")
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # a part of the package
 
 
@@ -64,13 +62,6 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
     return Recipe(path.stem, table["gpus"], options)
 
 
-def published_options(script: str, model: str) -> dict[str, Any]:
-    """Options of the published `script` (deit, convnext) that differ from deit/main.py's."""
-    options = _with_bases(RECIPES / "scripts" / f"{script}.toml", ())["options"]
-    # its code stores the shifts of these networks, and never adds them
-    return options | ({"freeze_shift": True} if model.startswith("resmlp_equi_") else {})
-
-
 def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
         raise UserError(f"recipe {above[0]} has itself as a base: {' -> '.join(map(str, above))}")
@@ -97,8 +88,7 @@ def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) ->
         for string in action.option_strings
     }
     argv: list[str] = []
-    # These switch compilation on, which a --no-compile behind them undoes.
-    for name, value in sorted(options.items(), key=lambda item: item[0] not in COMPILE):
+    for name, value in options.items():
         spellings = (f"--{name}", f"--{name.replace('_', '-')}")
         flag = next((spelling for spelling in spellings if spelling in known), None)
         if flag is None:

@@ -11,14 +11,14 @@ another is settled in the Namespace that `parse_args` returns (see `resolve`).
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
-from deit.cli import CommandLine
+from deit.cli import CommandLine, read_toml
 from deit.errors import UserError
-from deit.launch.recipes import published_options
 from deit.train.options import get_parser
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "validate",
 ]
 
+_SCRIPTS = Path(__file__).resolve().parents[1] / "recipes" / "scripts"  # a part of the package
+
 
 def parse_args(
     argv: Sequence[str] | None = None, parser: ArgumentParser | None = None
@@ -42,7 +44,7 @@ def parse_args(
     """
     args = (parser or get_parser()).parse_args(argv)
     if args.published:
-        for name, value in published_options(args.published, args.model).items():
+        for name, value in _published(args.published, args.model).items():
             if name not in args.given:
                 setattr(args, name, value)
         if args.published == "convnext" and args.model_ema_eval and not args.eval:
@@ -157,17 +159,13 @@ def config_dict(args: Namespace | Mapping[str, Any]) -> dict[str, Any]:
 
     Paths become strings, tuples lists, nested namespaces dicts, anything else its `str`.
     """
-    values = vars(args) if isinstance(args, Namespace) else args
-    return {str(name): _plain(values[name]) for name in sorted(values, key=str)}
+    values = vars(args) if isinstance(args, Namespace) else dict(args)
+    plain = lambda value: vars(value) if isinstance(value, Namespace) else str(value)  # noqa: E731
+    return json.loads(json.dumps(values, default=plain, sort_keys=True))
 
 
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, PathLike):
-        return fspath(value)
-    if isinstance(value, (Namespace, Mapping)):
-        return config_dict(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return str(value)
+def _published(script: str, model: str) -> dict[str, Any]:
+    """Options of the published `script` (deit, convnext) that differ from deit/main.py's."""
+    options = read_toml(_SCRIPTS / f"{script}.toml", "recipe")["options"]
+    # its code stores the shifts of these networks, and never adds them
+    return options | ({"freeze_shift": True} if model.startswith("resmlp_equi_") else {})
