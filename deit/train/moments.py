@@ -182,10 +182,13 @@ def load_optimizer(
 
 def _same_kind(optimizer: Optimizer, own: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
     """Whether what was saved has the decays of moments and the step counts that are needed."""
-    group = saved["param_groups"][0]
-    if any(key in own and key not in group for key in ("betas", "momentum", "step")):
+    group, inner = saved["param_groups"][0], _inner(optimizer)
+    needed = [key for key in ("betas", "momentum", "step") if key in own]
+    if type(inner).__name__ in ("Lamb", "FusedLAMB"):  # they make the count at their first step
+        needed.append("step")
+    if not all(key in group for key in needed):
         return False
-    counted = isinstance(_inner(optimizer), (torch.optim.Adam, torch.optim.AdamW))
+    counted = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
     return not counted or all("step" in state for state in saved["state"].values())
 
 
