@@ -18,7 +18,7 @@ from deit.train.engine import (
     evaluate,
     train_one_epoch,
 )
-from deit.train.losses import build_criterion
+from deit.train.losses import TrainingLoss
 from deit.train.stopping import StopAgreement, Stopped, forget_stop, request_stop
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def make_train_step(net: nn.Module, **kwargs) -> TrainStep:
     kwargs.setdefault("optimizer", torch.optim.SGD(net.parameters(), lr=0.1))
     kwargs.setdefault("schedule", lambda updates: None)
     kwargs.setdefault("precision", Precision(CPU, None))
-    return TrainStep(net, build_criterion(), **kwargs)
+    return TrainStep(net, TrainingLoss(nn.CrossEntropyLoss()), **kwargs)
 
 
 def run_epoch(train_step: TrainStep, batches, **kwargs) -> float:

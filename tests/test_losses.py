@@ -1,14 +1,22 @@
 """Losses against their formulas, written out here in plain operations."""
 
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 from deit.errors import UserError
+from deit.train.args import parse_args
 from deit.train.losses import DistillationLoss, build_criterion, prepare_student
 
 CLASSES = 7
+
+
+def criterion_of(mixup=False, teacher=None, **options):
+    args = vars(parse_args(["--smoothing", "0"])) | options
+    return build_criterion(Namespace(**args), mixup=mixup, teacher=teacher)
 
 
 @pytest.fixture
@@ -38,16 +46,16 @@ def test_cross_entropy_plain_smoothed_and_soft(batch):
     plain = -(one_hot(targets) * log_p).sum(1).mean()
     smoothed = -((one_hot(targets) * 0.9 + 0.1 / CLASSES) * log_p).sum(1).mean()
     soft = -(mixed(targets) * log_p).sum(1).mean()
-    torch.testing.assert_close(build_criterion()(logits, targets), plain)
-    torch.testing.assert_close(build_criterion(smoothing=0.1)(logits, targets), smoothed)
-    torch.testing.assert_close(build_criterion(mixup=True)(logits, mixed(targets)), soft)
+    torch.testing.assert_close(criterion_of()(logits, targets), plain)
+    torch.testing.assert_close(criterion_of(smoothing=0.1)(logits, targets), smoothed)
+    torch.testing.assert_close(criterion_of(mixup=True)(logits, mixed(targets)), soft)
     assert abs(plain - smoothed) > 1e-3
 
 
 def test_bce_binarises_mixed_targets(batch):
     logits, targets = batch
     both = (one_hot(targets) + one_hot(targets).flip(0)).clamp(max=1)
-    criterion = build_criterion(bce=True, mixup=True)
+    criterion = criterion_of(bce_loss=True, mixup=True)
     loss = criterion(logits, mixed(targets))
     torch.testing.assert_close(loss.double(), bce(logits, both))
     assert abs(loss - bce(logits, mixed(targets))) > 1e-3, "soft targets would give another loss"
@@ -57,7 +65,7 @@ def test_bce_binarises_mixed_targets(batch):
 
 def test_bce_refuses_smoothed_targets():
     with pytest.raises(UserError, match="smoothing"):
-        build_criterion(bce=True, smoothing=0.1)
+        criterion_of(bce_loss=True, smoothing=0.1)
 
 
 @pytest.mark.parametrize("binarise", [False, True])
@@ -67,13 +75,13 @@ def test_cosub_is_the_mean_of_four_losses(batch, binarise):
     dense = mixed(targets)
     goal = (dense > 0).double() if binarise else dense
     parts = [bce(x, goal), bce(y, goal), bce(x, y.sigmoid()), bce(y, x.sigmoid())]
-    loss = build_criterion(cosub=True, bce=binarise, mixup=True)(torch.cat([x, y]), dense)
+    loss = criterion_of(cosub=True, bce_loss=binarise, mixup=True)(torch.cat([x, y]), dense)
     torch.testing.assert_close(loss.double(), sum(parts) / 4)
 
 
 def test_cosub_gives_each_image_twice_and_detaches_the_other(batch):
     logits, targets = batch
-    criterion = build_criterion(cosub=True)
+    criterion = criterion_of(cosub=True)
     images = torch.randn(6, 3, 2, 2)
     assert torch.equal(criterion.network_input(images), torch.cat([images, images]))
     outputs = torch.cat([logits, logits * 2]).requires_grad_()
@@ -102,7 +110,7 @@ def test_distillation(batch, kind, two_outputs):
     logits, targets = batch
     distilled = logits.flip(0) if two_outputs else logits
     teacher = torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(1))
-    criterion = build_criterion(
+    criterion = criterion_of(
         teacher=Fixed(teacher), distillation_type=kind, distillation_alpha=0.3, distillation_tau=2.0
     )
     images = torch.randn(6, 3, 2, 2)
@@ -120,10 +128,10 @@ def test_distillation(batch, kind, two_outputs):
 def test_distillation_says_what_is_wrong(batch):
     logits, targets = batch
     with pytest.raises(UserError, match="needs a teacher"):
-        build_criterion(distillation_type="hard")
+        criterion_of(distillation_type="hard")
     with pytest.raises(UserError, match="medium"):
         DistillationLoss(nn.CrossEntropyLoss(), Fixed(logits), "medium", 0.5, 1.0)
-    criterion = build_criterion(teacher=Fixed(torch.zeros(6, 9)), distillation_type="soft")
+    criterion = criterion_of(teacher=Fixed(torch.zeros(6, 9)), distillation_type="soft")
     with pytest.raises(UserError, match=r"teacher gives 9 classes, the student 7"):
         criterion(logits, targets, torch.zeros(6, 3, 2, 2))
     with pytest.raises(TypeError, match="images"):
@@ -135,7 +143,7 @@ def test_a_network_with_a_distillation_token_returns_both():
     prepare_student(student)
     outputs = student.train()(torch.randn(2, 3, 32, 32))
     teacher = Fixed(torch.randn(2, CLASSES))
-    criterion = build_criterion(teacher=teacher, distillation_type="soft")
+    criterion = criterion_of(teacher=teacher, distillation_type="soft")
     criterion(outputs, torch.tensor([0, 1]), torch.zeros(2, 3, 32, 32)).backward()
     assert student.head.weight.grad.abs().sum() > 0
     assert student.head_dist.weight.grad.abs().sum() > 0
@@ -143,6 +151,6 @@ def test_a_network_with_a_distillation_token_returns_both():
 
 def test_losses_of_half_precision_outputs_are_float32(batch):
     logits, targets = batch
-    for options in ({}, {"bce": True}, {"smoothing": 0.1}):
-        loss = build_criterion(**options)(logits.bfloat16(), targets)
+    for options in ({}, {"bce_loss": True}, {"smoothing": 0.1}):
+        loss = criterion_of(**options)(logits.bfloat16(), targets)
         assert loss.dtype == torch.float32

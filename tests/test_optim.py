@@ -17,7 +17,7 @@ import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
 from deit.train import optim
 from deit.train.engine import Precision, RunningLoss, TrainStep
-from deit.train.losses import build_criterion
+from deit.train.losses import TrainingLoss
 from deit.train.moments import load_optimizer, optimizer_state
 from deit.train.optim import (
     build_optimizer,
@@ -107,7 +107,9 @@ def test_learning_rate_rule():
 def train_step(model, optimizer, **kwargs):
     precision = Precision(torch.device("cpu"), None)
     schedule = lambda updates: None  # noqa: E731
-    return TrainStep(model, build_criterion(), optimizer, schedule, precision, **kwargs)
+    return TrainStep(
+        model, TrainingLoss(nn.CrossEntropyLoss()), optimizer, schedule, precision, **kwargs
+    )
 
 
 def two_updates(model, optimizer, size=32, **kwargs):

@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_STD as STD
 from torch import nn
 
 from deit.errors import UserError
+from deit.train.args import parse_args
 from deit.train.losses import build_criterion
 from deit.train.teacher import Teacher, build_teacher
 
@@ -36,8 +37,9 @@ class Fixed(nn.Module):
 def test_teacher_renormalises_resamples_and_stays_frozen():
     model = Fixed()
     mean, std = torch.tensor([0.4, 0.45, 0.5]), torch.tensor([0.2, 0.25, 0.3])
+    teacher = Teacher(model, mean.tolist(), std.tolist())
     criterion = build_criterion(
-        teacher=Teacher(model, mean.tolist(), std.tolist()), distillation_type="hard"
+        parse_args(["--distillation-type", "hard"]), mixup=False, teacher=teacher
     )
     criterion.train()
     pixels = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand(2, 3, 32, 32)

@@ -27,7 +27,6 @@ __all__ = [
     "get_parser",
     "parse_args",
     "resolve",
-    "uses_mixup",
     "validate",
 ]
 
@@ -78,11 +77,6 @@ def resolve(args: Namespace) -> None:
         args.smoothing = 0.0
 
 
-def uses_mixup(args: Namespace) -> bool:
-    """Whether the options ask for mixup or cutmix."""
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
 def validate(args: Namespace) -> None:
     """Raise `UserError` for options that contradict each other; `args` have been resolved."""
     if args.attn_mixer and args.fused_attn:
@@ -90,8 +84,8 @@ def validate(args: Namespace) -> None:
             "--attn-mixer cannot be used with --fused-attn: fused attention computes its logits "
             "inside the kernel, where they cannot be mixed; drop one of the two"
         )
-    training = not args.eval
-    if training and uses_mixup(args) and args.mixup_prob > 0 and args.batch_size % 2:
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if not args.eval and mixes and args.mixup_prob > 0 and args.batch_size % 2:
         raise UserError(
             f"--batch-size {args.batch_size} is odd, but mixup and cutmix work on pairs: use an "
             "even one, or --mixup 0 --cutmix 0"

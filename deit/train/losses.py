@@ -1,6 +1,6 @@
 """Training losses: one interface for cross-entropy, BCE, cosub and distillation.
 
-    criterion = build_criterion(smoothing=0.1, mixup=True, ...)
+    criterion = build_criterion(args, mixup=True)
     loss = criterion(model(criterion.network_input(images)), targets, images)
 
 `targets` are class indices (B,), or the dense targets (B, K) that mixup makes of them. Every loss
@@ -8,6 +8,8 @@ is computed in float32, whatever the outputs' dtype, and is a mean over the batc
 """
 
 from __future__ import annotations
+
+from argparse import Namespace
 
 import torch
 import torch.nn.functional as F
@@ -122,45 +124,40 @@ def prepare_student(model: nn.Module) -> None:
 
 
 def build_criterion(
-    *,
-    smoothing: float = 0.0,
-    mixup: bool = False,
-    bce: bool = False,
-    cosub: bool = False,
-    teacher: nn.Module | None = None,
-    distillation_type: str = "none",
-    distillation_alpha: float = 0.5,
-    distillation_tau: float = 1.0,
+    args: Namespace, *, mixup: bool, teacher: nn.Module | None = None
 ) -> TrainingLoss:
-    """The training loss that the options ask for.
+    """The training loss that the options `args` ask for.
+
+    Label smoothing is that of targets that are class indices; dense ones have theirs. With
+    `bce_loss` targets are 1 wherever the given ones are > 0.
 
     Args:
-        smoothing: label smoothing of targets that are class indices; dense ones have theirs.
         mixup: whether targets are dense.
-        bce: binary cross-entropy against targets that are 1 wherever the given ones are > 0.
-        cosub: see `CosubLoss`; its targets are binarised only if `bce` says so.
-        teacher, distillation_type: see `DistillationLoss`, "none" for no distillation.
+        teacher: see `DistillationLoss`.
 
     Raises:
-        UserError: `bce` with smoothed targets, or distillation with `cosub` or without teacher.
+        UserError: `bce_loss` with smoothed targets, or distillation with `cosub` or without
+            teacher.
     """
-    if bce and smoothing:
+    if args.bce_loss and args.smoothing:
         raise UserError(
-            f"label smoothing {smoothing:g} puts all targets above 0: binarised, every class "
+            f"label smoothing {args.smoothing:g} puts all targets above 0: binarised, every class "
             "would be one; use smoothing 0 with the BCE loss"
         )
-    if bce or cosub:
-        base: nn.Module = BinaryCrossEntropy(smoothing, target_threshold=0.0 if bce else None)
+    if args.bce_loss or args.cosub:
+        threshold = 0.0 if args.bce_loss else None
+        base: nn.Module = BinaryCrossEntropy(args.smoothing, target_threshold=threshold)
     elif mixup:
         base = SoftTargetCrossEntropy()
-    elif smoothing:
-        base = LabelSmoothingCrossEntropy(smoothing)
+    elif args.smoothing:
+        base = LabelSmoothingCrossEntropy(args.smoothing)
     else:
         base = nn.CrossEntropyLoss()
-    if distillation_type == "none":
-        return CosubLoss(base) if cosub else TrainingLoss(base)
-    if cosub:
+    kind = args.distillation_type
+    if kind == "none":
+        return CosubLoss(base) if args.cosub else TrainingLoss(base)
+    if args.cosub:
         raise UserError("cosub and distillation cannot be combined")
     if teacher is None:
-        raise UserError(f"{distillation_type} distillation needs a teacher")
-    return DistillationLoss(base, teacher, distillation_type, distillation_alpha, distillation_tau)
+        raise UserError(f"{kind} distillation needs a teacher")
+    return DistillationLoss(base, teacher, kind, args.distillation_alpha, args.distillation_tau)

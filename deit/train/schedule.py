@@ -1,6 +1,6 @@
 """Learning rate and weight decay as functions of the number of optimizer updates.
 
-    schedule = build_scheduler(optimizer, sched="cosine", epochs=300, updates_per_epoch=1251, ...)
+    schedule = build_scheduler(optimizer, args, updates_per_epoch=1251)
     optimizer.step(); updates += 1
     schedule.step_update(updates)           # after each update
     schedule.step(epoch, metric)            # after each evaluation, for `plateau`
@@ -12,23 +12,15 @@ construction; what `plateau` has seen is in the state dict.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.optim import Optimizer
 
-from deit.errors import UserError, suggest
-
-# The sched names that create_scheduler_v2 is asked for. A step that divides by 1 is constant.
-_TIMM_NAMES = {
-    "cosine": "cosine",
-    "tanh": "tanh",
-    "poly": "poly",
-    "step": "step",
-    "constant": "step",
-}
+from deit.errors import UserError
 
 
 class PlateauScheduler(Scheduler):
@@ -190,28 +182,9 @@ class TrainingSchedule:
 
 
 def build_scheduler(
-    optimizer: Optimizer,
-    *,
-    sched: str = "cosine",
-    epochs: int,
-    updates_per_epoch: int,
-    warmup_epochs: float = 0.0,
-    warmup_lr: float = 0.0,
-    warmup_prefix: bool = False,
-    min_lr: float = 0.0,
-    decay_epochs: float = 30.0,
-    decay_rate: float = 0.1,
-    patience_epochs: int = 10,
-    cooldown_epochs: int = 10,
-    lr_noise: Collection[float] | None = None,
-    lr_noise_pct: float = 0.67,
-    lr_noise_std: float = 1.0,
-    seed: int = 0,
-    weight_decay: float = 0.0,
-    weight_decay_end: float | None = None,
-    as_published: str | None = None,
+    optimizer: Optimizer, args: Namespace, updates_per_epoch: int
 ) -> TrainingSchedule:
-    """The schedule that the options ask for; see the help of the command line.
+    """The schedule that the options `args` ask for; see the help of the command line.
 
     The optimizer's present learning rates are the ones after the warm-up. Training takes
     `epochs` * `updates_per_epoch` updates, the warm-up included. Without `warmup_prefix` the
@@ -220,71 +193,70 @@ def build_scheduler(
 
     Args:
         updates_per_epoch: optimizer updates, not steps: gradients may be accumulated over steps.
-        lr_noise: start, or start and end, of the noise, as fractions of the course.
-        seed: of the noise, which depends on it and on the number of the update alone.
-        as_published: `deit` for the course of the published DeiT runs (see `TrainingSchedule`),
-            `convnext` for that of the ConvNeXt runs (see `ConvNeXtScheduler`).
 
     Raises:
-        UserError: an unknown `sched`, one that has no such published course, or no update to make.
+        UserError: a `sched` that has no such published course, or no update to make.
     """
-    if sched != "plateau" and sched not in _TIMM_NAMES:
-        known = [*_TIMM_NAMES, "plateau"]
-        raise UserError(
-            f"unknown schedule {sched!r}, use {', '.join(known)}{suggest(sched, known)}"
-        )
+    late, table = args.sched_as_published == "deit", args.sched_as_published == "convnext"
     if updates_per_epoch < 1:
         raise UserError(
             f"an epoch has {updates_per_epoch} updates: the data do not fill one global batch; "
             "use a smaller --batch-size or --update-freq"
         )
-    if as_published == "convnext" and sched != "cosine":
-        raise UserError(f"--sched-as-published convnext is a cosine, not --sched {sched}")
-    if as_published == "deit" and sched == "plateau":
+    if table and args.sched != "cosine":
+        raise UserError(f"--sched-as-published convnext is a cosine, not --sched {args.sched}")
+    if late and args.sched == "plateau":
         raise UserError("--sched-as-published deit is for courses by epochs, not --sched plateau")
-    warmup_prefix = warmup_prefix or as_published == "convnext"
-    course_epochs = epochs - warmup_epochs if warmup_prefix else epochs
+    warmup, updates = args.warmup_epochs, args.epochs * updates_per_epoch
+    if (args.warmup_steps or 0) > 0:
+        warmup = args.warmup_steps / updates_per_epoch
+    prefix = args.warmup_prefix or table
+    course_epochs = args.epochs - warmup if prefix else args.epochs
     if course_epochs <= 0:
-        raise UserError(f"a warm-up of {warmup_epochs:g} epochs leaves none of the {epochs}")
-    noise = {"noise_pct": lr_noise_pct, "noise_std": lr_noise_std, "noise_seed": seed}
-    if as_published == "convnext":
+        raise UserError(f"a warm-up of {warmup:g} epochs leaves none of the {args.epochs}")
+    noise = {
+        "noise_pct": args.lr_noise_pct,
+        "noise_std": args.lr_noise_std,
+        "noise_seed": args.seed,  # it depends on this and on the number of the update alone
+    }
+    if table:
         scheduler: Scheduler = ConvNeXtScheduler(
             optimizer,
-            warmup_updates=round(warmup_epochs * updates_per_epoch),
-            total_updates=epochs * updates_per_epoch,
-            lr_min=min_lr,
+            warmup_updates=round(warmup * updates_per_epoch),
+            total_updates=updates,
+            lr_min=args.min_lr,
         )
-    elif sched == "plateau":
-        span = [x * epochs * updates_per_epoch for x in lr_noise] if lr_noise else None
+    elif args.sched == "plateau":
+        span = [x * updates for x in args.lr_noise] if args.lr_noise else None
         scheduler = PlateauScheduler(
             optimizer,
-            decay_rate=decay_rate,
-            patience=patience_epochs,
-            cooldown=cooldown_epochs,
-            lr_min=min_lr,
-            warmup_updates=warmup_epochs * updates_per_epoch,
-            warmup_lr=warmup_lr,
+            decay_rate=args.decay_rate,
+            patience=args.patience_epochs,
+            cooldown=args.cooldown_epochs,
+            lr_min=args.min_lr,
+            warmup_updates=warmup * updates_per_epoch,
+            warmup_lr=args.warmup_lr,
             noise_range_t=span[0] if span and len(span) == 1 else span,
             **noise,
         )
     else:
+        constant = args.sched == "constant"  # a step that divides by 1
         scheduler, _ = create_scheduler_v2(
             optimizer,
-            sched=_TIMM_NAMES[sched],
+            sched="step" if constant else args.sched,
             num_epochs=course_epochs,
-            decay_epochs=decay_epochs,
-            decay_rate=1.0 if sched == "constant" else decay_rate,
-            min_lr=min_lr,
-            warmup_lr=warmup_lr,
-            warmup_epochs=warmup_epochs,
-            warmup_prefix=warmup_prefix,
-            noise=list(lr_noise) if lr_noise else None,
+            decay_epochs=args.decay_epochs,
+            decay_rate=1.0 if constant else args.decay_rate,
+            min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr,
+            warmup_epochs=warmup,
+            warmup_prefix=prefix,
+            noise=list(args.lr_noise) if args.lr_noise else None,
             step_on_epochs=False,
-            updates_per_epoch=1 if as_published == "deit" else updates_per_epoch,
+            updates_per_epoch=1 if late else updates_per_epoch,
             **noise,
         )
     ends = None
-    if weight_decay_end is not None:
-        ends = (weight_decay, weight_decay_end, epochs * updates_per_epoch)
-    late = updates_per_epoch if as_published == "deit" else None
-    return TrainingSchedule(scheduler, ends, late)
+    if args.weight_decay_end is not None:
+        ends = (args.weight_decay, args.weight_decay_end, updates)
+    return TrainingSchedule(scheduler, ends, updates_per_epoch if late else None)

@@ -25,7 +25,7 @@ from deit.data import (
     read_class_map,
 )
 from deit.errors import UserError
-from deit.train.args import config_dict, uses_mixup
+from deit.train.args import config_dict
 from deit.train.build import (
     build_train_dataset,
     build_val_dataset,
@@ -70,34 +70,12 @@ def build_state(
 ) -> TrainingState:
     """Optimizer, schedule and the rest of what changes, at the start of a training."""
     lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
-    in_updates = args.warmup_steps is not None and args.warmup_steps > 0
     optimizer = optimizer_of(args, networks.model, lr)
     check_second_order(optimizer, args, processes)
-    schedule = build_scheduler(
-        optimizer,
-        sched=args.sched,
-        epochs=args.epochs,
-        updates_per_epoch=updates,
-        warmup_epochs=args.warmup_steps / updates if in_updates else args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        warmup_prefix=args.warmup_prefix,
-        min_lr=args.min_lr,
-        decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate,
-        patience_epochs=args.patience_epochs,
-        cooldown_epochs=args.cooldown_epochs,
-        lr_noise=args.lr_noise,
-        lr_noise_pct=args.lr_noise_pct,
-        lr_noise_std=args.lr_noise_std,
-        seed=args.seed,
-        weight_decay=args.weight_decay,
-        weight_decay_end=args.weight_decay_end,
-        as_published=args.sched_as_published,
-    )
     return TrainingState(
         model=networks.model,
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=build_scheduler(optimizer, args, updates),
         precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
         processes=processes,
         args=args,
@@ -122,9 +100,8 @@ def build_train_step(
 ) -> TrainStep:
     """What turns batches into updates."""
     device = state.processes.device
-    distil = args.distillation_type != "none"
-    teacher = None
-    if distil:
+    teacher, mixup = None, build_mixup(args, classes)
+    if args.distillation_type != "none":
         with state.processes.main_first():
             teacher = build_teacher(
                 args.teacher_model,
@@ -133,32 +110,14 @@ def build_train_step(
                 device,
                 class_names=state.class_names,
             )
-    criterion = build_criterion(
-        smoothing=args.smoothing,
-        mixup=uses_mixup(args),
-        bce=args.bce_loss,
-        cosub=args.cosub,
-        teacher=teacher,
-        distillation_type=args.distillation_type,
-        distillation_alpha=args.distillation_alpha,
-        distillation_tau=args.distillation_tau,
-    )
+    criterion = build_criterion(args, mixup=mixup is not None, teacher=teacher)
     return TrainStep(
         model=networks.wrapped,
         criterion=criterion.to(device),
         optimizer=state.optimizer,
         schedule=state.schedule.step_update,
         precision=state.precision,
-        mixup=build_mixup(
-            mixup=args.mixup,
-            cutmix=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            smoothing=args.smoothing,
-            num_classes=classes,
-        ),
+        mixup=mixup,
         ema=networks.ema,
         grad_accum_steps=args.update_freq,
         clip_grad=args.clip_grad,

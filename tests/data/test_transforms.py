@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -217,19 +216,8 @@ class TestEval:
 
 
 class TestMixup:
-    OPTIONS: ClassVar = {
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "cutmix_minmax": None,
-        "prob": 1.0,
-        "switch_prob": 0.5,
-        "mode": "batch",
-        "smoothing": 0.1,
-        "num_classes": 7,
-    }
-
     def test_options_arrive(self):
-        mixup = build_mixup(**self.OPTIONS)
+        mixup = build_mixup(parse_args([]), 7)
         assert (mixup.mixup_alpha, mixup.cutmix_alpha) == (0.8, 1.0)
         assert (mixup.mix_prob, mixup.switch_prob, mixup.mode) == (1.0, 0.5, "batch")
         images, targets = mixup(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 6]))
@@ -238,13 +226,13 @@ class TestMixup:
         assert targets.min() == pytest.approx(0.1 / 7)
 
     @pytest.mark.parametrize(
-        ("changes", "active"),
+        ("words", "active"),
         [
-            ({"mixup": 0, "cutmix": 0}, False),
-            ({"mixup": 0}, True),
-            ({"cutmix": 0}, True),
-            ({"mixup": 0, "cutmix": 0, "cutmix_minmax": [0.2, 0.8]}, True),
+            ("--mixup 0 --cutmix 0", False),
+            ("--mixup 0", True),
+            ("--cutmix 0", True),
+            ("--mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8", True),
         ],
     )
-    def test_none_when_off(self, changes, active):
-        assert (build_mixup(**{**self.OPTIONS, **changes}) is not None) == active
+    def test_none_when_off(self, words, active):
+        assert (build_mixup(parse_args(words.split()), 7) is not None) == active
