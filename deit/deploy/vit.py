@@ -166,7 +166,6 @@ def fold_block(block: Block, centred: Centred, target: Target) -> nn.Sequential:
     centre = tuple(not wanted for wanted in centred)
     attn, mlp = block.attn, block.mlp
     width, hidden = attn.rep.invariant, mlp.act.rep.invariant
-
     mixer = torch.ones(2) if attn.attn_mixer is None else attn.attn_mixer
 
     def queries_keys_values(x: Pair) -> Pair:
