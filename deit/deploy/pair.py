@@ -75,7 +75,7 @@ class PairMlp(nn.Module):
 
     # A CPU in eager mode runs so many rows at a time: narrow networks then stay in its cache, and
     # wide ones still have enough rows for their products; see docs/performance-log.md.
-    PIECE_ROWS = 640
+    CHUNK_ROWS = 640
 
     def __init__(self, first: Sequence[Map], second: Sequence[Map], act: nn.Module):
         super().__init__()
@@ -88,9 +88,9 @@ class PairMlp(nn.Module):
         if not may_cut(s):
             return self.whole(s, a)
         shape = s.shape[:-1]
-        s, a = (part.flatten(0, -2).split(self.PIECE_ROWS) for part in x)
-        pieces = [self.whole(*piece) for piece in zip(s, a, strict=True)]
-        s, a = (torch.cat(part) for part in zip(*pieces, strict=True))
+        s, a = (part.flatten(0, -2).split(self.CHUNK_ROWS) for part in x)
+        chunks = [self.whole(*chunk) for chunk in zip(s, a, strict=True)]
+        s, a = (torch.cat(part) for part in zip(*chunks, strict=True))
         return s.unflatten(0, shape), a.unflatten(0, shape)
 
     def whole(self, s: Tensor, a: Tensor) -> Pair:
@@ -101,7 +101,7 @@ class PairMlp(nn.Module):
 
 
 def may_cut(x: Tensor) -> bool:
-    """Whether a layer may cut its input into pieces: in eager mode on a CPU.
+    """Whether a layer may cut its input into chunks: in eager mode on a CPU.
 
     Compilers, exporters and tracers work on stand-ins, and shall see one graph for all sizes.
     """

@@ -3,9 +3,9 @@
 Tokens return to their places. There an equivariant map over tokens is one ordinary matrix for each
 part, as large as that of an ordinary ResMLP: a few per cent more multiply-adds than in the
 decomposed basis, and no change of basis anywhere. The antisymmetric part is held with the sign of
-its right half changed. Then flopping exchanges left and right in both parts, and the shifts of both
-are the same on all rows, as shifts of linear layers are. On a grid of odd width the rows of the
-middle column have shifts of their own.
+its right half changed. Then flopping exchanges left and right in both parts, and the biases of both
+are the same on all rows, as biases of linear layers are. On a grid of odd width the rows of the
+middle column have biases of their own.
 
 Tokens are in mirror order: the left half of the grid, a middle column if there is one, the right
 half mirrored.
@@ -50,12 +50,12 @@ class Places:
 
 
 class TokenMixing(nn.Module):
-    """x + gain (W x) + shift over the tokens of one part, (B, N, C/2).
+    """x + gain (W x) + bias over the tokens of one part, (B, N, C/2).
 
-    The gain is one number a channel, the shift one a token and channel.
+    The gain is one number a channel, the bias one a token and channel.
     """
 
-    def __init__(self, weight: Tensor, gain: Tensor, shift: Tensor, target: Target):
+    def __init__(self, weight: Tensor, gain: Tensor, bias: Tensor, target: Target):
         super().__init__()
         self.transposed = target == "torch"
         if self.transposed:
@@ -64,23 +64,23 @@ class TokenMixing(nn.Module):
             layer = nn.Conv1d(*weight.T.shape, 1, bias=False, device="meta")
             self.map = fill(layer, weight[..., None], None)
         self.register_buffer("gain", gain)
-        self.register_buffer("shift", shift)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.map(x.mT).mT if self.transposed else self.map(x)
-        return x + (y * self.gain + self.shift)
+        return x + (y * self.gain + self.bias)
 
 
-class RowShiftedMlp(PairMlp):
-    """A PairMlp whose shifts, (N, channels) of s and a, are not the same on all rows."""
+class RowBiasedMlp(PairMlp):
+    """A PairMlp whose biases, (N, channels) of s and a, are not the same on all rows."""
 
     def __init__(
         self, first: Sequence[Map], second: Sequence[Map], act: nn.Module, before: Pair, after: Pair
     ):
         super().__init__([Map(w) for w, _ in first], [Map(w) for w, _ in second], act)
-        for name, shifts in (("before", before), ("after", after)):
-            self.register_buffer(f"{name}_s", shifts[0])
-            self.register_buffer(f"{name}_a", shifts[1])
+        for name, biases in (("before", before), ("after", after)):
+            self.register_buffer(f"{name}_s", biases[0])
+            self.register_buffer(f"{name}_a", biases[1])
 
     def forward(self, x: Pair) -> Pair:  # parts (B, N, C/2)
         hs, ha = self.fc1_s(x[0]) + self.before_s, self.fc1_a(x[1]) + self.before_a
@@ -111,7 +111,7 @@ class FoldedResMLP(nn.Module):
         self.blocks = nn.Sequential(*(layer for block in blocks for layer in block))
         affine = exact(model.norm) if isinstance(model.norm, OrdinaryAffine) else None
         self.register_buffer("scale", None if affine is None else affine.alpha.data)
-        self.register_buffer("shift", None if affine is None else affine.beta.data)
+        self.register_buffer("bias", None if affine is None else affine.beta.data)
         self.head = copy.deepcopy(model.head)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class FoldedResMLP(nn.Module):
         if self.global_pool == "avg":
             x = x.mean(1)
         if self.scale is not None:
-            x = x * self.scale + self.shift
+            x = x * self.scale + self.bias
         return self.head(x)
 
 
@@ -151,10 +151,10 @@ def fold_mixing(block: MixerBlock, places: Places, target: Target) -> Each:
         block.norm1.alpha_asym * block.gamma_1.alpha_asym,
     )
     zeros = torch.zeros(1, count, width, dtype=torch.float64)
-    shifts = places.to(block.gamma_1(block.mix(block.norm1((zeros, zeros)))))
+    biases = places.to(block.gamma_1(block.mix(block.norm1((zeros, zeros)))))
     return Each(*(
-        TokenMixing(weight, gain, shift[0], target)
-        for weight, gain, shift in zip(weights, gains, shifts, strict=True)
+        TokenMixing(weight, gain, bias[0], target)
+        for weight, gain, bias in zip(weights, gains, biases, strict=True)
     ))  # fmt: skip
 
 
@@ -176,16 +176,16 @@ def fold_perceptron(block: MixerBlock, places: Places) -> PairMlp:
         lambda x: block.gamma_2(times(of_rows(mlp.fc2, times(x, after)), sqrt(0.5))), hidden
     )
     zeros = [torch.zeros(1, tokens.size, n, dtype=torch.float64) for n in (width, hidden)]
-    shifts = times(mlp.fc1(block.to_places(norm((zeros[0], zeros[0])))), before)
+    biases = times(mlp.fc1(block.to_places(norm((zeros[0], zeros[0])))), before)
     ends = places.to(block.gamma_2(block.from_places(mlp.fc2((zeros[1], zeros[1])))))
-    shifts, ends = ([part[0] for part in parts] for parts in (shifts, ends))
+    biases, ends = ([part[0] for part in parts] for parts in (biases, ends))
     if tokens.fixed:
-        return RowShiftedMlp(first, second, nn.SiLU(), shifts, ends)
-    first = [Map(weight, rows[0]) for (weight, _), rows in zip(first, shifts, strict=True)]
+        return RowBiasedMlp(first, second, nn.SiLU(), biases, ends)
+    first = [Map(weight, rows[0]) for (weight, _), rows in zip(first, biases, strict=True)]
     second = [Map(weight, rows[0]) for (weight, _), rows in zip(second, ends, strict=True)]
     return PairMlp(first, second, nn.SiLU())
 
 
 def of_rows(layer: Linear, x: Pair) -> Pair:
-    """A linear layer's blocks on rows that all have its shifts."""
+    """A linear layer's blocks on rows that all have its biases."""
     return tuple(block(part) for block, part in zip(layer.blocks(), x, strict=True))

@@ -143,12 +143,12 @@ def test_standard_layers_alone(family, target):
 
 
 @pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
-def test_pieces(family, monkeypatch):
-    """Cut into pieces or not, the numbers are the same; a last piece may be shorter."""
+def test_chunks(family, monkeypatch):
+    """Cut into chunks or not, the numbers are the same; a last chunk may be shorter."""
     folded = fold(create_random(family))
     x = images(3)
     expected = folded(x)
-    monkeypatch.setattr(PairMlp, "PIECE_ROWS", 5)
+    monkeypatch.setattr(PairMlp, "CHUNK_ROWS", 5)
     seen = []
     whole = PairMlp.whole
     monkeypatch.setattr(PairMlp, "whole", lambda m, s, a: seen.append(len(s)) or whole(m, s, a))
