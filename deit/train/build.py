@@ -29,42 +29,30 @@ from deit.errors import UserError, one_line, suggest
 from deit.models.inputs import check_image_size
 from deit.train.args import get_parser
 
-# Arguments of a network, and the options that they come from.
-_OPTION_OF = {
-    "patch_size": "--patch-size",
-    "drop_rate": "--drop",
-    "drop_path_rate": "--drop-path",
-    "use_symmetrized_asym_feats": "--symmetrized-asym-feats",
-    "use_attn_mixer": "--attn-mixer",
-    "use_fused_attn": "--fused-attn",
-    "layer_scale_init_value": "--layer-scale-init-value",
-    "head_init_scale": "--head-init-scale",
+# Arguments of a network: the options that they come from, and the values that say nothing.
+_ARGUMENTS = {
+    "patch_size": ("patch_size", None),
+    "drop_rate": ("drop", 0.0),
+    "drop_path_rate": ("drop_path", 0.0),
+    # Off is what networks without equivariant features are anyway.
+    "use_symmetrized_asym_feats": ("symmetrized_asym_feats", False),
+    "use_attn_mixer": ("attn_mixer", False),
+    "use_fused_attn": ("fused_attn", None),
+    "layer_scale_init_value": ("layer_scale_init_value", None),
+    "head_init_scale": ("head_init_scale", 1.0),
 }
-
 # Options of one family that published command lines of the others carry too, without effect.
 _HARMLESS = ("use_fused_attn", "use_symmetrized_asym_feats", "use_attn_mixer")
 
 
 def model_arguments(args: Namespace, num_classes: int) -> dict[str, Any]:
     """The keyword arguments for `timm.create_model`: those that say something."""
-    silent = {
-        "patch_size": None,
-        "drop_rate": 0.0,
-        "drop_path_rate": 0.0,
-        "use_symmetrized_asym_feats": False,
-        "use_attn_mixer": False,
-        "use_fused_attn": None,
-        "layer_scale_init_value": None,
-        "head_init_scale": 1.0,
-    }
     given = {
-        name: getattr(args, _OPTION_OF[name].removeprefix("--").replace("-", "_"))
-        for name in silent
+        name: getattr(args, option)
+        for name, (option, silent) in _ARGUMENTS.items()
+        if getattr(args, option) != silent
     }
-    # Off is what networks without equivariant features are anyway.
-    given = {name: value for name, value in given.items() if value != silent[name]}
-    # a Namespace that was saved in a checkpoint may lack options that are newer
-    others = dict(getattr(args, "model_kwargs", None) or ())
+    others = dict(args.model_kwargs or ())
     return {"num_classes": num_classes, "img_size": args.input_size} | given | others
 
 
@@ -107,26 +95,44 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
 def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
     """Take the argument that the network lacks out of `kwargs`, if that does no harm."""
     value = kwargs.pop(name)
-    if name in dict(getattr(args, "model_kwargs", None) or ()):
+    if name in dict(args.model_kwargs or ()):
         raise UserError(f"model {args.model!r} has no argument {name!r} (--model-kwargs)")
     if name == "img_size":  # convolutional networks take any size
         return ""
-    option = _OPTION_OF[name]
-    if value == get_parser().get_default(option.removeprefix("--").replace("-", "_")):
-        return f"{args.model} has no {option}; its default, {value}, is not applied"
+    option, _ = _ARGUMENTS[name]
+    flag = f"--{option.replace('_', '-')}"
+    if value == get_parser().get_default(option):
+        return f"{args.model} has no {flag}; its default, {value}, is not applied"
     if name in _HARMLESS:
-        return f"{args.model} has no {option}: it has no effect"
-    raise UserError(f"model {args.model!r} has no option {option} ({name}): omit it")
+        return f"{args.model} has no {flag}: it has no effect"
+    raise UserError(f"model {args.model!r} has no option {flag} ({name}): omit it")
 
 
 def build_train_dataset(args: Namespace) -> ImageDataset:
     """The training split with its random transforms, or with those of evaluation (--no-aug)."""
-    if not args.aug:
-        return build_dataset(
-            "train", transform=_eval_transform(args), **_data_options(args, "train")
-        )
+    folder = args.data_path if args.data_set == "image_folder" else ""
+    transform = train_transform_of(args) if args.aug else _eval_transform(args)
+    return _build_dataset(args, "train", folder, transform)
+
+
+def build_val_dataset(args: Namespace) -> ImageDataset:
+    """The validation split with the deterministic transform."""
+    return _build_dataset(args, "val", args.eval_data_path, _eval_transform(args))
+
+
+def _build_dataset(
+    args: Namespace, split: str, class_folders: str, transform: Transform
+) -> ImageDataset:
     return build_dataset(
-        "train", transform=train_transform_of(args), **_data_options(args, "train")
+        split,
+        transform=transform,
+        class_folders=class_folders or None,
+        # Without a path IMNET is the bundled sample.
+        name="IMNET" if args.data_set == "SAMPLE" else args.data_set,
+        root=args.data_path or None,
+        inat_category=args.inat_category,
+        zip_archive=args.zip_dataloader,
+        download=args.download,
     )
 
 
@@ -148,11 +154,6 @@ def train_transform_of(args: Namespace) -> Transform:
     )
 
 
-def build_val_dataset(args: Namespace) -> ImageDataset:
-    """The validation split with the deterministic transform."""
-    return build_dataset("val", transform=_eval_transform(args), **_data_options(args, "val"))
-
-
 def mean_and_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """What images are normalised by, a number for each of red, green, blue."""
     if args.imagenet_default_mean_and_std:
@@ -168,20 +169,6 @@ def warps(args: Namespace) -> bool:
     """Whether evaluation resizes whole images to a square, in place of a crop."""
     smallest = min(to_2tuple(args.input_size))
     return args.eval_warp_from is not None and smallest >= args.eval_warp_from
-
-
-def _data_options(args: Namespace, split: str) -> dict[str, Any]:
-    folders = {"train": args.data_path if args.data_set == "image_folder" else ""}
-    folders["val"] = args.eval_data_path
-    return {
-        # Without a path IMNET is the bundled sample.
-        "class_folders": folders[split] or None,
-        "name": "IMNET" if args.data_set == "SAMPLE" else args.data_set,
-        "root": args.data_path or None,
-        "inat_category": args.inat_category,
-        "zip_archive": args.zip_dataloader,
-        "download": args.download,
-    }
 
 
 def number_of_classes(args: Namespace, data: ImageDataset) -> int:

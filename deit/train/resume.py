@@ -110,7 +110,7 @@ def _shown(value: Any) -> str:
     return "not given" if value in (None, "", []) else f"{value}"
 
 
-def _epoch(checkpoint: Mapping[str, Any], start_epoch: int, source: str) -> int:
+def _epoch(checkpoint: Checkpoint, start_epoch: int) -> int:
     """The last epoch that was completed.
 
     Raises:
@@ -124,8 +124,8 @@ def _epoch(checkpoint: Mapping[str, Any], start_epoch: int, source: str) -> int:
         if start_epoch > 0:
             return start_epoch - 1
         raise UserError(
-            f"{source!r} does not say which epoch it is of (epoch is {epoch!r}): give the one to "
-            "go on with by --start-epoch"
+            f"{checkpoint.source!r} does not say which epoch it is of (epoch is {epoch!r}): give "
+            "the one to go on with by --start-epoch"
         ) from None
 
 
@@ -176,6 +176,11 @@ def whole(value: Any, keep: bool) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(whole(item, keep) for item in value)
     return value
+
+
+def _decays(groups: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each of an optimizer's parameters, in their order, whether it decays."""
+    return [bool(group["weight_decay"]) for group in groups for _ in group["params"]]
 
 
 @dataclass
@@ -229,16 +234,11 @@ class TrainingState:
         Returns:
             What could not be restored exactly, in sentences for the user; none if all was.
         """
-        source = checkpoint.source
         notes = changed_options(checkpoint.get("args"), self.args)
         if self.args.resume_weights_only:
             notes.append("--resume-weights-only: the optimizer's moments start at zero")
         elif isinstance(checkpoint.get("optimizer"), Mapping):
-            self._check_optimizer(checkpoint.get("args"), source)
             notes += self._restore_optimizer(checkpoint)
-            scaler = checkpoint.get("scaler") or checkpoint.get("amp_scaler")  # timm's name
-            if scaler and self.precision.scaler.is_enabled():
-                self.precision.scaler.load_state_dict(scaler)
         else:
             notes.append("it has no optimizer state, so the moments start at zero")
         course = checkpoint.get("lr_scheduler")
@@ -252,7 +252,7 @@ class TrainingState:
         saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
         started = self.progress.epoch  # --start-epoch, for a file that does not say
         self.progress = Progress(**saved)
-        self.progress.epoch = _epoch(checkpoint, started, source) + 1
+        self.progress.epoch = _epoch(checkpoint, started) + 1
         self.progress.step = int(checkpoint.get("step", 0))
         if self.progress.step and self.progress.images != self.progress.step * global_batch:
             self.progress.step, rest = divmod(self.progress.images, global_batch)
@@ -262,10 +262,18 @@ class TrainingState:
         return notes
 
     def _restore_optimizer(self, checkpoint: Checkpoint) -> list[str]:
-        source, saved, order = checkpoint.source, checkpoint["optimizer"], None
-        own = optimizer_names(self.model, self.optimizer)
+        """Load moments and the scaler; remarks on what the run there did otherwise."""
+        source, saved = checkpoint.source, checkpoint["optimizer"]
+        theirs, ours = (
+            str(getattr(args, "opt", "")).lower() for args in (checkpoint.get("args"), self.args)
+        )
+        if theirs and theirs != ours and {theirs, ours} != {*_SAME["opt"]}:
+            raise UserError(
+                f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
+                f"same, {REMEDY}"
+            )
+        own, names = optimizer_names(self.model, self.optimizer), checkpoint.get("parameters")
         published = "processes" not in checkpoint  # our own code has always written it
-        names = checkpoint.get("parameters")
         if published:
             names = published_names(self.model, checkpoint.raw_state, saved)
             if names is None:
@@ -273,55 +281,38 @@ class TrainingState:
                     f"the optimizer state in {source!r} cannot be told apart: no grouping of the "
                     f"published code fits this network; use the same model, {REMEDY}"
                 )
-        if names is not None:
-            order = positions_of(names, own)
+        order = None if names is None else positions_of(names, own)
         new = load_optimizer(self.optimizer, saved, source, order)
-        notes = []
+        scaler = checkpoint.get("scaler") or checkpoint.get("amp_scaler")  # timm's name
+        if scaler and self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(scaler)
+        notes = self._published_differences(checkpoint, names, own) if published else []
         if new:
-            notes.append(
-                f"it has no moments of {own[new[0]]}"
-                + (f" and {len(new) - 1} other parameters" if len(new) > 1 else "")
-                + ", which start at zero"
-            )
-        if published:
-            course = None
-            if "model" in checkpoint:  # timm's own script has another name for it
-                course = "deit" if "lr_scheduler" in checkpoint else "convnext"
-            notes += self._published_differences(saved, names, own, course)
+            others = f" and {len(new) - 1} other parameters" if len(new) > 1 else ""
+            notes.insert(0, f"it has no moments of {own[new[0]]}{others}, which start at zero")
         return notes
 
     def _published_differences(
-        self, saved: Mapping[str, Any], names: list[str], own: list[str], course: str | None
+        self, checkpoint: Checkpoint, names: list[str], own: list[str]
     ) -> list[str]:
         """What the published run did otherwise than this one, unless the options ask for it."""
-        notes = []
-        decayed = [bool(g["weight_decay"]) for g in saved["param_groups"] for _ in g["params"]]
-        theirs = dict(zip(names, decayed, strict=True))
-        groups = self.optimizer.param_groups
-        ours = dict(
-            zip(own, [bool(g["weight_decay"]) for g in groups for _ in g["params"]], strict=True)
-        )
+        theirs = dict(zip(names, _decays(checkpoint["optimizer"]["param_groups"]), strict=True))
+        ours = dict(zip(own, _decays(self.optimizer.param_groups), strict=True))
         other = [name for name in own if theirs.get(name) and not ours[name]]
+        notes = []
         if other and any(ours.values()):
             notes.append(
                 f"it was trained with weight decay on {', '.join(other[:3])}: "
                 "--decay-as-compiled goes on so"
             )
-        if course is not None and self.args.sched_as_published != course:
+        course = "deit" if "lr_scheduler" in checkpoint else "convnext"
+        # timm's own script has another name for `model`
+        if "model" in checkpoint and self.args.sched_as_published != course:
             notes.append(
                 "its learning rates were those of the published code: --sched-as-published "
                 f"{course} goes on with them"
             )
         return notes
-
-    def _check_optimizer(self, saved: Any, source: str) -> None:
-        """Moments mean something else to another optimizer."""
-        theirs, ours = (str(getattr(a, "opt", "")).lower() for a in (saved, self.args))
-        if theirs and theirs != ours and {theirs, ours} != {*_SAME["opt"]}:
-            raise UserError(
-                f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
-                f"same, {REMEDY}"
-            )
 
     def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:
         if saved is None:
