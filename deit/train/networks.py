@@ -21,7 +21,7 @@ from deit.train.weights import freeze_all_but_attention, load_weights
 
 
 @dataclass
-class Networks:
+class ModelBundle:
     """One network in all the forms that it is needed in."""
 
     model: nn.Module
@@ -41,7 +41,7 @@ def build_networks(
     checkpoint: Checkpoint | None,
     origin: Checkpoint | None = None,
     class_names: Sequence[str] = (),
-) -> Networks:
+) -> ModelBundle:
     """Build the network, with its first weights, and its average.
 
     Args:
@@ -82,8 +82,8 @@ def build_networks(
             # what is sharded are blocks, which gather their weights before each call
             compile_network(network, args.compile_mode, blocks=args.compile_blocks or spread)
     if not spread:
-        return Networks(model, wrap_ddp(model, processes), ema, parameters, notes)
+        return ModelBundle(model, wrap_ddp(model, processes), ema, parameters, notes)
     dtype = Precision.choose(processes.device, args.use_amp, args.amp_dtype).dtype
     if ema is not None:
         shard(ema.module, processes, dtype)
-    return Networks(model, shard(model, processes, dtype), ema, parameters, notes)
+    return ModelBundle(model, shard(model, processes, dtype), ema, parameters, notes)

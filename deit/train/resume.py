@@ -200,7 +200,7 @@ class TrainingState:
     class_names: Sequence[str] = ()
     """Of the network's outputs, in their order."""
 
-    def collect(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The checkpoint (a collective; only what rank 0 returns is to be saved)."""
         keep = self.processes.is_main
         own = {
@@ -225,7 +225,7 @@ class TrainingState:
             checkpoint["model_ema"] = whole(self.ema.state_dict(), keep)
         return checkpoint
 
-    def restore(self, checkpoint: Checkpoint, *, global_batch: int) -> list[str]:
+    def load_state_dict(self, checkpoint: Checkpoint, *, global_batch: int) -> list[str]:
         """Go on from `checkpoint`, whose `model` and `model_ema` have been loaded already.
 
         Args:

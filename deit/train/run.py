@@ -65,7 +65,7 @@ class Run:
     def save(self, names: list[str]) -> None:
         """Save the state under `names` in the output folder, if there is one."""
         if self.args.output_dir and self.args.save_ckpt:
-            checkpoint = self.state.collect()
+            checkpoint = self.state.state_dict()
             if self.writer is not None:
                 self.writer.save(checkpoint, names)
                 self._drop_copies(names)

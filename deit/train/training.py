@@ -37,7 +37,7 @@ from deit.train.distributed import DistContext
 from deit.train.engine import Precision, TrainStep, needs_second_order
 from deit.train.loading import NETWORK, adopt, find_checkpoints
 from deit.train.losses import build_criterion
-from deit.train.networks import Networks, build_networks
+from deit.train.networks import ModelBundle, build_networks
 from deit.train.optim import build_optimizer, scaled_lr
 from deit.train.reporting import Reporter, environment, read_log
 from deit.train.resume import Progress, RunningLoss, TrainingState, seed_all
@@ -66,7 +66,7 @@ def optimizer_of(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Op
 
 
 def build_state(
-    args: Namespace, networks: Networks, processes: DistContext, updates: int, images: int
+    args: Namespace, networks: ModelBundle, processes: DistContext, updates: int, images: int
 ) -> TrainingState:
     """Optimizer, schedule and the rest of what changes, at the start of a training."""
     lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
@@ -96,7 +96,7 @@ def check_second_order(optimizer: Optimizer, args: Namespace, processes: DistCon
 
 
 def build_train_step(
-    args: Namespace, networks: Networks, state: TrainingState, classes: int
+    args: Namespace, networks: ModelBundle, state: TrainingState, classes: int
 ) -> TrainStep:
     """What turns batches into updates."""
     device = state.processes.device
@@ -218,7 +218,7 @@ def build_run(args: Namespace, processes: DistContext) -> Run:
     # Building has drawn random numbers; from here on every rank has its own.
     seed_all(args.seed + processes.rank)
     if checkpoint is not None:
-        networks.notes += state.restore(checkpoint, global_batch=images)
+        networks.notes += state.load_state_dict(checkpoint, global_batch=images)
     state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
     writer = open_writer(args, processes, fresh=checkpoint is None)
     run = Run(
@@ -268,7 +268,7 @@ def _label(
 
 def build_reporter(
     args: Namespace,
-    networks: Networks,
+    networks: ModelBundle,
     state: TrainingState,
     updates: int,
     images: int,
@@ -296,7 +296,7 @@ def build_reporter(
     return reporter
 
 
-def _introduce(run: Run, networks: Networks, source: str, sizes: tuple[int, int, int]) -> None:
+def _introduce(run: Run, networks: ModelBundle, source: str, sizes: tuple[int, int, int]) -> None:
     """Tell in a few lines what is about to happen."""
     args, processes, progress = run.args, run.processes, run.state.progress
     say = run.reporter.say

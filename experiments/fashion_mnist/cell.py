@@ -98,7 +98,7 @@ class Training:
         self.train_step: TrainStep = build_train_step(self.args, networks, self.state, CLASSES)
         seed_all(cell.seed)
         if checkpoint is not None:
-            self.state.restore(checkpoint, global_batch=plan.batch_size)
+            self.state.load_state_dict(checkpoint, global_batch=plan.batch_size)
         self.start = self.state.progress.epoch * plan.updates + self.state.progress.step
         self.state.schedule.step_update(self.start)
 
@@ -181,7 +181,7 @@ class Training:
         self._save()
 
     def _save(self) -> None:
-        self.writer.save(self.state.collect() | {"origin": self.origin}, [LAST])
+        self.writer.save(self.state.state_dict() | {"origin": self.origin}, [LAST])
         self.writer.flush()
 
 
