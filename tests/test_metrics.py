@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from deit.train.metrics import Accuracy, SmoothedMeter
+from deit.train.metrics import Accuracy
 
 
 def data(images=103, classes=11):
@@ -72,13 +72,3 @@ def _process(rank, world_size, address):
 
 def test_exact_over_processes_with_unequal_shares(tmp_path):
     mp.spawn(_process, args=(3, f"file://{tmp_path}/rendezvous"), nprocs=3)
-
-
-def test_smoothed_meter():
-    meter = SmoothedMeter(window=2)
-    assert math.isnan(meter.recent)
-    assert math.isnan(meter.mean)
-    for value, n in ((1.0, 1), (2.0, 1), (4.0, 2)):
-        meter.update(value, n)
-    assert meter.recent == 3
-    assert meter.mean == (1 + 2 + 8) / 4

@@ -27,9 +27,10 @@ def make_optimizer():
 
 
 def make(optimizer, **settings):
-    words = f"--epochs {EPOCHS} --warmup-epochs 0 --warmup-lr 0 --min-lr 0"
-    options = vars(parse_args(words.split())) | settings
-    return build_scheduler(optimizer, Namespace(**options), UPDATES)
+    """The schedule of these options, by default a cosine to 0 without a warm-up."""
+    plain = {"epochs": EPOCHS, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0}
+    args = Namespace(**(vars(parse_args([])) | plain | settings))
+    return build_scheduler(optimizer, args, UPDATES)
 
 
 def course(updates=TOTAL + 5, **settings):
@@ -208,12 +209,19 @@ def test_what_plateau_had_seen_is_lost_with_a_published_state():
     assert schedule.load_state_dict(make(make_optimizer(), **PLATEAU).state_dict())
 
 
+def test_a_warm_up_in_updates():
+    settings = {"min_lr": 1e-3, "warmup_lr": 1e-2}
+    for steps, epochs in ((30, 1.5), (0, 2), (-1, 2)):
+        rates = course(warmup_steps=steps, warmup_epochs=2, **settings)
+        assert rates == course(warmup_epochs=epochs, **settings)
+
+
 def test_wrong_settings():
+    with pytest.raises(UserError, match=r"--sched.*'cosin'.*cosine"):
+        parse_args(["--sched", "cosin"])
     with pytest.raises(UserError, match="convnext is a cosine, not --sched step"):
         course(sched="step", sched_as_published="convnext")
     with pytest.raises(UserError, match="not --sched plateau"):
         course(sched="plateau", sched_as_published="deit")
-    with pytest.raises(UserError, match="0 updates"):
-        build_scheduler(make_optimizer(), parse_args([]), 0)
     with pytest.raises(UserError, match="warm-up of 10 epochs leaves none of the 10"):
         course(warmup_epochs=10, warmup_prefix=True)

@@ -1,8 +1,7 @@
-"""Exact evaluation metrics over any number of processes, and a smoothed training loss."""
+"""Exact evaluation metrics over any number of processes."""
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -86,28 +85,3 @@ class Accuracy:
         flop = (100 * mirrored / flopped, 100 * same / flopped) if flopped else ()
         scores = (100 * top1 / count, 100 * top5 / count, loss / count, int(count), int(bad))
         return Scores(*scores, *flop)
-
-
-class SmoothedMeter:
-    """A number that changes from step to step: its recent mean to show, its overall mean to log."""
-
-    def __init__(self, window: int = 50) -> None:
-        self._recent: deque[float] = deque(maxlen=window)
-        self.total = 0.0
-        self.count = 0
-
-    def update(self, value: float, n: int = 1) -> None:
-        """Add `value`, the mean over `n` items."""
-        self._recent.append(value)
-        self.total += value * n
-        self.count += n
-
-    @property
-    def recent(self) -> float:
-        """Mean of the last `window` values, NaN before the first."""
-        return sum(self._recent) / len(self._recent) if self._recent else float("nan")
-
-    @property
-    def mean(self) -> float:
-        """Mean over all items, NaN before the first."""
-        return self.total / self.count if self.count else float("nan")

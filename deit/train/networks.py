@@ -71,7 +71,7 @@ def build_networks(
     parameters = count_parameters(model)
     ema = None
     if args.model_ema:
-        ema = ModelEma(model, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
+        ema = ModelEma(model, args.model_ema_decay, on_host=args.model_ema_force_cpu)
         if checkpoint is not None and checkpoint.has_average:
             load_weights(ema.module, checkpoint, ema=True)
         elif checkpoint is not None:

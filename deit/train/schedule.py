@@ -6,7 +6,7 @@
     schedule.step(epoch, metric)            # after each evaluation, for `plateau`
 
 All but `plateau` are pure functions of the number of updates, so a resumed run is exact by
-construction; what `plateau` has seen is in the state dict.
+construction. What `plateau` has seen is in the state dict.
 """
 
 from __future__ import annotations
@@ -18,38 +18,31 @@ from typing import Any
 
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch.optim import Optimizer
 
 from deit.errors import UserError
 
 
-class PlateauScheduler(Scheduler):
-    """Multiply the learning rate by `decay_rate` when the metric (larger is better) stagnates.
+def cosine(start: float, end: float, done: float) -> float:
+    """From `start` to `end` by half a cosine, of which the share `done` is over."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
-    The reduction comes when more than `patience` calls of `step` in a row brought no new best;
-    the `cooldown` calls after it do not count, nor do those during the warm-up. timm's own of
-    that name counts in epochs and loses its counters in a checkpoint.
+
+class PlateauScheduler(Scheduler):
+    """Multiply the learning rate by `--decay-rate` when the metric (larger is better) stagnates.
+
+    The reduction comes when more than `--patience-epochs` calls of `step` in a row brought no new
+    best. The `--cooldown-epochs` calls after it do not count, nor do those during the warm-up.
+    timm's own of that name counts in epochs and loses its counters in a checkpoint.
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        decay_rate: float,
-        patience: int,
-        cooldown: int,
-        lr_min: float,
-        warmup_updates: float,
-        warmup_lr: float,
-        **noise: Any,
+        self, optimizer: Optimizer, args: Namespace, warmup_updates: float, **noise: Any
     ) -> None:
         super().__init__(optimizer, param_group_field="lr", t_in_epochs=False, **noise)
-        self.decay_rate = decay_rate
-        self.patience = patience
-        self.cooldown = cooldown
-        self.lr_min = lr_min
+        self.args = args
         self.warmup_updates = warmup_updates
-        self.warmup_lr = warmup_lr
         self.updates = 0
         self.factor = 1.0
         self.best = -math.inf
@@ -58,10 +51,11 @@ class PlateauScheduler(Scheduler):
 
     def _get_lr(self, t: int) -> list[float]:
         if t < self.warmup_updates:
-            done = t / self.warmup_updates
-            return [self.warmup_lr + done * (base - self.warmup_lr) for base in self.base_values]
+            start, done = self.args.warmup_lr, t / self.warmup_updates
+            return [start + done * (base - start) for base in self.base_values]
         # A base below the minimum stays as it is.
-        return [max(base * self.factor, min(base, self.lr_min)) for base in self.base_values]
+        low = self.args.min_lr
+        return [max(base * self.factor, min(base, low)) for base in self.base_values]
 
     def step_update(self, num_updates: int, metric: float | None = None) -> None:
         self.updates = num_updates
@@ -78,9 +72,9 @@ class PlateauScheduler(Scheduler):
         if self.waiting > 0:
             self.waiting -= 1
             self.bad = 0
-        if self.bad > self.patience:
-            self.factor *= self.decay_rate
-            self.waiting, self.bad = self.cooldown, 0
+        if self.bad > self.args.patience_epochs:
+            self.factor *= self.args.decay_rate
+            self.waiting, self.bad = self.args.cooldown_epochs, 0
         super().step_update(self.updates)
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,11 +85,11 @@ class ConvNeXtScheduler(Scheduler):
     """The course of the published ConvNeXt runs, which looks its values up in a table.
 
     The warm-up is a line from 0 that reaches the learning rate in its last update, and not one
-    after it; the cosine fills the updates that are left, and starts with the learning rate again.
+    after it. The cosine fills the updates that are left, and starts with the learning rate again.
     """
 
     def __init__(
-        self, optimizer: Optimizer, *, warmup_updates: int, total_updates: int, lr_min: float
+        self, optimizer: Optimizer, warmup_updates: int, total_updates: int, lr_min: float
     ) -> None:
         super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
         self.warmup_updates = warmup_updates
@@ -107,8 +101,7 @@ class ConvNeXtScheduler(Scheduler):
             done = t / max(self.warmup_updates - 1, 1)
             return [base * done for base in self.base_values]
         done = (t - self.warmup_updates) / (self.total_updates - self.warmup_updates)
-        factor = (1 + math.cos(math.pi * min(done, 1.0))) / 2
-        return [self.lr_min + (base - self.lr_min) * factor for base in self.base_values]
+        return [cosine(base, self.lr_min, done) for base in self.base_values]
 
 
 class TrainingSchedule:
@@ -145,15 +138,13 @@ class TrainingSchedule:
         )
         if self.weight_decay is not None:
             start, end, total = self.weight_decay
-            done = min(num_updates / total, 1.0)
-            value = end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+            value = cosine(start, end, num_updates / total)
             for group in self.optimizer.param_groups:
                 group["weight_decay"] = value * group.get("wd_scale", 1.0)
 
     def step(self, epoch: int, metric: float | None = None) -> None:
         """Report the accuracy after an epoch; only `plateau` reacts."""
-        if isinstance(self.lr_scheduler, PlateauScheduler):
-            self.lr_scheduler.step(epoch, metric)
+        self.lr_scheduler.step(epoch, metric)  # others count updates and do nothing
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers: the updates done, and what a `plateau` schedule has seen."""
@@ -184,79 +175,53 @@ class TrainingSchedule:
 def build_scheduler(
     optimizer: Optimizer, args: Namespace, updates_per_epoch: int
 ) -> TrainingSchedule:
-    """The schedule that the options `args` ask for; see the help of the command line.
+    """The schedule that the command line's options ask for.
 
     The optimizer's present learning rates are the ones after the warm-up. Training takes
-    `epochs` * `updates_per_epoch` updates, the warm-up included. Without `warmup_prefix` the
-    course starts with the training and the warm-up hides its beginning (the published script's
-    way, timm's default); with it the course starts where the warm-up ends and fills the rest.
+    `args.epochs` * `updates_per_epoch` updates, the warm-up included.
 
     Args:
         updates_per_epoch: optimizer updates, not steps: gradients may be accumulated over steps.
 
     Raises:
-        UserError: a `sched` that has no such published course, or no update to make.
+        UserError: there is no such published course, or nothing is left after the warm-up.
     """
-    late, table = args.sched_as_published == "deit", args.sched_as_published == "convnext"
-    if updates_per_epoch < 1:
-        raise UserError(
-            f"an epoch has {updates_per_epoch} updates: the data do not fill one global batch; "
-            "use a smaller --batch-size or --update-freq"
-        )
-    if table and args.sched != "cosine":
+    total, published = args.epochs * updates_per_epoch, args.sched_as_published
+    warmup_epochs, course_epochs = args.warmup_epochs, args.epochs
+    if args.warmup_steps is not None and args.warmup_steps > 0:
+        warmup_epochs = args.warmup_steps / updates_per_epoch
+    if published == "convnext" and args.sched != "cosine":
         raise UserError(f"--sched-as-published convnext is a cosine, not --sched {args.sched}")
-    if late and args.sched == "plateau":
+    if published == "deit" and args.sched == "plateau":
         raise UserError("--sched-as-published deit is for courses by epochs, not --sched plateau")
-    warmup, updates = args.warmup_epochs, args.epochs * updates_per_epoch
-    if (args.warmup_steps or 0) > 0:
-        warmup = args.warmup_steps / updates_per_epoch
-    prefix = args.warmup_prefix or table
-    course_epochs = args.epochs - warmup if prefix else args.epochs
+    if args.warmup_prefix or published == "convnext":
+        course_epochs -= warmup_epochs
     if course_epochs <= 0:
-        raise UserError(f"a warm-up of {warmup:g} epochs leaves none of the {args.epochs}")
-    noise = {
-        "noise_pct": args.lr_noise_pct,
-        "noise_std": args.lr_noise_std,
-        "noise_seed": args.seed,  # it depends on this and on the number of the update alone
-    }
-    if table:
-        scheduler: Scheduler = ConvNeXtScheduler(
-            optimizer,
-            warmup_updates=round(warmup * updates_per_epoch),
-            total_updates=updates,
-            lr_min=args.min_lr,
-        )
+        raise UserError(f"a warm-up of {warmup_epochs:g} epochs leaves none of the {args.epochs}")
+
+    if published == "convnext":
+        warmup_updates = round(warmup_epochs * updates_per_epoch)
+        scheduler: Scheduler = ConvNeXtScheduler(optimizer, warmup_updates, total, args.min_lr)
     elif args.sched == "plateau":
-        span = [x * updates for x in args.lr_noise] if args.lr_noise else None
+        span = [share * total for share in args.lr_noise] if args.lr_noise else None
         scheduler = PlateauScheduler(
             optimizer,
-            decay_rate=args.decay_rate,
-            patience=args.patience_epochs,
-            cooldown=args.cooldown_epochs,
-            lr_min=args.min_lr,
-            warmup_updates=warmup * updates_per_epoch,
-            warmup_lr=args.warmup_lr,
+            args,
+            warmup_updates=warmup_epochs * updates_per_epoch,
             noise_range_t=span[0] if span and len(span) == 1 else span,
-            **noise,
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+            noise_seed=args.seed,
         )
     else:
-        constant = args.sched == "constant"  # a step that divides by 1
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched="step" if constant else args.sched,
-            num_epochs=course_epochs,
-            decay_epochs=args.decay_epochs,
-            decay_rate=1.0 if constant else args.decay_rate,
-            min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr,
-            warmup_epochs=warmup,
-            warmup_prefix=prefix,
-            noise=list(args.lr_noise) if args.lr_noise else None,
-            step_on_epochs=False,
-            updates_per_epoch=1 if late else updates_per_epoch,
-            **noise,
-        )
-    ends = None
+        options = scheduler_kwargs(args) | {
+            "num_epochs": course_epochs,
+            "warmup_epochs": warmup_epochs,
+            "step_on_epochs": False,
+            "updates_per_epoch": 1 if published == "deit" else updates_per_epoch,
+        }
+        scheduler, _ = create_scheduler_v2(optimizer, **options)
+    decay = None
     if args.weight_decay_end is not None:
-        ends = (args.weight_decay, args.weight_decay_end, updates)
-    return TrainingSchedule(scheduler, ends, updates_per_epoch if late else None)
+        decay = (args.weight_decay, args.weight_decay_end, total)
+    return TrainingSchedule(scheduler, decay, updates_per_epoch if published == "deit" else None)
