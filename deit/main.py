@@ -11,7 +11,6 @@ Ctrl-C. Other Python code calls `main(args)`, and may stop it by `request_stop`.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import time
@@ -27,7 +26,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from deit.data.workers import is_worker_death, worker_death
@@ -40,7 +38,6 @@ from deit.train.engine import (
     NonFiniteLossError,
     as_log,
     describe,
-    evaluate,
     mean_loss,
     train_one_epoch,
 )
@@ -71,9 +68,7 @@ def main(args: Namespace) -> int:
         if args.eval:
             both = args.model_ema_eval == "both"
             for ema in (False, True) if both else (args.model_ema_eval,):
-                which = copy.copy(args)
-                which.model_ema_eval = ema
-                evaluate_once(which, processes)
+                evaluate_once(args, processes, ema=ema)
             return 0
         with stop_on_signals(announce=processes.is_main), claim_folder(args, processes):
             run = build_run(args, processes)
@@ -98,7 +93,7 @@ def train(run: Run) -> None:
         how = f"stopped ({stop}) in epoch {progress.epoch + 1} after step {progress.step}"
     except NonFiniteLossError as error:
         reporter.close()
-        raise UserError(explain_non_finite(run, error)) from error
+        raise UserError(run.explain(error)) from error
     except UserError as error:
         raise UserError(f"{error}; {run.last_state()}") from error
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -130,6 +125,7 @@ def train_epoch(run: Run, batches: Batches) -> None:
     before, start = progress.seconds, time.perf_counter()
     epoch = progress.epoch
     title = f"epoch {epoch + 1}/{args.epochs}"
+    scores: dict[str, Scores] = {}
     reporter.start(title, run.updates, progress.step)
     try:
         loss = train_one_epoch(
@@ -145,67 +141,31 @@ def train_epoch(run: Run, batches: Batches) -> None:
         )
         record = {"epoch": epoch, "train_loss": loss, "train_lr": run.learning_rate()}
         run.save([LAST])  # before anything that can fail: the epoch's updates are done
-        scores = ema_scores = None
         due = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
         if due and not args.disable_eval:
-            scores = evaluate_run(run, run.evaluated)
-            record |= as_log(scores)
-            if run.also_evaluated is not None:
-                ema_scores = evaluate_run(run, run.also_evaluated)
-                record |= as_log(ema_scores, "_ema")
+            for kind, network in run.evaluated.items():
+                scores[kind] = run.evaluate(network)
+                record |= as_log(scores[kind], kind)
     finally:
         progress.seconds = before + time.perf_counter() - start
         reporter.stop()
     for _ in range(run.batches - run.updates * args.update_freq):
         next(batches)
-    best = scores is not None and scores.acc1 > progress.best_acc1
-    if best:
-        progress.best_acc1, progress.best_epoch = scores.acc1, epoch
-    best_ema = ema_scores is not None and ema_scores.acc1 > progress.best_ema_acc1
-    if best_ema:
-        progress.best_ema_acc1, progress.best_ema_epoch = ema_scores.acc1, epoch
-    state.schedule.step(epoch, None if scores is None else scores.acc1)
+    best = [kind for kind, score in scores.items() if progress.improves(score.acc1, kind)]
+    state.schedule.step(epoch, scores[""].acc1 if scores else None)
     record |= {"n_parameters": run.parameters, "time": round(progress.seconds, 3)}
-    test = "" if scores is None else f"  {describe(scores)}  best {progress.best_acc1:.3f}"
-    if ema_scores is not None:
-        test += f"  average {describe(ema_scores)}  best {progress.best_ema_acc1:.3f}"
-    reporter.say(f"{title}  train loss {loss:.4f}{test}  {duration(progress.seconds)}")
-    bad = sum(each.bad for each in (scores, ema_scores) if each is not None)
+    line = f"{title}  train loss {loss:.4f}"
+    for kind, score in scores.items():
+        best_acc1 = progress.best_ema_acc1 if kind else progress.best_acc1
+        line += f"  {'average ' if kind else ''}{describe(score)}  best {best_acc1:.3f}"
+    reporter.say(f"{line}  {duration(progress.seconds)}")
+    bad = sum(score.bad for score in scores.values())
     if bad:
         reporter.say(f"note    the logits of {bad} test images are infinite or NaN")
     reporter.end_epoch(record)
     progress.next_epoch(record)
     state.running.reset()
-    run.save(run.names_after_epoch(epoch, best, best_ema))
-
-
-def evaluate_run(run: Run, network: nn.Module) -> Scores:
-    """Evaluate the network of a training, or its average."""
-    args = run.args
-    run.reporter.start("testing", len(run.val_loader))
-    return evaluate(
-        network,
-        run.val_loader,
-        precision=run.state.precision,
-        processes=run.processes,
-        sharded=args.dist_eval,
-        batch_size=args.batch_size,
-        input_size=args.input_size,
-        pad=args.compile,
-        flop=args.flop_eval,
-        agreement=run.agreement,
-        on_batch=run.reporter.on_batch,
-    )
-
-
-def explain_non_finite(run: Run, error: NonFiniteLossError) -> str:
-    """Where the loss broke, what is still good, and what to try."""
-    epoch = run.state.progress.epoch
-    return (
-        f"the loss became infinite or NaN in epoch {epoch + 1} at step {error.update + 1} "
-        f"(update {epoch * run.updates + error.update + 1}); {run.last_state()}; try a lower --lr, "
-        "--clip-grad 1, more --warmup-epochs, --amp-dtype bfloat16 or --no-use-amp"
-    )
+    run.save_epoch(epoch, best)
 
 
 @record  # so that torchrun's table of failures shows the traceback

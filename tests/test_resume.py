@@ -103,7 +103,7 @@ def killed(moment: str, data: Path, out: Path) -> int:
     place = {
         "first update": (deit.train.engine.TrainStep, "update", 1, die),
         "mid-epoch": (deit.train.engine.TrainStep, "update", 5, die),
-        "evaluation": (deit.main, "evaluate", 2, die),
+        "evaluation": (deit.train.run, "evaluate", 2, die),
         "before the log": (Reporter, "end_epoch", 2, die),
         "before the state is saved": (deit.train.run.Run, "save", 3, die),
         "before the save": (deit.train.run.Run, "save", 4, die),
@@ -174,14 +174,14 @@ def test_signal_stops_between_updates(number, update, data, whole, tmp_path, mon
 
 
 def test_stop_in_the_evaluation(data, whole, tmp_path, monkeypatch):
-    evaluated = deit.main.evaluate
+    evaluated = deit.train.run.evaluate
 
     def evaluate(*args, **kwargs):
         request_stop("a test")
         return evaluated(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(deit.main, "evaluate", evaluate)
+        patch.setattr(deit.train.run, "evaluate", evaluate)
         assert train(*OPTIONS, data=data, out=tmp_path) == 0
     assert read_log(tmp_path) == []
     assert load(tmp_path / "checkpoint.pth")["step"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 
 from torch import nn
@@ -22,12 +23,14 @@ from deit.train.weights import load_weights
 __all__ = ["evaluate_once"]
 
 
-def evaluate_once(args: Namespace, processes: DistContext) -> None:
-    """Print the scores of a checkpoint's network on the validation data.
+def evaluate_once(args: Namespace, processes: DistContext, *, ema: bool) -> None:
+    """Print the scores of a checkpoint's network, or of its average, on the validation data.
 
     Raises:
         UserError: the checkpoint or the data cannot be used, or the scores would mean nothing.
     """
+    args = copy.copy(args)  # which takes on what the checkpoint says
+    args.model_ema_eval = ema
     resumed, origin = find_checkpoints(args, processes)
     if args.resume and resumed is None:
         raise UserError(f"--eval --resume auto: there is no {LAST} in {args.output_dir!r}")

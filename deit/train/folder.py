@@ -22,11 +22,10 @@ from typing import Any
 
 from deit.errors import UserError
 
-__all__ = ["BEST", "BEST_EMA", "EPOCH_COPY", "LAST", "LOCK", "claim", "clear", "results_in"]
+__all__ = ["BEST", "EPOCH_COPY", "LAST", "LOCK", "claim", "clear", "results_in"]
 
 LAST = "checkpoint.pth"
-BEST = "best_checkpoint.pth"
-BEST_EMA = "best_checkpoint_ema.pth"
+BEST = "best_checkpoint{}.pth"
 EPOCH_COPY = "checkpoint_{:04d}.pth"
 LOCK = "run.lock"
 

@@ -311,7 +311,9 @@ class Reporter:
         """Log the checkpoints as an artifact, for `--wandb-ckpt`."""
         if not self._args.wandb_ckpt or self.folder is None:
             return
-        files = [self.folder / name for name in (LAST, BEST) if (self.folder / name).exists()]
+        files = [
+            self.folder / name for name in (LAST, BEST.format("")) if (self.folder / name).exists()
+        ]
         if files:
             wandb = importlib.import_module("wandb")
             artifact = wandb.Artifact(f"run-{run.id}-checkpoints", type="model")

@@ -65,6 +65,18 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """What log.txt holds."""
 
+    def improves(self, acc1: float, kind: str = "") -> bool:
+        """Whether `acc1` of this epoch is the best so far, which is remembered.
+
+        Args:
+            kind: "_ema" for the average, where both are evaluated.
+        """
+        if acc1 <= getattr(self, f"best{kind}_acc1"):
+            return False
+        setattr(self, f"best{kind}_acc1", acc1)
+        setattr(self, f"best{kind}_epoch", self.epoch)
+        return True
+
     def next_epoch(self, record: Mapping[str, Any]) -> None:
         """The epoch under way is over, with `record` as its line in log.txt."""
         self.history.append(dict(record))
@@ -75,8 +87,17 @@ class Progress:
 _PLACE = frozenset(
     {"resume", "resume_weights_only", "output_dir", "overwrite", "start_epoch", "eval", "dist_eval"}
     | {"device", "threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_interval"}
-    | {"log_dir", "save_freq", "save_ckpt", "save_ckpt_num", "auto_resume", "wandb", "wandb_ckpt"}
-    | {"project", "job_dir", "flop_eval", "kernels", "download"}
+    | {
+        "dist_timeout",
+        "log_dir",
+        "save_freq",
+        "save_ckpt",
+        "save_ckpt_num",
+        "auto_resume",
+        "wandb",
+        "wandb_ckpt",
+    }
+    | {"project", "job_dir", "flop_eval", "kernels", "download", "dist_timeout"}
 )
 
 

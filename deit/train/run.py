@@ -14,13 +14,14 @@ from torch import nn
 from deit.data import DeviceLoader, TrainLoader
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.train.distributed import DistContext
-from deit.train.engine import TrainStep
-from deit.train.folder import BEST, BEST_EMA, EPOCH_COPY, LAST, check_unused, claim, clear
+from deit.train.engine import NonFiniteLossError, TrainStep, evaluate
+from deit.train.folder import BEST, EPOCH_COPY, LAST, check_unused, claim, clear
+from deit.train.metrics import Scores
 from deit.train.reporting import Reporter
 from deit.train.resume import TrainingState
 from deit.train.stopping import StopAgreement
 
-__all__ = ["BEST", "BEST_EMA", "LAST", "Run", "claim_folder", "open_writer"]
+__all__ = ["LAST", "Run", "claim_folder", "open_writer"]
 
 
 @dataclass
@@ -31,10 +32,9 @@ class Run:
     processes: DistContext
     train_step: TrainStep
     state: TrainingState
-    evaluated: nn.Module
-    """The network that is evaluated: the averaged one or the trained one."""
-    also_evaluated: nn.Module | None
-    """The averaged one, if both are."""
+    evaluated: dict[str, nn.Module]
+    """What is evaluated: as "" the averaged network or the trained one, as "_ema" the averaged one
+    beside it, if both are."""
     train_loader: TrainLoader
     val_loader: DeviceLoader | None
     """None with --disable-eval."""
@@ -62,6 +62,24 @@ class Run:
         """That of the layers without reduction."""
         return max(group["lr"] for group in self.state.optimizer.param_groups)
 
+    def evaluate(self, network: nn.Module) -> Scores:
+        """The scores of one of the `evaluated` networks on the validation data."""
+        args = self.args
+        self.reporter.start("testing", len(self.val_loader))
+        return evaluate(
+            network,
+            self.val_loader,
+            precision=self.state.precision,
+            processes=self.processes,
+            sharded=args.dist_eval,
+            batch_size=args.batch_size,
+            input_size=args.input_size,
+            pad=args.compile,
+            flop=args.flop_eval,
+            agreement=self.agreement,
+            on_batch=self.reporter.on_batch,
+        )
+
     def save(self, names: list[str]) -> None:
         """Save the state under `names` in the output folder, if there is one."""
         if self.args.output_dir and self.args.save_ckpt:
@@ -79,11 +97,12 @@ class Run:
         for epoch in epochs[:-kept] if kept else ():
             (folder / EPOCH_COPY.format(epoch)).unlink(missing_ok=True)
 
-    def names_after_epoch(self, epoch: int, best: bool, best_ema: bool = False) -> list[str]:
-        """The files that the end of `epoch` is saved under; the one for resuming is the last."""
-        copy = self.args.save_freq and (epoch + 1) % self.args.save_freq == 0
-        names = ([BEST] if best else []) + ([BEST_EMA] if best_ema else [])
-        return names + ([EPOCH_COPY.format(epoch)] if copy else []) + [LAST]
+    def save_epoch(self, epoch: int, best: list[str]) -> None:
+        """Save the end of `epoch`, the best so far of the kinds `best` of evaluated networks."""
+        names = [BEST.format(kind) for kind in best]
+        if self.args.save_freq and (epoch + 1) % self.args.save_freq == 0:
+            names.append(EPOCH_COPY.format(epoch))
+        self.save([*names, LAST])  # what a resumed run reads comes last
 
     def last_state(self) -> str:
         """In words, where the training can go on from after a failure, once all is written."""
@@ -96,6 +115,15 @@ class Run:
         if not path.exists():
             return "no state has been saved yet"
         return f"the last state is {path}, --resume auto goes on from it"
+
+    def explain(self, error: NonFiniteLossError) -> str:
+        """Where the loss broke, what is still good, and what to try."""
+        epoch, step = self.state.progress.epoch, error.update + 1
+        return (
+            f"the loss became infinite or NaN in epoch {epoch + 1} at step {step} "
+            f"(update {epoch * self.updates + step}); {self.last_state()}; try a lower --lr, "
+            "--clip-grad 1, more --warmup-epochs, --amp-dtype bfloat16 or --no-use-amp"
+        )
 
     def close(self) -> None:
         """End the loader's workers and wait for the last write; also after a failure."""

@@ -221,13 +221,15 @@ def build_run(args: Namespace, processes: DistContext) -> Run:
         networks.notes += state.load_state_dict(checkpoint, global_batch=images)
     state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
     writer = open_writer(args, processes, fresh=checkpoint is None)
+    evaluated = {"": state.ema if args.model_ema_eval is True and state.ema else state.model}
+    if args.model_ema_eval == "both":
+        evaluated["_ema"] = state.ema
     run = Run(
         args=args,
         processes=processes,
         train_step=train_step,
         state=state,
-        evaluated=state.ema if args.model_ema_eval is True and state.ema else state.model,
-        also_evaluated=state.ema if args.model_ema_eval == "both" else None,
+        evaluated=evaluated,
         train_loader=build_train_stream(args, train_set, processes, state.progress),
         val_loader=None if val_set is None else build_val_loader(args, val_set, processes),
         batches=batches,
