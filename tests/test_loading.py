@@ -199,15 +199,14 @@ def test_another_models_options_are_not_taken(file):
 
 
 def test_the_teachers_outputs_are_put_in_the_students_order(file):
+    args = parse_args(["--teacher-model", MODEL, "--teacher-path", str(file)])
     classes = ["class2", "class0"]
-    teacher = build_teacher(MODEL, str(file), 2, "cpu", mean=(0.5,) * 3, std=(0.2,) * 3,
-                            class_names=classes)  # fmt: skip
+    teacher = build_teacher(args, 2, "cpu", classes)
     images = torch.randn(2, 3, 16, 16)
-    whole = build_teacher(MODEL, str(file), 3, "cpu", mean=(0.5,) * 3, std=(0.2,) * 3,
-                          class_names=["class0", "class1", "class2"])  # fmt: skip
+    whole = build_teacher(args, 3, "cpu", ["class0", "class1", "class2"])
     assert torch.equal(teacher(images), whole(images)[:, [2, 0]])
     with pytest.raises(UserError, match=r"1 classes of the data \(cat\)"):
-        build_teacher(MODEL, str(file), 2, "cpu", class_names=["class0", "cat"])
+        build_teacher(args, 2, "cpu", ["class0", "cat"])
 
 
 # labels

@@ -51,10 +51,15 @@ def test_teacher_renormalises_resamples_and_stays_frozen():
     assert not any(p.requires_grad for p in criterion.parameters())
 
 
+def teacher_of(name, path="", *words, class_names=(), classes=CLASSES):
+    args = parse_args(["--teacher-model", name, "--teacher-path", str(path), *words])
+    return build_teacher(args, classes, "cpu", class_names)
+
+
 def test_build_teacher_reads_a_checkpoint(tmp_path):
     source = timm.create_model("resnet10t", num_classes=CLASSES)
     torch.save({"model": source.state_dict()}, tmp_path / "teacher.pth")
-    teacher = build_teacher("resnet10t", str(tmp_path / "teacher.pth"), CLASSES, "cpu")
+    teacher = teacher_of("resnet10t", tmp_path / "teacher.pth")
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(teacher(images), source.eval()(images))
     assert not teacher(images).requires_grad
@@ -66,20 +71,25 @@ def test_a_teacher_that_was_trained_here_is_built_as_it_was(tmp_path):
     source = timm.create_model(name, num_classes=CLASSES, img_size=16, patch_size=8, depth=12)
     args = Namespace(model=name, input_size=16, patch_size=8, drop_path=0.3)
     torch.save({"model": source.state_dict(), "args": args}, tmp_path / "teacher.pth")
-    teacher = build_teacher(name, str(tmp_path / "teacher.pth"), CLASSES, "cpu")
     pixels = torch.rand(2, 3, 1, 1).expand(2, 3, 32, 32)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     # timm's ViT wants a mean and a deviation of 0.5.
-    expected = source.eval()((pixels[..., :16, :16] - 0.5) / 0.5)
-    torch.testing.assert_close(teacher((pixels - mean) / std), expected, atol=1e-4, rtol=1e-4)
+    as_wanted = (pixels - 0.5) / 0.5
+    expected = source.eval()(as_wanted[..., :16, :16])
+    for images, words in (
+        ((pixels - mean) / std, ()),
+        (as_wanted, ["--no-imagenet-default-mean-and-std"]),
+    ):
+        teacher = teacher_of(name, tmp_path / "teacher.pth", *words)
+        torch.testing.assert_close(teacher(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_build_teacher_says_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match=r"unknown teacher 'resnet10tt'; did you mean .*resnet10t"):
-        build_teacher("resnet10tt", "", CLASSES, "cpu")
+        teacher_of("resnet10tt")
     with pytest.raises(
         UserError, match=r"for 1000 classes .* 7 classes are needed.*--teacher-path"
     ):
-        build_teacher("resnet10t", "", CLASSES, "cpu")
+        teacher_of("resnet10t")
     with pytest.raises(UserError, match="does not exist"):
-        build_teacher("resnet10t", str(tmp_path / "absent.pth"), CLASSES, "cpu")
+        teacher_of("resnet10t", tmp_path / "absent.pth")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from deit.data.classes import names_of_outputs, outputs_of
 from deit.errors import UserError, one_line, suggest
+from deit.train.build import mean_and_std
 from deit.train.checkpoint import read_checkpoint
 from deit.train.loading import build_as_trained, number_of_outputs
 
@@ -59,27 +60,24 @@ class Teacher(nn.Module):
 
 
 def build_teacher(
-    name: str,
-    path: str,
+    args: Namespace,
     num_classes: int,
     device: torch.device | str,
-    *,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
     class_names: Sequence[str] = (),
 ) -> Teacher:
-    """The network `name` of timm or of this package as a teacher, on `device`.
+    """The network `args.teacher_model` of timm or of this package as a teacher, on `device`.
+
+    Of its checkpoint `args.teacher_path`, which is read without running code, the trained weights
+    are taken, not their average; without one timm's weights.
 
     Args:
-        path: its checkpoint (a file, an address, `hf-hub:NAME`), read without running code, of
-            which the trained weights are taken, not their average; '' for timm's weights.
         num_classes: the student's outputs.
-        mean, std: normalisation of the student's images, for each channel.
         class_names: what the student's outputs stand for; the teacher's are put in this order.
 
     Raises:
         UserError: an unknown name, weights that are absent or do not fit, or other classes.
     """
+    name, path = args.teacher_model, args.teacher_path
     if not timm.is_model(name):
         raise UserError(f"unknown teacher {name!r}{suggest(name, timm.list_models())}")
     if path:
@@ -103,7 +101,7 @@ def build_teacher(
                 f"timm's weights of the teacher {name!r} cannot be fetched; give a checkpoint by "
                 f"--teacher-path ({one_line(error)[:160]})"
             ) from error
-    return Teacher(model, mean, std, outputs).to(device)
+    return Teacher(model, *mean_and_std(args), outputs).to(device)
 
 
 def _outputs(

@@ -103,13 +103,7 @@ def build_train_step(
     teacher, mixup = None, build_mixup(args, classes)
     if args.distillation_type != "none":
         with state.processes.main_first():
-            teacher = build_teacher(
-                args.teacher_model,
-                args.teacher_path,
-                classes,
-                device,
-                class_names=state.class_names,
-            )
+            teacher = build_teacher(args, classes, device, state.class_names)
     criterion = build_criterion(args, mixup=mixup is not None, teacher=teacher)
     return TrainStep(
         model=networks.wrapped,
