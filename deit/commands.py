@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from deit.errors import one_line_errors, run_command
+from deit.errors import run_command
 
 
 def train() -> int:
@@ -25,31 +25,23 @@ def evaluate() -> int:
 def complexity() -> int:
     """`deit-complexity`: `python calculate_complexity.py`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
+    from deit.measure.command import main
 
-    def body() -> int:
-        from deit.measure.command import main
-
-        return main()
-
-    return one_line_errors(body)
+    return run_command(main)
 
 
 def equivariance() -> int:
     """`deit-equivariance`: `python test_equivariance.py`."""
+    from deit.verify.cli import main
 
-    def body() -> int:
-        from deit.verify.cli import main
-
-        return main()
-
-    return one_line_errors(body)
+    return run_command(main)
 
 
 def launch() -> int:
     """`deit-launch`: `python deit/run_with_submitit.py`."""
     from deit.run_with_submitit import run
 
-    return one_line_errors(lambda: run(sys.argv[1:]))
+    return run_command(lambda: run(sys.argv[1:]))
 
 
 def export() -> int:
