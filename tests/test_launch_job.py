@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 
 from deit.errors import UserError
-from deit.launch import aftermath, job, slurm, submit
+from deit.launch import job, slurm, submit
 from deit.train.checkpoint import read_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -25,126 +24,100 @@ WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
 
 
 @pytest.fixture
-def requeued(monkeypatch):
-    """The job ids that were put back into the queue."""
-    ids: list[str] = []
-    monkeypatch.setattr(slurm, "requeue", ids.append)
-    return ids
+def slurm_says(monkeypatch):
+    """`slurm_says(state, problem)`: Slurm's answers; the list fills with what it is asked to do."""
+    asked: list[tuple[str, str]] = []
+
+    def answer(state: str | None, problem: str | None = None) -> list[tuple[str, str]]:
+        monkeypatch.setattr(slurm, "job_state", lambda job_id: state)
+        monkeypatch.setattr(
+            slurm, "control", lambda action, job_id: asked.append((action, job_id)) or problem
+        )
+        return asked
+
+    return answer
 
 
 @pytest.mark.parametrize(
     ("state", "rank", "expected"),
     [
-        ("RUNNING", 0, ["7"]),
+        ("RUNNING", 0, [("requeue", "7")]),
         ("RUNNING", 1, []),  # once for each job, not for each process
         ("COMPLETING", 0, []),  # cancelled
         (None, 0, []),
     ],
 )
-def test_a_stopped_job_requeues_itself_unless_it_is_ending(
-    monkeypatch, requeued, state, rank, expected
-):
-    monkeypatch.setattr(slurm, "job_state", lambda job_id: state)
+def test_a_stopped_job_requeues_itself_unless_it_is_ending(slurm_says, state, rank, expected):
+    asked = slurm_says(state)
     env = SimpleNamespace(global_rank=rank, cluster="slurm", raw_job_id="7")
     with pytest.raises(SystemExit) as stopped:
         job._leave(env, "SIGUSR2")
     assert stopped.value.code == 0
-    assert requeued == expected
+    assert asked == expected
 
 
-def test_a_requeue_that_fails_is_told(monkeypatch):
-    monkeypatch.setattr(slurm, "job_state", lambda job_id: "RUNNING")
-    monkeypatch.setattr(slurm, "requeue", lambda job_id: "Job is not requeueable")
+def test_what_slurm_refuses_is_told(slurm_says):
+    slurm_says("RUNNING", "no controller")
     env = SimpleNamespace(global_rank=0, cluster="slurm", raw_job_id="7")
-    with pytest.raises(UserError, match="saved, but could not requeue job 7: Job is not"):
+    with pytest.raises(UserError, match="saved, but could not requeue job 7: no controller"):
         job._leave(env, "SIGTERM")
-
-
-def test_a_job_that_cannot_be_released_is_told(monkeypatch):
-    asked = []
-
-    def run(command, timeout=0):
-        asked.append(command)
-        return subprocess.CompletedProcess(command, len(asked) - 1, "", "no controller\n")
-
-    monkeypatch.setattr(slurm, "_run", run)
-    submit._release("7")
-    assert asked == [["scontrol", "release", "7"]]
     with pytest.raises(UserError, match=r"job 7 is .*held back \(no controller\): scontr"):
         submit._release("7")
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_no_held_job_is_left_behind(error, capsys):
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (OSError("full"), "job 7_0, 7_1 is cancelled\n"),
+        (KeyboardInterrupt(), "job 7_0, 7_1 is cancelled\n"),
+        (UserError("taken"), ""),  # in the error's own line
+    ],
+)
+def test_no_job_is_left_behind(error, printed, capsys):
     cancelled = []
     jobs = [
         SimpleNamespace(job_id=f"7_{task}", cancel=lambda check, task=task: cancelled.append(task))
         for task in range(2)
     ]
-    with pytest.raises(error), submit._cancelled_on_failure(jobs):
-        raise error
-    assert cancelled == [0, 1]
-    assert capsys.readouterr().err == "job 7_0, 7_1 is cancelled\n"
     with submit._cancelled_on_failure(jobs):
         pass
+    assert cancelled == []
+    with pytest.raises(type(error)) as raised, submit._cancelled_on_failure(jobs):
+        raise error
     assert cancelled == [0, 1]
+    assert capsys.readouterr().err == printed
+    assert printed or str(raised.value) == "taken; job 7_0, 7_1 is cancelled"
+
+
+@pytest.mark.parametrize(("tool", "answer"), [("scontrol", "JobId=7 JobState=FAILED A=b"),
+                                              ("sacct", "FAILED")])  # fmt: skip
+def test_the_state_of_a_job_from_the_controller_or_from_accounting(
+    tool, answer, tmp_path, monkeypatch
+):
+    (tmp_path / tool).write_text(f"#!/bin/sh\necho '{answer}'\n")
+    (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.job_state("7") == "FAILED"
 
 
 @pytest.mark.parametrize(
-    ("status", "state", "lost", "expected"),
-    [
-        (1, "RUNNING", ["n2"], ["7"]),
-        (1, "RUNNING", [], []),  # the training's own failure
-        (1, "COMPLETING", ["n2"], []),
-        (0, "RUNNING", ["n2"], []),
-    ],
+    ("trained", "nodes_start", "waits"), [(0, 1, False), (1, 0, False), (1, 1, True)]
 )
-def test_aftermath(monkeypatch, requeued, status, state, lost, expected):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(slurm, "job_state", lambda job_id: state)
-    monkeypatch.setattr(slurm, "lost_nodes", lambda job_id: lost)
-    assert aftermath.settle(status) == status
-    assert requeued == expected
-
-
-def test_lost_nodes_are_those_down_restarted_or_deaf(monkeypatch):
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    silent = socket.socket()  # its port is taken, but nobody listens
-    silent.bind(("127.0.0.1", 0))
-    deaf = silent.getsockname()[1]
-
-    def node(name: str, port: int, state="MIXED", started="2026-01-01T00:00:00") -> str:
-        return (
-            f"NodeName={name} NodeAddr=127.0.0.1 NodeHostName={name} Port={port} State={state} "
-            f"OS=Linux 6.1 #1 SMP BootTime=2026-01-01T00:00:00 SlurmdStartTime={started}\n"
-        )
-
-    nodes = node("well", port) + node("deaf", deaf) + node("down", port, "DOWN*+DRAIN")
-    nodes += node("restarted", port, started="2026-03-03T10:00:01") + node(
-        "unknown", port, started="None"
-    )
-    answers = {
-        "job": "JobId=7 JobState=RUNNING StartTime=2026-03-03T10:00:00 NodeList=n[1-5]\n",
-        "node": nodes,
-        "config": "SlurmdPort              = 6818\n",
-    }
-
-    def run(command, timeout=0):
-        assert command[-1] in ("7", "n[1-5]", "config")
-        kind = "config" if command[-1] == "config" else command[-2]
-        return subprocess.CompletedProcess(command, 0, answers[kind], "")
-
-    monkeypatch.setattr(slurm, "_run", run)
-    with listener, silent:
-        assert slurm.lost_nodes("7") == ["deaf", "down", "restarted"]
-        assert slurm.job_state("7") == "RUNNING"
+def test_a_failed_job_waits_while_a_node_starts_nothing(trained, nodes_start, waits, tmp_path):
+    """For Slurm, which requeues a job whose node is dead."""
+    for tool, body in (("srun", f"exit {nodes_start}"), ("sleep", f"touch {tmp_path}/waited")):
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / tool).chmod(0o755)
+    script = "\n".join([f"(exit {trained})", *submit._TEARDOWN])
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "2"}
+    assert subprocess.run(["bash", "-c", script], env=env).returncode == trained
+    assert (tmp_path / "waited").exists() == waits
 
 
 def test_without_slurm_nothing_is_known(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     assert slurm.job_state("7") is None
-    assert slurm.requeue("7")
+    assert slurm.control("requeue", "7")
 
 
 @pytest.mark.slow
@@ -200,15 +173,9 @@ def test_local_run_is_stopped_and_continued(tmp_path):
 def test_folder_of_another_run_with_the_same_job_id_is_not_gone_on_with(tmp_path):
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "checkpoint.pth").touch()
-    cancelled = []
-    submitted = SimpleNamespace(
-        job_id="7",
-        paths=SimpleNamespace(folder=tmp_path / "7"),
-        cancel=lambda check: cancelled.append("7"),
-    )
+    submitted = SimpleNamespace(job_id="7", paths=SimpleNamespace(folder=tmp_path / "7"))
     asked_for = SimpleNamespace(job_dir=str(tmp_path / "7"))
     submit._refuse_foreign_folder(asked_for, [submitted])
     by_chance = SimpleNamespace(job_dir=str(tmp_path / "%j"))
     with pytest.raises(UserError, match="holds another run, whose job had the same id"):
         submit._refuse_foreign_folder(by_chance, [submitted])
-    assert cancelled == ["7"]

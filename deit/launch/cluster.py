@@ -17,27 +17,44 @@ UNTYPED_GPU = "any"
 NO_GPU = "none"
 
 
+def _option(default: Any, metavar: str, help: str, kind: type = str) -> Any:
+    """A field of `Resources` that the launcher has an option for."""
+    return field(default=default, metadata={"metavar": metavar, "help": help, "type": kind})
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a run asks Slurm for. `None` leaves the choice to the cluster's own default."""
 
-    nodes: int = 2
-    ngpus: int = 8  # processes a node, one a GPU
-    tgpu: str = "A100"  # GPU type, or UNTYPED_GPU, or NO_GPU
-    time: str = "0-72:00:00"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    cpus_per_task: int | None = None
-    mem: str | None = None
-    mail_user: str | None = None
-    mail_type: str | None = None
-    comment: str | None = None
-    job_name: str | None = None
-    signal_delay: int = 120  # seconds before the time limit at which the run is told to save
-    setup: list[str] = field(default_factory=list)  # shell lines before the training starts
-    sbatch: dict[str, Any] = field(default_factory=dict)  # further sbatch options, as they are
+    nodes: int = _option(2, "N", "nodes; with a recipe as many as its GPUs fill", int)
+    ngpus: int = _option(8, "N", "processes a node, one a GPU", int)
+    tgpu: str = _option(
+        "A100", "TYPE", f"GPU type, '{UNTYPED_GPU}' for untyped, '{NO_GPU}' for CPU runs"
+    )
+    job_name: str | None = _option(
+        None, "NAME", "name of the job; the recipe's or the model's without"
+    )
+    time: str = _option(
+        "0-72:00:00", "D-HH:MM:SS", "time limit; a run that needs more goes on by itself"
+    )
+    partition: str | None = _option(None, "NAME", "Slurm partition")
+    account: str | None = _option(None, "NAME", "account to charge")
+    qos: str | None = _option(None, "NAME", "quality of service")
+    constraint: str | None = _option(None, "FEATURES", "features that the nodes must have")
+    cpus_per_task: int | None = _option(
+        None, "N", "CPUs a process; unset, as many as --num-workers", int
+    )
+    mem: str | None = _option(None, "SIZE", "memory a node, such as 64G; 0 is all of it")
+    mail_user: str | None = _option(None, "ADDRESS", "whom Slurm writes to")
+    mail_type: str | None = _option(None, "EVENTS", "about what, such as END,FAIL")
+    comment: str | None = _option(None, "TEXT", "comment on the job")
+    signal_delay: int = _option(
+        120, "SECONDS", "how long before the time limit to save and requeue", int
+    )
+    setup: list[str] = field(default_factory=list, metadata={"type": list})
+    """Shell lines before the training starts."""
+    sbatch: dict[str, Any] = field(default_factory=dict, metadata={"type": dict})
+    """Further options of sbatch, as they are."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ngpus", "cpus_per_task"):
@@ -68,16 +85,6 @@ class Resources:
         """`2 nodes x 8 A100`, for people."""
         kind = {NO_GPU: "CPU processes", UNTYPED_GPU: "GPUs"}.get(self.tgpu, self.tgpu)
         return f"{self.nodes} node{'s' if self.nodes > 1 else ''} x {self.ngpus} {kind}"
-
-
-_FIELD_TYPES = {
-    "nodes": int,
-    "ngpus": int,
-    "cpus_per_task": int,
-    "signal_delay": int,
-    "setup": list,
-    "sbatch": dict,
-}
 
 
 @dataclass(frozen=True)
@@ -126,10 +133,10 @@ def load_cluster_file(path: str | None = None) -> ClusterFile:
     table = read_toml(file, "cluster file")
     options = table.pop("options", {})
     job_dir = table.pop("job_dir", None)
-    known = {f.name for f in fields(Resources)}
-    check_keys(table, known | {"options", "job_dir"}, f"cluster file {file}")
+    kinds = {entry.name: entry.metadata["type"] for entry in fields(Resources)}
+    check_keys(table, {*kinds, "options", "job_dir"}, f"cluster file {file}")
     for name, value in table.items():
-        kind = _FIELD_TYPES.get(name, str)
+        kind = kinds[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(
                 f"cluster file {file}: {name} = {value!r} should be a {kind.__name__} "

@@ -9,7 +9,7 @@ job id, in the same folder, and `--resume auto` goes on at that update.
 | the time limit nears, `scancel --signal=USR2` | USR2 | saves, requeues itself |
 | preemption | TERM, on some clusters USR2 too | saves, requeues itself |
 | `scancel` | TERM | saves, ends: Slurm says that the job is ending |
-| a node dies | none | `deit.launch.aftermath` requeues it; goes on from the last checkpoint |
+| a node dies | none | Slurm requeues it; goes on from the last checkpoint |
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _requeue_slurm_job(job_id: str, reason: str) -> None:
     if state != "RUNNING":
         print(f"stopped ({reason}); not requeued: Slurm says {state}", flush=True)
         return
-    problem = slurm.requeue(job_id)
+    problem = slurm.control("requeue", job_id)
     if problem:
         raise UserError(f"saved, but could not requeue job {job_id}: {problem}")
     print(f"stopped ({reason}); job {job_id} is back in the queue", flush=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from deit.errors import UserError, suggest
 from deit.launch.spec import JobSpec
-from deit.train.args import parse_args
 
 
 def check(spec: JobSpec) -> list[str]:
@@ -30,7 +29,7 @@ def check(spec: JobSpec) -> list[str]:
     notes: list[str] = []
     classes = 1000
     for task in range(len(spec.array)):
-        args = parse_args(spec.argv(task))
+        args = spec.args(task)
         for folder in (spec.job_dir, args.output_dir):
             _check_writable(folder)
         _check_files(args)

@@ -149,24 +149,19 @@ def split_batch(
             f"{below} or {above} would do"
         )
     share = global_batch // processes
-    if batch_size is not None and update_freq is not None:
-        if batch_size * update_freq != share:
-            raise UserError(
-                f"{total} over {processes} processes is {share} each, which is not --batch-size "
-                f"{batch_size} x --update-freq {update_freq}; leave one of the two out"
-            )
-        return batch_size, update_freq
-    given, flag = (
-        (update_freq, "--update-freq") if batch_size is None else (batch_size, "--batch-size")
-    )
+    each = f"{total} over {processes} processes is {share} each, which"
+    if batch_size is not None and update_freq is not None and batch_size * update_freq != share:
+        raise UserError(
+            f"{each} is not --batch-size {batch_size} x --update-freq {update_freq}; "
+            "leave one of the two out"
+        )
     divisors = [n for n in range(1, share + 1) if share % n == 0]
-    if given is not None:
-        if given not in divisors:
+    for flag, given in (("--batch-size", batch_size), ("--update-freq", update_freq)):
+        if given is not None and given not in divisors:
             raise UserError(
-                f"{total} over {processes} processes is {share} each, which {flag} {given} does "
-                f"not divide; these do: {', '.join(map(str, divisors))}"
+                f"{each} {flag} {given} does not divide; these do: {', '.join(map(str, divisors))}"
             )
-        other = share // given
-        return (other, given) if batch_size is None else (given, other)
-    batch = max(n for n in divisors if n <= largest)
-    return batch, share // batch
+    if batch_size is None:
+        fits = max(n for n in divisors if n <= largest)
+        batch_size = share // update_freq if update_freq else fits
+    return batch_size, share // batch_size

@@ -75,30 +75,29 @@ class JobSpec:
         """The arguments of deit/main.py for array task number `task`."""
         return options_to_argv(self.options | self.array[task], get_parser())
 
+    def args(self, task: int = 0) -> argparse.Namespace:
+        """The options of deit/main.py, defaults included."""
+        return parse_args(self.argv(task))
+
     def global_batch(self) -> int:
         """Images an optimizer update sees."""
-        args = parse_args(self.argv())
+        args = self.args()
         return args.batch_size * args.update_freq * self.resources.processes
 
     def command(self, task: int = 0) -> str:
         """The same training started by hand: plain Python, or torchrun for several processes."""
-        words = [*TRAINING, *self.argv(task)]
-        resources = self.resources
-        if resources.nodes > 1:
-            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "FIRST_NODE:29500"]
-            nodes = ["--nnodes", str(resources.nodes), *meeting]
-        else:
-            nodes = []
+        resources, start = self.resources, ["python"]
         if resources.processes > 1:
-            words = ["torchrun", *nodes, "--nproc-per-node", str(resources.ngpus), *words]
-        else:
-            words = ["python", *words]
-        return shlex.join(words)
+            start = ["torchrun", "--nproc-per-node", str(resources.ngpus)]
+        if resources.nodes > 1:
+            start[1:1] = ["--nnodes", str(resources.nodes), "--rdzv-backend", "c10d",
+                          "--rdzv-endpoint", "FIRST_NODE:29500"]  # fmt: skip
+        return shlex.join([*start, *TRAINING, *self.argv(task)])
 
     def describe(self) -> str:
         """One line for people."""
         title = f"recipe {self.recipe}" if self.recipe else self.name
-        args = parse_args(self.argv())
+        args = self.args()
         accumulation = f" x {args.update_freq} accumulated" if args.update_freq > 1 else ""
         return (
             f"{title}: {self.resources.describe()}, {args.batch_size} images each{accumulation}, "
@@ -141,34 +140,21 @@ def get_launch_parser() -> CommandLine:
     cluster.add_argument(
         "--cluster-file", metavar="FILE", help=f"in place of {DEFAULT_FILE} or ${FILE_VARIABLE}"
     )
-    default = Resources()
-
-    def add(flag: str, metavar: str, help: str, **kwargs: Any) -> None:
-        value = getattr(default, flag.lstrip("-").replace("-", "_"))
-        shown = f" (default: {value})" if value else ""
-        cluster.add_argument(flag, metavar=metavar, help=help + shown, **kwargs)
-
-    add("--nodes", "N", "nodes; with a recipe as many as its GPUs fill", type=int)
-    add("--ngpus", "N", "processes a node, one a GPU", type=int)
-    add("--tgpu", "TYPE", f"GPU type, '{UNTYPED_GPU}' for untyped, '{NO_GPU}' for CPU runs")
+    for entry in fields(Resources):
+        if "help" in entry.metadata:
+            shown = f" (default: {entry.default})" if entry.default else ""
+            cluster.add_argument(
+                f"--{entry.name.replace('_', '-')}",
+                metavar=entry.metadata["metavar"],
+                type=entry.metadata["type"],
+                help=entry.metadata["help"] + shown,
+            )
     cluster.add_argument(
         "--timeout", metavar="HOURS", type=number(float, low=0.02), help="--time, in hours"
     )
     cluster.add_argument(
         "--use-volta32", action=Switch, default=False, help="--constraint volta32gb"
     )
-    add("--job-name", "NAME", "name of the job; the recipe's or the model's without")
-    add("--time", "D-HH:MM:SS", "time limit; a run that needs more goes on by itself")
-    add("--partition", "NAME", "Slurm partition")
-    add("--account", "NAME", "account to charge")
-    add("--qos", "NAME", "quality of service")
-    add("--constraint", "FEATURES", "features that the nodes must have")
-    add("--cpus-per-task", "N", "CPUs a process; unset, as many as --num-workers", type=int)
-    add("--mem", "SIZE", "memory a node, such as 64G; 0 is all of it")
-    add("--mail-user", "ADDRESS", "whom Slurm writes to")
-    add("--mail-type", "EVENTS", "about what, such as END,FAIL")
-    add("--comment", "TEXT", "comment on the job")
-    add("--signal-delay", "SECONDS", "how long before the time limit to save and requeue", type=int)
     cluster.add_argument(
         "--setup",
         metavar="LINE",
@@ -287,7 +273,7 @@ def _array(text: str | None) -> tuple[dict[str, Any], ...]:
 def _check(spec: JobSpec) -> None:
     """Refuse now what would otherwise fail in the queue, hours later."""
     for task in range(len(spec.array)):
-        parse_args(spec.argv(task))
+        spec.args(task)
     if len(spec.array) > 1 and not any(tag in spec.job_dir for tag in ("%j", "%a")):
         raise UserError(
             f"--job-dir {spec.job_dir}: runs of an array need %j in it to tell them apart"

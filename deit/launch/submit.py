@@ -14,10 +14,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deit.errors import UserError, one_line
 from deit.launch import slurm
@@ -25,7 +24,7 @@ from deit.launch.job import STOP_SIGNALS, TrainingJob
 from deit.launch.preflight import check
 from deit.launch.spec import LAUNCHER, JobSpec
 from deit.launch.status import RECORD
-from deit.train.args import config_dict, parse_args
+from deit.train.args import config_dict
 
 if TYPE_CHECKING:
     import submitit
@@ -33,13 +32,20 @@ if TYPE_CHECKING:
 _REPOSITORY = Path(__file__).resolve().parents[2]
 # Bounds submitit's own count of time-outs, which `TrainingJob` does not use.
 _NO_LIMIT = 1_000_000
+# Processes whose partner's node died fail minutes before Slurm misses the node, and then requeues
+# the job by itself. So a failed job in which a node starts nothing any more waits for that.
+_TEARDOWN = [
+    "status=$?",
+    "[ $status = 0 ] || srun --overlap -n $SLURM_NNODES --ntasks-per-node=1 true || sleep 900",
+    "exit $status",
+]
 
 
-def submit(spec: JobSpec) -> list[submitit.Job]:
+def submit(spec: JobSpec) -> None:
     """Submit `spec` and tell on stdout what was started and how to follow and stop it.
 
     Raises:
-        UserError: Slurm is not there, or refuses the job.
+        UserError: Slurm is not there, or refuses the job, or the job would fail.
     """
     if not spec.local and shutil.which("sbatch") is None:
         raise UserError(
@@ -47,50 +53,16 @@ def submit(spec: JobSpec) -> list[submitit.Job]:
             "cluster, or add --local to train here"
         )
     notes = check(spec)
-    executor = _local_executor(spec) if spec.local else _slurm_executor(spec)
+    # A job's number names its folder. One that starts before that is made fails without a log.
+    executor = _local_executor(spec) if spec.local else _slurm_executor(spec, {"hold": True})
     jobs = _submit_all(executor, [TrainingJob(spec.argv(task)) for task in range(len(spec.array))])
     print("\n".join([*notes, spec.describe()]))
-    _refuse_foreign_folder(spec, jobs)
-    with nullcontext() if spec.local else _cancelled_on_failure(jobs):
-        _record(spec, jobs)
+    with _cancelled_on_failure(jobs):
+        _refuse_foreign_folder(spec, jobs)
+        for task, job in enumerate(jobs):
+            _record(spec, task, job)
     if not spec.local and not spec.resources.sbatch.get("hold"):
         _release(jobs[0].job_id.partition("_")[0])
-    return jobs
-
-
-def _record(spec: JobSpec, jobs: list[submitit.Job]) -> None:
-    """Write into each job's folder what it is, and tell how to follow and stop it."""
-    from deit.saving import write_text
-
-    for task, job in enumerate(jobs):
-        folder = job.paths.folder
-        output_dir = spec.options.get("output_dir", "").replace("%j", job.job_id)
-        record = {
-            "job_id": job.job_id,
-            "name": spec.name,
-            "recipe": spec.recipe,
-            "local": spec.local,
-            "epochs": parse_args(spec.argv(task)).epochs,
-            "output_dir": os.path.abspath(output_dir) if output_dir else "",
-            "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "command": spec.command(task),
-            "resources": asdict(spec.resources),
-        }
-        write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-        _announce(spec, job, folder, spec.array[task])
-
-
-@contextlib.contextmanager
-def _cancelled_on_failure(jobs: list[submitit.Job]) -> Iterator[None]:
-    """Leave no held job behind when the disk is full, or at Ctrl-C."""
-    try:
-        yield
-    except BaseException:
-        for job in jobs:
-            job.cancel(check=False)
-        ids = ", ".join(job.job_id for job in jobs)
-        print(f"job {ids} is cancelled", file=sys.stderr, flush=True)
-        raise
 
 
 def dry_run(spec: JobSpec) -> str:
@@ -99,10 +71,13 @@ def dry_run(spec: JobSpec) -> str:
     if spec.local:
         parts.append(f"# {spec.resources.processes} local processes, logs in {spec.job_dir}")
     else:
-        parts.append(_sbatch_script(spec))
+        executor = _slurm_executor(spec)
+        if len(spec.array) > 1:
+            executor.parameters["map_count"] = len(spec.array)
+        parts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
     for task, own in enumerate(spec.array):
         title = "".join(f", array task {task}: {name} = {value}" for name, value in own.items())
-        args = parse_args(spec.argv(task))
+        args = spec.args(task)
         args.output_dir = args.output_dir or spec.job_dir
         parts.append(f"# configuration{title}\n{json.dumps(config_dict(args), indent=2)}")
         parts.append(f"# by hand\n{spec.command(task)}")
@@ -120,75 +95,46 @@ def _python() -> str:
     return shlex.join(["sh", "-c", script, sys.executable])
 
 
-def _slurm_executor(spec: JobSpec) -> submitit.SlurmExecutor:
+def _slurm_executor(spec: JobSpec, also: dict[str, bool] | None = None) -> submitit.SlurmExecutor:
+    """Made on any machine; `also` are further flags of sbatch."""
     from submitit import SlurmExecutor
 
-    executor = SlurmExecutor(folder=spec.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
-    parameters = _slurm_parameters(spec)
-    # Its number names its folder. A job that starts before that is made fails without a log.
-    parameters["additional_parameters"] = parameters["additional_parameters"] | {"hold": True}
-    executor.update_parameters(**parameters)
-    return executor
-
-
-def _release(job_id: str) -> None:
-    if problem := slurm.release(job_id):
-        raise UserError(
-            f"job {job_id} is submitted but held back ({problem}): "
-            f"scontrol release {job_id} starts it"
-        )
-
-
-def _slurm_parameters(spec: JobSpec) -> dict[str, Any]:
-    """submitit's names for what sbatch is to be told; absent where the cluster is to decide."""
-    resources = spec.resources
-    workers = parse_args(spec.argv()).num_workers
-    path = shlex.quote(str(_REPOSITORY))
-    values = {
-        "job_name": resources.job_name or spec.name,
-        "nodes": resources.nodes,
-        "ntasks_per_node": resources.ngpus,
-        "cpus_per_task": resources.cpus_per_task or max(1, workers),
-        "gres": resources.gres,
-        "time": resources.minutes(),
-        "mem": resources.mem,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "constraint": resources.constraint,
-        "mail_user": resources.mail_user,
-        "mail_type": resources.mail_type,
-        "comment": resources.comment,
-        "signal_delay_s": resources.signal_delay,
-        "setup": [f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"', *resources.setup],
-        # A process that fails ends the job at once: the others would wait for it for ever.
-        "srun_args": ["--kill-on-bad-exit=1"],
-        "teardown": [f"{shlex.quote(sys.executable)} -m deit.launch.aftermath $?"],
-        "additional_parameters": {
-            name: value
-            for name, value in ({"requeue": True} | resources.sbatch).items()
-            if value is not False  # a flag that is not to be given
-        },
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _sbatch_script(spec: JobSpec) -> str:
-    """The text that sbatch would get; needs no Slurm."""
-    from submitit import SlurmExecutor
-
-    class Unsubmitted(SlurmExecutor):
-        """A SlurmExecutor for a machine without Slurm."""
-
+    class AnywhereExecutor(SlurmExecutor):
         @classmethod
-        def affinity(cls) -> int:
+        def affinity(cls) -> int:  # submitit's look for srun
             return 2
 
-    executor = Unsubmitted(folder=spec.job_dir, python=_python())
-    executor.update_parameters(**_slurm_parameters(spec))
-    if len(spec.array) > 1:
-        executor.parameters["map_count"] = len(spec.array)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+    executor = AnywhereExecutor(folder=spec.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
+    resources = spec.resources
+    path = shlex.quote(str(_REPOSITORY))
+    sbatch = {"requeue": True} | resources.sbatch | (also or {})
+    names = (
+        "mem",
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "mail_user",
+        "mail_type",
+        "comment",
+    )
+    chosen = {name: getattr(resources, name) for name in (*names, "gres")}
+    executor.update_parameters(
+        job_name=resources.job_name or spec.name,
+        nodes=resources.nodes,
+        ntasks_per_node=resources.ngpus,
+        cpus_per_task=resources.cpus_per_task or max(1, spec.args().num_workers),
+        time=resources.minutes(),
+        signal_delay_s=resources.signal_delay,
+        setup=[f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"', *resources.setup],
+        # A process that fails ends the job at once: the others would wait for it for ever.
+        srun_args=["--kill-on-bad-exit=1"],
+        teardown=_TEARDOWN,
+        # False stands for a flag that is not to be given
+        additional_parameters={k: v for k, v in sbatch.items() if v is not False},
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    return executor
 
 
 def _local_executor(spec: JobSpec) -> submitit.LocalExecutor:
@@ -227,26 +173,38 @@ def _submit_all(executor: submitit.Executor, jobs: list[TrainingJob]) -> list[su
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Send the output of the body, and of the processes it starts, nowhere.
+    """Send what the body, and the processes that it starts, print nowhere.
 
-    submitit prints sbatch's complaint, which the one-line error repeats, and its local controller
-    would keep a pipe that it inherits open for as long as the training runs.
+    submitit prints sbatch's complaint, which the one-line error repeats. Its local controller would
+    keep a pipe that it inherits open for as long as the training runs.
     """
     sys.stdout.flush()
-    sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        for number in (1, 2):
+            os.dup2(nowhere.fileno(), number)
     try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
         yield
-        sys.stdout.flush()
-        sys.stderr.flush()
     finally:
+        sys.stdout.flush()
         for number, copy in enumerate(kept, start=1):
             os.dup2(copy, number)
             os.close(copy)
-        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def _cancelled_on_failure(jobs: list[submitit.Job]) -> Iterator[None]:
+    """Leave no job behind when its folder is another's, when the disk is full, or at Ctrl-C."""
+    try:
+        yield
+    except BaseException as error:
+        for job in jobs:
+            job.cancel(check=False)
+        outcome = f"job {', '.join(job.job_id for job in jobs)} is cancelled"
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {outcome}") from error
+        print(outcome, file=sys.stderr, flush=True)
+        raise
 
 
 def _refuse_foreign_folder(spec: JobSpec, jobs: list[submitit.Job]) -> None:
@@ -254,20 +212,41 @@ def _refuse_foreign_folder(spec: JobSpec, jobs: list[submitit.Job]) -> None:
     folders = [job.paths.folder for job in jobs]
     taken = [folder for folder in folders if (folder / "checkpoint.pth").exists()]
     if "%j" in spec.job_dir and taken:
-        for job in jobs:
-            job.cancel(check=False)
         raise UserError(
             f"{taken[0]} holds another run, whose job had the same id: move it away, or continue "
-            f"it with --job-dir {taken[0]}; job {', '.join(job.job_id for job in jobs)} is "
-            "cancelled"
+            f"it with --job-dir {taken[0]}"
         )
 
 
-def _announce(spec: JobSpec, job: submitit.Job, folder: Path, own: dict[str, Any]) -> None:
-    title = "".join(f" ({name} {value})" for name, value in own.items())
-    stop = f"kill {job.job_id}" if spec.local else f"scancel {job.job_id}"
+def _record(spec: JobSpec, task: int, job: submitit.Job) -> None:
+    """Write into the job's folder what it is, and tell how to follow and stop it."""
+    from deit.saving import write_text
+
+    folder = job.paths.folder
+    output_dir = spec.options.get("output_dir", "").replace("%j", job.job_id)
+    record = {
+        "job_id": job.job_id,
+        "name": spec.name,
+        "recipe": spec.recipe,
+        "local": spec.local,
+        "epochs": spec.args(task).epochs,
+        "output_dir": os.path.abspath(output_dir) if output_dir else "",
+        "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": spec.command(task),
+        "resources": asdict(spec.resources),
+    }
+    write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    title = "".join(f" ({name} {value})" for name, value in spec.array[task].items())
     print(f"job {job.job_id}{title}")
     print(f"  folder  {folder}")
     print(f"  log     tail -F {job.paths.stdout}")
     print(f"  status  {LAUNCHER} status {folder}")
-    print(f"  stop    {stop}", flush=True)
+    print(f"  stop    {'kill' if spec.local else 'scancel'} {job.job_id}", flush=True)
+
+
+def _release(job_id: str) -> None:
+    if problem := slurm.control("release", job_id):
+        raise UserError(
+            f"job {job_id} is submitted but held back ({problem}): "
+            f"scontrol release {job_id} starts it"
+        )
