@@ -240,5 +240,7 @@ def test_misspelt_names_are_suggested():
 
 def test_options_become_arguments():
     options = {"lr": 3e-3, "compile": True, "repeated_aug": False, "opt_betas": [0.9, 0.99]}
-    argv = options_to_argv(options, get_parser())
-    assert argv == ["--lr", "0.003", "--compile", "--no-repeated-aug", "--opt-betas", "0.9", "0.99"]
+    options |= {"model_kwargs": {"depth": 2}}  # a table
+    argv = ["--lr", "0.003", "--compile", "--no-repeated-aug", "--opt-betas", "0.9", "0.99"]
+    argv += ["--model-kwargs", "depth=2"]
+    assert options_to_argv(options, get_parser()) == argv

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from deit.cli import Switch
-from deit.errors import UserError
+from deit.errors import UserError, one_line_errors
 from deit.launch import submit as submit_module
 from deit.launch.cluster import load_cluster_file, parse_time
 from deit.launch.preflight import check
-from deit.launch.recipes import options_to_argv, recipe_names
+from deit.launch.recipes import recipe_names
 from deit.launch.spec import make_spec
 from deit.launch.submit import dry_run
+from deit.run_with_submitit import run
 from deit.train.args import get_parser, parse_args
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -54,14 +55,6 @@ def sbatch_flags(text: str) -> dict[str, str]:
         name: shlex.split(value)[0] if value else ""
         for name, _, value in (flag.partition("=") for flag in flags)
     }
-
-
-def run_script(*argv: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    env = os.environ | ({} if path is None else {"PATH": path})
-    script = [sys.executable, "deit/run_with_submitit.py", *argv]
-    return subprocess.run(
-        script, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120
-    )
 
 
 def test_the_original_command_and_its_defaults():
@@ -188,16 +181,11 @@ def test_every_recipe_has_a_dry_run_that_can_be_typed_by_hand(name):
     assert typed.batch_size * typed.update_freq * made.resources.processes == made.global_batch()
 
 
-def test_resplit_keeps_the_global_batch():
+def test_other_machines_keep_the_global_batch():
     words = ["--recipe", "d2_deit_large_patch16_LS", "--data-path", "x"]
-    for nodes, ngpus, extra, split in [
-        (1, 4, [], (64, 8)),
-        (2, 8, ["--batch", "128"], (128, 1)),
-        (8, 8, [], (32, 1)),
-    ]:
-        made = spec(*words, "--nodes", str(nodes), "--ngpus", str(ngpus), *extra)
-        assert (made.options["batch_size"], made.options["update_freq"]) == split
-        assert made.global_batch() == 2048
+    made = spec(*words, "--nodes", "1", "--ngpus", "4")
+    assert (made.options["batch_size"], made.options["update_freq"]) == (64, 8)
+    assert made.global_batch() == 2048
     with pytest.raises(UserError, match="2048 cannot be split evenly over 24 processes"):
         spec(*words, "--nodes", "3")
     with pytest.raises(UserError, match="--batch-size 100 does not divide"):
@@ -294,23 +282,25 @@ def test_options_of_main_pass_through_in_any_spelling():
     assert vars(parse_args(made.argv())) == vars(parse_args(words))
 
 
-def test_missing_slurm_is_one_line_that_suggests_local():
-    done = run_script("--model", "deit_tiny_patch16_LS", path="/nonexistent")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert "no sbatch command" in done.stderr
-    assert "--local" in done.stderr
+def test_missing_slurm_is_one_line_that_suggests_local(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert one_line_errors(lambda: run(["--model", "deit_tiny_patch16_LS"])) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert "no sbatch command" in shown.err
+    assert "--local" in shown.err
 
 
-def test_dry_run_and_print_command_of_the_script_need_no_slurm():
+def test_dry_run_and_print_command_need_no_slurm(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.chdir(tmp_path)
     words = ["--recipe", "resmlp_equi_d2_24", "--nodes", "1"]
-    done = run_script(*words, "--dry-run", path="/nonexistent")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "#SBATCH --nodes=1" in done.stdout
-    done = run_script(*words, "--print-command")
-    assert done.stdout.startswith("torchrun --nproc-per-node 8 deit/main.py ")
-    assert not (REPOSITORY / "runs" / "%j").exists()
+    run([*words, "--dry-run"])
+    assert "#SBATCH --nodes=1" in capsys.readouterr().out
+    run([*words, "--print-command"])
+    assert capsys.readouterr().out.startswith("torchrun --nproc-per-node 8 deit/main.py ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_launcher_loads_neither_torch_nor_submitit():
@@ -359,13 +349,6 @@ def test_every_option_of_main_passes_through_unchanged(monkeypatch):
         assert vars(passed) == vars(direct), words
         assert passed.given == direct.given, words
         assert getattr(direct, action.dest) != action.default, "the sample shows nothing"
-
-
-def test_model_kwargs_reach_the_command_by_hand():
-    made = spec("--model", "d2_deit_tiny_patch16_LS", "--model-kwargs", "depth=2", "num_heads=3")
-    assert "--model-kwargs depth=2 num_heads=3" in made.command()
-    options = {"model_kwargs": {"depth": 2}}  # as in a recipe
-    assert options_to_argv(options, get_parser()) == ["--model-kwargs", "depth=2"]
 
 
 def test_a_recipe_without_its_compilation():
