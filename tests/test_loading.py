@@ -18,7 +18,7 @@ from deit.main import main
 from deit.measure import command as complexity
 from deit.train.args import parse_args
 from deit.train.checkpoint import Checkpoint
-from deit.train.loading import NETWORK, adopt, build_as_trained
+from deit.train.loading import build_as_trained
 from deit.train.teacher import build_teacher
 
 MODEL = "d2_deit_tiny_patch16_LS"
@@ -180,16 +180,6 @@ def test_the_complexity_is_that_of_the_network_in_the_file(file, tmp_path, capsy
     few = ["--models", "d2_deit_tiny_patch16_LS", "--no-throughput", "--model-kwargs"]
     assert one_line_errors(lambda: complexity.main([*few, "num_heads=7"])) == 2
     assert "num_heads=7: " in capsys.readouterr().err
-
-
-def test_a_namespace_without_a_command_line():
-    """What differs from the defaults counts as given."""
-    args = Namespace(model="test_vit", input_size=32, patch_size=None, model_kwargs=None)
-    theirs = Namespace(model="test_vit", input_size=48, patch_size=8)
-    notes = adopt(args, Checkpoint({"model": {}, "args": theirs}, "c.pth"), NETWORK)
-    assert (args.input_size, args.patch_size) == (32, 8)
-    assert notes == ["taken from c.pth: --patch-size 8",
-                     "other than in c.pth: --input-size 32 (there: --input-size 48)"]  # fmt: skip
 
 
 def test_another_models_options_are_not_taken(file):

@@ -70,7 +70,7 @@ def resolve(args: Namespace) -> None:
     if not args.aug:
         args.aa, args.ThreeAugment, args.src, args.repeated_aug = "", False, False, False
         args.color_jitter = args.hflip = args.reprob = 0.0
-    if args.ThreeAugment and "reprob" not in getattr(args, "given", ()):
+    if args.ThreeAugment and "reprob" not in args.given:
         args.reprob = 0.0
     if args.bce_loss:
         # Smoothed targets are all above zero: binarised, every class would be a target.

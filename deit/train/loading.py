@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError
 from deit.layers import MirrorGrid
-from deit.train.args import config_dict, get_parser, parse_args
+from deit.train.args import config_dict, parse_args
 from deit.train.build import build_model, mean_and_std, warps
 from deit.train.checkpoint import Checkpoint, read_checkpoint
 from deit.train.distributed import DistContext
@@ -163,14 +163,14 @@ def adopt(
     checkpoint, nothing is taken.
 
     Args:
-        args: changed in place.
+        args: from `parse_args`; changed in place.
         ema: the average is what is to be loaded.
 
     Returns:
         What was taken, and where the command line and the checkpoint differ, for the user.
     """
     source, trained = checkpoint.source, vars(checkpoint.get("args") or Namespace())
-    given = _given(args)
+    given = set(args.given)
     model = trained.get("model", args.model)
     if "model" in given and model != args.model:
         return [f"--model {args.model}, but {source} was saved from {model}"]
@@ -220,14 +220,6 @@ def find_checkpoints(
                 args.finetune, key=args.model_key, prefix=args.model_prefix
             )
     return None, None
-
-
-def _given(args: Namespace) -> set[str]:
-    """The options that the command line has; for other namespaces those that say something."""
-    if hasattr(args, "given"):
-        return set(args.given)
-    parser = get_parser()
-    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
 def _same(ours: Any, theirs: Any) -> bool:

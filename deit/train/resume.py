@@ -101,8 +101,8 @@ _PLACE = frozenset(
 )
 
 
-# Values that mean the same: LAMB in two implementations.
-_SAME = {"opt": ("lamb", "fusedlamb")}
+# One optimizer in two implementations.
+_LAMB = {"lamb", "fusedlamb"}
 
 
 def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
@@ -110,18 +110,15 @@ def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
     if not isinstance(saved, argparse.Namespace | Mapping):
         return []
     before, now = config_dict(saved), config_dict(args)
-    given = getattr(args, "given", now)
-    # What nobody asked for, then and now, was settled from the network.
-    names = [
-        name
-        for name in now
-        if name in before and name not in _PLACE and (name in given or before[name] is not None)
-    ]
     return [
-        f"--{name.replace('_', '-')} is {_shown(now[name])}, it was {_shown(before[name])}"
-        for name in names
-        if _shown(now[name]) != _shown(before[name])
-        and not (now[name] in _SAME.get(name, ()) and before[name] in _SAME.get(name, ()))
+        f"--{name.replace('_', '-')} is {_shown(value)}, it was {_shown(before[name])}"
+        for name, value in now.items()
+        if name in before
+        and name not in _PLACE
+        and _shown(value) != _shown(before[name])
+        # What nobody asked for, then and now, was settled from the network.
+        and (name in args.given or before[name] is not None)
+        and not (name == "opt" and {value, before[name]} == _LAMB)
     ]
 
 
@@ -288,7 +285,7 @@ class TrainingState:
         theirs, ours = (
             str(getattr(args, "opt", "")).lower() for args in (checkpoint.get("args"), self.args)
         )
-        if theirs and theirs != ours and {theirs, ours} != {*_SAME["opt"]}:
+        if theirs and theirs != ours and {theirs, ours} != _LAMB:
             raise UserError(
                 f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
                 f"same, {REMEDY}"
