@@ -2,7 +2,7 @@
 
     python benchmarks/deploy.py                                   # all, about half an hour
     python benchmarks/deploy.py --models resmlp_equi_d2_12 --runtimes onnx
-    python benchmarks/deploy.py --runtimes                        # table and figure alone
+    python benchmarks/deploy.py --runtimes                        # the table alone
 
 Twin and ours are exported by the same call and run in turns in one process. Results are added to
 those that `--json` holds already, each with its conditions; table and figure show all of them.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,35 +24,27 @@ if __package__ in (None, ""):
 
 import timm
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import deit.models  # noqa: F401 - registers the networks
+from benchmarks.performance_page import (
+    MODELS,
+    RESULTS,
+    RUNTIMES,
+    deploy_conditions,
+    deploy_ratios,
+    deploy_table,
+    write_page,
+)
 from deit.cli import CommandLine, OptionGroup, number
 from deit.deploy import fold
 from deit.errors import UserError, one_line_errors
+from deit.measure.bench_model import prepare_compiler, release
 from deit.measure.hardware import describe, versions
 from deit.measure.published import twin_of
-from deit.measure.subject import prepare_compiler, release
 from deit.measure.timing import alternate
-from deit.saving import atomic_path, write_text
+from deit.saving import write_text
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "deploy.json"
-PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "assets" / "deploy.png"
-MODELS = (
-    "d2_deit_small_patch16_LS",
-    "d2_deit_base_patch16_LS",
-    "d2_convnext_isotropic_small",
-    "d2_convnext_isotropic_base",
-    "resmlp_equi_d2_12",
-)
-# what each runtime is called in the table and the figure, and the colour of its bars
-RUNTIMES = {
-    "onnx": ("ONNX Runtime", "#0072B2"),
-    "eager": ("PyTorch, eager", "#D55E00"),
-    "compiled": ("PyTorch, compiled", "#009E73"),
-}
 CPU = torch.device("cpu")
 
 
@@ -66,7 +57,7 @@ def get_parser() -> CommandLine:
         str,
         list(RUNTIMES),
         "NAME",
-        f"what to measure, of {', '.join(RUNTIMES)}; none for table and figure alone",
+        f"what to measure, of {', '.join(RUNTIMES)}; none for the table alone",
         nargs="*",
         choices=tuple(RUNTIMES),
     )
@@ -74,8 +65,10 @@ def get_parser() -> CommandLine:
     group.add("--threads", number(int, 1), 2, "N", "CPU threads")
     group.add("--min-time", number(float, 0), 3.0, "S", "seconds of measurement for each network")
     group.add("--exported", Path, None, "FOLDER", "keep ONNX files here and use those that it has")
-    group.add("--json", Path, RESULTS, "FILE", "results")
-    group.switch("--page", "write the table into docs/performance.md and draw the figure")
+    group.add("--json", Path, RESULTS / "deploy.json", "FILE", "results")
+    group.switch(
+        "--page", "write docs/performance.md and its figures anew, from benchmarks/results"
+    )
     return parser
 
 
@@ -172,80 +165,6 @@ def _runtime_versions() -> dict[str, str]:
     return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
 
 
-def ratio(result: dict[str, Any] | None, kind: str = "folded") -> str:
-    """The twin's time over that of `kind`."""
-    if not result or kind not in result["seconds"]:
-        return ""
-    return f"{result['seconds']['twin'] / result['seconds'][kind]:.2f}"
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """All ratios of times and of file sizes, as Markdown."""
-    head = ["network", *(title for title, _ in RUNTIMES.values())]
-    head += ["eager, unfolded", "compiled, unfolded", "size of the file"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for name, found in results.items():
-        row = [f"`{name}`", *(ratio(found.get(runtime)) for runtime in RUNTIMES)]
-        row += [ratio(found.get(runtime), "unfolded") for runtime in ("eager", "compiled")]
-        sizes = found.get("onnx", {}).get("bytes")
-        row.append(f"{sizes['folded'] / sizes['twin']:.2f}" if sizes else "")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def conditions(results: dict[str, dict[str, Any]]) -> str:
-    """Machine, versions, batch and load, for the page and the figure."""
-    rows = [result for found in results.values() for result in found.values()]
-    used = rows[0]["versions"]
-    packages = ", ".join(f"{n} {used[n]}" for n in ("torch", "timm", "onnxruntime") if n in used)
-    batches = sorted({row["batch_size"] for row in rows})
-    loads = [row["load"] for row in rows]
-    return (
-        f"{rows[0]['device']}, float32, batch {', '.join(map(str, batches))}, {packages}; "
-        f"load average {min(loads):.1f} to {max(loads):.1f}"
-    )
-
-
-def draw(results: dict[str, dict[str, Any]]) -> Figure:
-    """Bars of all ratios, network by network."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(RUNTIMES)
-    for i, (runtime, (title, colour)) in enumerate(RUNTIMES.items()):
-        points = [
-            (x + (i - 1) * width, float(ratio(found[runtime])))
-            for x, found in enumerate(results.values())
-            if runtime in found
-        ]
-        if points:
-            bars = axes.bar(*zip(*points, strict=True), width, color=colour, label=title)
-            axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
-    labels = [re.sub(r"_patch16_LS|_equi|d2_", "", name) for name in results]
-    axes.set_xticks(range(len(labels)), labels, fontsize="small")
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(ylabel="the twin's time over that of\nthe folded network")
-    axes.margins(y=0.22)  # above the bars there is room for the legend
-    axes.legend(fontsize="x-small", ncols=3, loc="upper center")
-    axes.set_title(conditions(results), fontsize="x-small")
-    return figure
-
-
-def write_page(results: dict[str, dict[str, Any]]) -> None:
-    """The table between its marks in docs/performance.md, and the figure."""
-    block = f"<!-- deploy -->\n\n{conditions(results)}.\n\n{table(results)}\n\n<!-- /deploy -->"
-    page, count = re.subn(
-        r"<!-- deploy -->.*?<!-- /deploy -->",
-        lambda _: block,
-        PAGE.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise UserError(f"{PAGE} has {count} places for the table 'deploy', expected one")
-    write_text(PAGE, page)
-    with atomic_path(FIGURE) as temporary:
-        draw(results).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -260,18 +179,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 known.setdefault(name, {})[runtime] = result
                 write_text(args.json, json.dumps(known, indent=1) + "\n")
                 milliseconds = {k: f"{1000 * v:.0f} ms" for k, v in result["seconds"].items()}
-                print(f"{name} {runtime}: {milliseconds}, ratio {ratio(result)}", flush=True)
+                ratio = deploy_ratios(known)[name][RUNTIMES[runtime]]
+                print(f"{name} {runtime}: {milliseconds}, ratio {ratio:.2f}", flush=True)
                 release(CPU)
     if known:
-        known = {name: known[name] for name in sorted(known, key=_place)}
-        print(f"\n{conditions(known)}\n\n{table(known)}")
-        if args.page:
-            write_page(known)
+        print(f"\n{deploy_conditions(known)}\n\n{deploy_table(known)}")
+    if args.page:
+        write_page()
     return 0
-
-
-def _place(name: str) -> tuple[int, str]:
-    return (MODELS.index(name) if name in MODELS else len(MODELS), name)
 
 
 if __name__ == "__main__":

@@ -12,69 +12,116 @@ latency     batch 8 with CUDA graphs (reduce-overhead)
 large       batch 256 with max-autotune
 training    two epochs of deit/main.py with EMA and random erasing on the bundled sample
 
-Every row goes to rows.jsonl in --output as it comes; report.md and report.png are made from it.
-Each part has a share of the time and leaves what it does not need to the next ones. What fails, or
-is too slow, costs its own row. `--device cpu --quick` tries it all out at tiny sizes.
+Every job is one of the project's commands, in a process of its own. Its row goes to rows.jsonl in
+--output as it ends, and what it printed to a file beside; report.md and report.png are made from
+them. Each part has a share of the time and leaves what it does not need to the next ones. What
+fails, or is too slow, costs its own row. `--device cpu --quick` tries it all out at tiny sizes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import select
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.gpu_jobs import PARTS, Row, networks
-from benchmarks.gpu_tables import write_report
+import torch
+
+from benchmarks.performance_page import bars, markdown, save
 from deit.cli import CommandLine, OptionGroup, number
 from deit.errors import UserError, one_line_errors
+from deit.saving import write_text
 
 ROOT, ROWS = Path(__file__).resolve().parents[1], "rows.jsonl"
 # Seconds that a job needs at least, before another of its part has run; seconds for the report.
 FIRST_GUESS, CLOSING = 20.0, 10.0
+Row = dict[str, Any]
+
+VIT = ("d2_deit_small_patch16_LS", "d2_deit_base_patch16_LS", "d2_deit_large_patch16_LS",
+       "d2_deit_huge_patch14_LS")  # fmt: skip
+OTHERS = ("d2_convnext_isotropic_base", "resmlp_equi_d2_B_24", "d2_convnext_base",
+          "d2_convnext_isotropic_small", "resmlp_equi_d2_12", "hybrid_deit_base_patch16_LS",
+          "d2_convnext_isotropic_large", "resmlp_equi_d2_L_24")  # fmt: skip
+TIMED = "calculate_complexity.py --amp --compile"
+TRAINED = "deit/main.py --epochs 2 --warmup-epochs 0 --model-ema --reprob 0.25 --batch-size 128"
+# part: share of the time, command, networks; of exactness all families are one job
+PARTS: dict[str, tuple[float, str, Sequence[str]]] = {
+    "vit": (8, f"{TIMED} --train --batch-size 64", VIT),
+    "exactness": (2, "benchmarks/exactness.py", ("all families",)),
+    "families": (5, f"{TIMED} --train --batch-size 64", OTHERS),
+    "profile": (2, f"{TIMED} --train --batch-size 64 --profile", VIT[1:2]),
+    "latency": (2.5, f"{TIMED} --batch-size 8 --compile-mode reduce-overhead",
+                [*VIT[:2], *OTHERS[:2]]),
+    "large": (3, f"{TIMED} --batch-size 256 --compile-mode max-autotune", [VIT[1], *OTHERS[:2]]),
+    "training": (2.5, f"{TRAINED} --compile", [VIT[0], VIT[0].removeprefix("d2_")]),
+}  # fmt: skip
+# What a quick run has beside, or in place of what it is given twice.
+QUICK = {
+    "calculate_complexity.py": "--no-compile --img-size 32 --model-kwargs depth=1 "
+    "depths=(1,1,1,1) --batch-size 2",
+    "benchmarks/exactness.py": "--img-size 32 --model-kwargs depth=1 depths=(1,1,1,1) "
+    "--batch-size 2",
+    "deit/main.py": "--no-compile --input-size 32 --model-kwargs depth=1 embed_dim=96 "
+    "--batch-size 250 --num-workers 0 --aa none",
+}
 
 
-class Rows:
-    """The lines of a file, each on the disk before the next one is made."""
+def networks(part: str, quick: bool) -> Sequence[str]:
+    """The networks of a part, in their order; a quick run has the first one."""
+    return PARTS[part][2][: 1 if quick else None]
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / ROWS
-        self.rows = read_rows(self._path) if self._path.exists() else []
-        text = self._path.read_bytes() if self._path.exists() else b""
-        if text and not text.endswith(b"\n"):  # of a run that was killed
-            with self._path.open("ab") as file:
-                file.write(b"\n")
 
-    def add(self, row: Row) -> None:
-        """Append a row, and print it in short."""
-        self.rows.append(row)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        shown = {k: v for k, v in row.items() if not isinstance(v, dict)}
-        print(
-            "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v)[:120] for v in shown.values()),
-            flush=True,
-        )
+def command(job: Row, args: Namespace, stem: Path) -> list[str]:
+    """What a job runs; its results get names that begin with `stem`."""
+    script, *words = PARTS[job["part"]][1].split()
+    if args.compile_blocks and "--compile" in words and "--compile-mode" not in words:
+        words.append("--compile-blocks")  # others have CUDA graphs
+    words += ["--device", args.device, *(QUICK[script].split() if args.quick else [])]
+    if script == "deit/main.py":
+        words += ["--model", job["name"], "--output-dir", str(stem)]
+    else:
+        words += ["--json", f"{stem}.json"]
+    if script == "calculate_complexity.py":
+        words += ["--models", job["name"], "--min-time", str(args.seconds)]
+    return [script, *words]
 
-    def done(self, job: Row) -> bool:
-        """Whether a job ended well before."""
-        keys = ("checkout", "part", "name")
-        same = [row for row in self.rows if all(row.get(key) == job[key] for key in keys)]
-        return any("finished_s" in row for row in same)
+
+def results(stem: Path) -> Any:
+    """What a job has written: the JSON of its command, or the lines of a training run's log."""
+    log, report = stem / "log.txt", Path(f"{stem}.json")
+    if log.exists():
+        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+
+
+def execute(words: Sequence[str], root: Path, log: Path, seconds: float) -> str | None:
+    """Run a script of the checkout at `root`; what was wrong in words, or None."""
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=root, env=environment, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return "given up: its part's time was over"
+    finally:
+        if process.poll() is None:  # with the processes that it started
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    return f"ended with status {status}: {last[:300]}" if status else None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -96,112 +143,171 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-class Worker:
-    """A process that measures the networks of one checkout; started when it is needed."""
+class Rows(list[Row]):
+    """The rows of a file, each on the disk before the next one is made."""
 
-    def __init__(self, root: Path, log: Path) -> None:
-        self.root, self._log = root, log
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        super().__init__(read_rows(path) if path.exists() else [])
 
-    def run(self, job: Row, rows: Rows, stop: float) -> str | None:
-        """Do a job until `stop`, by the monotonic clock; what was wrong in words, or None."""
-        if self._process is None:
-            with self._log.open("ab") as log:
-                script = Path(__file__).with_name("gpu_jobs.py")  # with nothing of this checkout
-                command = [sys.executable, str(script), str(self.root)]
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0,
-                    start_new_session=True,
-                )  # fmt: skip
-        process, buffer = self._process, b""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # if it has ended, reading will tell
-            process.stdin.write(json.dumps({**job, "root": str(self.root)}).encode() + b"\n")
-        while True:
-            left = stop - time.monotonic()
-            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
-                self.close()
-                return "given up: its part's time was over"
-            chunk = os.read(process.stdout.fileno(), 1 << 16)
-            if not chunk:
-                status = process.wait()
-                self._process = None
-                return f"its process ended with status {status}: see {self._log.name}"
-            *lines, buffer = (buffer + chunk).split(b"\n")
-            for row in map(json.loads, lines):
-                if "done" not in row:
-                    rows.add({key: job[key] for key in ("checkout", "part", "name")} | row)
-                    continue
-                if row.get("lost"):
-                    self.close()
-                return row.get("error")
+    def add(self, row: Row) -> None:
+        """Append a row, on a line of its own even behind one that was cut short."""
+        self.append(row)
+        with self._path.open("a+b") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        shown = [str(value) for key, value in row.items() if key != "results"]
+        print(*shown, *(f"{what} {speed:.2f}" for *_, what, speed in speeds([row])), flush=True)
 
-    def close(self) -> None:
-        """End the process, whatever it is doing, and those that it started."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+    def done(self, job: Row) -> bool:
+        """Whether a job ended well before."""
+        return any("finished_s" in row and job.items() <= row.items() for row in self)
 
 
 def run(args: Namespace, started: float) -> int:
     """All parts; 1 if something failed."""
-    rows = Rows(args.output)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = Rows(args.output / ROWS)
     setting = {"device": args.device, "quick": args.quick, "compile_blocks": args.compile_blocks}
-    earlier = [row for row in rows.rows if row["part"] == "run"]
-    if earlier and any(earlier[0][key] != value for key, value in setting.items()):
+    earlier = [row for row in rows if row["part"] == "run"]
+    if earlier and not setting.items() <= earlier[0].items():
         raise UserError(f"--output {args.output} holds results of other settings: name another one")
-    command = shlex.join(["python", *sys.argv])
-    rows.add({"part": "run", "time": time.strftime("%F %T"), "command": command} | setting)
     roots = {"this": ROOT} | ({"against": args.against.resolve()} if args.against else {})
-    workers = {name: Worker(root, args.output / "worker.log") for name, root in roots.items()}
-    end = started + 60 * args.minutes - CLOSING
+    rows.add({"part": "run", "time": time.strftime("%F %T")} | setting | conditions(roots))
+    begin, end = time.monotonic(), started + 60 * args.minutes - CLOSING
     total = sum(PARTS[part][0] for part in args.parts)
     failed = spent = 0
     try:
-        for name, worker in workers.items():
-            job = {
-                "kind": "conditions",
-                "checkout": name,
-                "part": "conditions",
-                "name": "",
-            } | setting
-            if error := worker.run(job, rows, end):
-                rows.add({"checkout": name, "part": "conditions", "name": "", "error": error})
-                failed += 1
-        begin = time.monotonic()
         for part in args.parts:
-            share, kind, options, _ = PARTS[part]
-            spent += share
-            stop, longest = (
-                begin + (end - begin) * spent / total,
-                0.0 if args.quick else FIRST_GUESS,
-            )
-            for network in networks(part, args.quick):
-                for checkout, worker in workers.items():
-                    job = {"kind": kind, "checkout": checkout, "part": part, "name": network}
-                    job |= options | setting | {"seconds": args.seconds}
-                    job |= {"batch": 2} if args.quick else {}
+            spent += PARTS[part][0]
+            stop = begin + (end - begin) * spent / total
+            longest = 0.0 if args.quick else FIRST_GUESS
+            for name in networks(part, args.quick):
+                for checkout, root in roots.items():
+                    job = {"checkout": checkout, "part": part, "name": name}
                     if rows.done(job):
                         continue
-                    about = {key: job[key] for key in ("checkout", "part", "name")}
                     now = time.monotonic()
                     if stop - now < longest or now >= stop:
-                        rows.add(about | {"skipped": "no time was left"})
+                        rows.add(job | {"skipped": "no time was left"})
                         continue
-                    error = worker.run(job, rows, stop)
+                    stem = args.output.resolve() / "-".join(job.values()).replace(" ", "_")
+                    words = command(job, args, stem)
+                    error = execute(words, root, Path(f"{stem}.txt"), stop - now)
                     took = time.monotonic() - now
                     longest = max(longest, took)
                     failed += error is not None
                     how = {"error": error} if error else {"finished_s": round(took, 1)}
-                    rows.add(about | how)
+                    rows.add(job | how | {"results": results(stem)})
     finally:
-        for worker in workers.values():
-            worker.close()
-        print(*write_report(args.output, rows.rows), sep="\n")
+        print(*write_report(args.output, rows), sep="\n")
     return 1 if failed else 0
+
+
+def conditions(roots: dict[str, Path]) -> Row:
+    """What the numbers depend on beside what each job's own results say."""
+
+    def output(*words: str) -> str | None:
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() or None
+
+    query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,power.draw"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        query: output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        **{k: output("git", "-C", str(v), "describe", "--always", "--dirty")
+           for k, v in roots.items()},
+    }  # fmt: skip
+
+
+def timings(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, Row, dict[str, Any]]]:
+    """(row, twin, ours, settings) of everything that calculate_complexity.py has timed."""
+    for row in rows:
+        report = row.get("results")
+        if isinstance(report, dict) and "settings" in report:
+            details = report["settings"]["details"]
+            known = {r["model"]: r | details[r["model"]] for r in report["results"]}
+            for ours in known.values():
+                if ours["twin"] in known and ours["images_per_s"]:
+                    yield row, known[ours["twin"]], ours, report["settings"]
+
+
+def speeds(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, Row, dict[str, Any], str, float]]:
+    """Each timing once for inference and, if there was any, once for training, with the ratio."""
+    for row, twin, ours, settings in timings(rows):
+        yield row, twin, ours, settings, "inference", ours["ratios"]["images_per_s"]
+        if ours["train_images_per_s"]:
+            yield row, twin, ours, settings, "training", ours["ratios"]["train_images_per_s"]
+
+
+def report(folder: Path, rows: Sequence[Row]) -> str:
+    """The tables, what they depend on, and what is missing in them."""
+    parts = ["# Networks beside their ordinary twins"]
+    parts += ["\n".join(f"- {k}: {v}" for k, v in r.items()) for r in rows if r["part"] == "run"]
+    seen = {json.dumps([s["device_name"], s["versions"]]) for *_, s in timings(rows)}
+    parts += [f"- {text}" for text in sorted(seen)]
+    lines = []
+    for row, twin, ours, settings, what, speed in speeds(rows):
+        prefix = "train_" if what == "training" else ""
+        rates = [f"{r[f'{prefix}images_per_s']:.1f}" for r in (twin, ours)]
+        memory, theirs = ours[f"{prefix}peak_memory_mb"], twin[f"{prefix}peak_memory_mb"]
+        lines.append([
+            row["checkout"], row["part"], f"`{ours['model']}`", what, str(ours["batch_size"]),
+            str(settings["compile_mode"]), *rates, f"{speed:.2f}",
+            f"{memory / theirs:.2f}" if theirs else "",
+        ])  # fmt: skip
+    head = ["checkout", "part", "network", "", "batch", "compile mode", "twin, images/s",
+            "ours, images/s", "speed over twin's", "memory over twin's"]  # fmt: skip
+    parts += section("Rates and peak memory", head, lines)
+    lines = [
+        [row["checkout"], f"`{name}`", precision, *(f"{v:.1e}" for v in found.values())]
+        for row in rows if row["part"] == "exactness"
+        for name, errors in (row.get("results") or {}).items()
+        for precision, found in errors.items()
+    ]  # fmt: skip
+    head = ["checkout", "network", "in", "logits", "gradients"]
+    parts += section("Relative errors against float64", head, lines)
+    for path in sorted(folder.glob("*-profile-*.txt")):
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+        parts.append(f"## Profile: {path.stem}\n\n```\n{text}\n```")
+    lines = [
+        [row["checkout"], f"`{row['name']}`", *(", ".join(f"{epoch[key]:.3f}" for epoch in epochs)
+         for key in ("time", "train_loss"))]
+        for row in rows if row["part"] == "training" and (epochs := row.get("results"))
+    ]  # fmt: skip
+    head = ["checkout", "network", "seconds", "loss"]
+    parts += section("Two epochs of deit/main.py", head, lines)
+    last = {(r.get("checkout"), r["part"], r.get("name")): r for r in rows}
+    missing = [
+        f"- {', '.join(map(str, key))}: {row.get('error') or 'skipped, ' + row['skipped']}"
+        for key, row in last.items() if "error" in row or "skipped" in row
+    ]  # fmt: skip
+    parts += ["## Missing\n\n" + "\n".join(missing)] if missing else []
+    return "\n\n".join(parts) + "\n"
+
+
+def section(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table with its title, if it has lines."""
+    return [f"## {title}\n\n{markdown(head, lines)}"] if lines else []
+
+
+def write_report(folder: Path, rows: Sequence[Row]) -> tuple[Path, Path]:
+    """Write report.md and report.png; returns their paths."""
+    table, figure = folder / "report.md", folder / "report.png"
+    write_text(table, report(folder, rows))
+    found: dict[str, dict[str, float]] = {}
+    for row, _, ours, _, what, speed in speeds(rows):
+        against = " (against)" * (row["checkout"] == "against")
+        found.setdefault(ours["model"] + against, {})[f"{row['part']}, {what}"] = speed
+    panels = list(dict.fromkeys(panel for own in found.values() for panel in own))
+    save(bars(found, panels, "Networks beside their ordinary twins"), figure)
+    return table, figure
 
 
 def get_parser() -> CommandLine:
@@ -233,8 +339,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--device cpu is for trying out: add --quick")
     if args.against and not (args.against / "calculate_complexity.py").is_file():
         raise UserError(f"--against {args.against} is no checkout of this project")
-    import torch
-
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device: only --device cpu --quick runs without one")
     return run(args, started)

@@ -1,8 +1,9 @@
-"""Table and figure of docs/performance.md, from the files of calculate_complexity.py --json.
+"""Tables and figures of docs/performance.md, from the files in benchmarks/results.
 
     python benchmarks/performance_page.py
 
-The files are in benchmarks/results/cpu_*.json; the page names the commands that make them.
+cpu_*.json are files of calculate_complexity.py --json, deploy.json is of benchmarks/deploy.py. The
+page names the commands that make them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,70 @@ if __package__ in (None, ""):
 from matplotlib.figure import Figure
 
 from deit.cli import CommandLine
-from deit.errors import one_line_errors
+from deit.errors import UserError, one_line_errors
 from deit.saving import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
-FIGURE = ROOT / "assets" / "throughput.png"
 MODES = ("inference, compiled", "training, compiled", "inference, eager", "training, eager")
-FAMILIES = {"d2_deit": "#0072B2", "d2_convnext": "#D55E00", "resmlp": "#009E73"}
+RUNTIMES = {"onnx": "ONNX Runtime", "eager": "PyTorch, eager", "compiled": "PyTorch, compiled"}
+# that are timed in every runtime, in this order
+MODELS = (
+    "d2_deit_small_patch16_LS",
+    "d2_deit_base_patch16_LS",
+    "d2_convnext_isotropic_small",
+    "d2_convnext_isotropic_base",
+    "resmlp_equi_d2_12",
+)
+FAMILIES = {"d2_deit": "#0072B2", "hybrid": "#56B4E9", "d2_convnext": "#D55E00",
+            "resmlp": "#009E73"}  # fmt: skip
+Ratios = Mapping[str, Mapping[str, float]]  # network to column to number
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def cells(found: Ratios, columns: Sequence[str]) -> list[list[str]]:
+    """The rows of a table: the network, and its numbers where there are any."""
+    return [
+        [f"`{name}`", *(f"{own[column]:.2f}" if column in own else "" for column in columns)]
+        for name, own in found.items()
+    ]
+
+
+def bars(found: Ratios, panels: Sequence[str], title: str, flops: bool = False) -> Figure:
+    """A panel for each of `panels`, a bar for each network; `flops` marks its column "flops"."""
+    panels = [panel for panel in panels if any(panel in own for own in found.values())]
+    count = max(len(panels), 1)
+    figure = Figure(figsize=(3.4 * count, 1.6 + 0.37 * len(found)), layout="constrained")
+    grid = figure.subplots(1, count, sharex=True, squeeze=False)[0]
+    for axes, panel in zip(grid, panels, strict=False):
+        timed = {name: own for name, own in found.items() if panel in own}
+        for place, (name, own) in enumerate(timed.items()):
+            colour = next((c for prefix, c in FAMILIES.items() if name.startswith(prefix)), "grey")
+            axes.barh(place, own[panel], color=colour)
+            axes.text(0.05, place, f"{own[panel]:.2f}", va="center", color="white", fontsize=8)
+            if flops:
+                ends = [place - 0.4, place + 0.4]
+                axes.plot([own["flops"]] * 2, ends, color="black", linewidth=1.5)
+        axes.set_yticks(range(len(timed)), [re.sub("_patch1[46]_LS", "", name) for name in timed])
+        axes.tick_params(axis="y", labelsize=7)
+        axes.invert_yaxis()
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set_title(panel, fontsize=9)
+    note = "; black: the ratio of their FLOPs" if flops else ""
+    figure.supxlabel(f"throughput over the ordinary twin's{note}", fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG that is the same for the same figure."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
 
 
 def results() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -59,19 +116,12 @@ def ratios() -> dict[str, dict[str, float]]:
 
 def table() -> str:
     """All networks, a row each."""
-    columns = ("flops", *MODES, "memory, compiled")
     head = ["network", "batch", "twin's FLOPs over ours", *MODES, "memory in training, compiled"]
-    rows = []
-    for name, own in ratios().items():
-        cells = [f"{own[column]:.2f}" if column in own else "" for column in columns]
-        rows.append([f"`{name}`", str(own["batch"]), *cells])
+    found = ratios()
+    rows = cells(found, ("batch", "flops", *MODES, "memory, compiled"))
+    for row in rows:
+        row[1] = row[1].removesuffix(".00")
     return markdown(head, rows)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def conditions() -> str:
@@ -83,42 +133,64 @@ def conditions() -> str:
     )
 
 
-def draw() -> Figure:
-    """Throughput over the twin's, beside the ratio of FLOPs that it could follow."""
-    found = ratios()
-    modes = [mode for mode in MODES if any(mode in own for own in found.values())]
-    figure = Figure(figsize=(3.4 * len(modes), 4.2), layout="constrained")
-    for axes, mode in zip(figure.subplots(1, len(modes), sharex=True), modes, strict=True):
-        timed = {name: own for name, own in found.items() if mode in own}
-        for place, (name, own) in enumerate(timed.items()):
-            colour = next(c for prefix, c in FAMILIES.items() if name.startswith(prefix))
-            axes.barh(place, own[mode], color=colour)
-            axes.plot([own["flops"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-            axes.text(0.05, place, f"{own[mode]:.2f}", va="center", color="white", fontsize=8)
-        axes.set_yticks(range(len(timed)), [re.sub("_patch16_LS", "", name) for name in timed])
-        axes.tick_params(axis="y", labelsize=7)
-        axes.invert_yaxis()
-        axes.axvline(1, color="grey", linewidth=0.8)
-        axes.set_title(mode, fontsize=9)
-    figure.supxlabel("throughput over the ordinary twin's; black: the ratio of their FLOPs",
-                     fontsize="small")  # fmt: skip
-    figure.suptitle(conditions(), fontsize="small")
-    return figure
+def deploy_ratios(known: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each network: the twin's seconds over ours by runtime; our file's size over the twin's."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    places = {name: place for place, name in enumerate(MODELS)}
+    for name in sorted(known, key=lambda name: places.get(name, len(places))):
+        for runtime, run in known[name].items():
+            seconds = run["seconds"]
+            found[name][RUNTIMES[runtime]] = seconds["twin"] / seconds["folded"]
+            if "unfolded" in seconds:
+                found[name][f"{runtime}, unfolded"] = seconds["twin"] / seconds["unfolded"]
+            if run["bytes"]:
+                found[name]["size of the file"] = run["bytes"]["folded"] / run["bytes"]["twin"]
+    return found
 
 
-def main() -> int:
-    CommandLine(description=__doc__.splitlines()[0]).parse_args()
+def deploy_table(known: Mapping[str, Any]) -> str:
+    """All ratios of times and of file sizes."""
+    columns = [*RUNTIMES.values(), "eager, unfolded", "compiled, unfolded", "size of the file"]
+    return markdown(["network", *columns], cells(deploy_ratios(known), columns))
+
+
+def deploy_conditions(known: Mapping[str, Any]) -> str:
+    """Machine, versions, batch and load."""
+    rows = [run for runs in known.values() for run in runs.values()]
+    used = rows[0]["versions"]
+    packages = ", ".join(f"{n} {used[n]}" for n in ("torch", "timm", "onnxruntime") if n in used)
+    batches = ", ".join(map(str, sorted({row["batch_size"] for row in rows})))
+    loads = [row["load"] for row in rows]
+    return (
+        f"{rows[0]['device']}, float32, batch {batches}, {packages}; "
+        f"load average {min(loads):.1f} to {max(loads):.1f}"
+    )
+
+
+def write_page() -> None:
+    """The tables between their marks in docs/performance.md, and the figures."""
+    known = json.loads((RESULTS / "deploy.json").read_text(encoding="utf-8"))
     page = PAGE.read_text(encoding="utf-8")
-    for name, text in {"measured": table(), "conditions": conditions() + "."}.items():
+    for name, text in {
+        "measured": table(),
+        "conditions": conditions() + ".",
+        "deploy": f"{deploy_conditions(known)}.\n\n{deploy_table(known)}",
+    }.items():
         block = f"<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->"
         pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
         page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
         if count != 1:
-            sys.exit(f"error: {PAGE} has {count} places for {name!r}, expected one")
+            raise UserError(f"{PAGE} has {count} places for {name!r}, expected one")
     write_text(PAGE, page)
-    with atomic_path(FIGURE) as temporary:
-        draw().savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-    print(f"{PAGE}\n{FIGURE}")
+    save(bars(ratios(), MODES, conditions(), flops=True), ROOT / "assets" / "throughput.png")
+    figure = bars(deploy_ratios(known), list(RUNTIMES.values()), deploy_conditions(known))
+    save(figure, ROOT / "assets" / "deploy.png")
+
+
+def main() -> int:
+    CommandLine(description=__doc__.splitlines()[0]).parse_args()
+    write_page()
+    print(PAGE)
     return 0
 
 

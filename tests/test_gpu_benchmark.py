@@ -1,95 +1,111 @@
 """benchmarks/gpu.py on a CPU: rows of every part, what is kept, skipped and refused."""
 
+import contextlib
 import json
 import time
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_tables
-from benchmarks.gpu_jobs import PARTS, networks
+from benchmarks import exactness, gpu
 from deit.errors import UserError
-
-
-def soon() -> float:
-    """When a process must have started and answered, on the busiest of machines."""
-    return time.monotonic() + 300
-
+from deit.main import main as train
+from deit.measure import command as complexity
+from deit.measure.roofline import PeakRates
+from deit.train.args import parse_args
 
 QUICK = ["--device", "cpu", "--quick", "--seconds", "0", "--minutes", "9"]
+COMMANDS = {
+    "calculate_complexity.py": complexity.main,
+    "benchmarks/exactness.py": exactness.main,
+    "deit/main.py": lambda words: train(parse_args(words)),
+}
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / gpu.ROWS).read_text().splitlines()]
+@pytest.fixture(scope="module", autouse=True)
+def started():
+    """Commands in this process, on a device whose peak rates are known; `execute` as it is."""
+    real = gpu.execute
+
+    def execute(words, root, log, seconds):
+        script, *options = words
+        with log.open("w") as file, contextlib.redirect_stdout(file):
+            assert COMMANDS[script](options) == 0
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "execute", execute)
+        patch.setattr(complexity, "measure_peak_rates", lambda *_: PeakRates(1e11, 1e10))
+        patch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+        yield real
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, started):
     folder = tmp_path_factory.mktemp("gpu")
     assert gpu.main([*QUICK, "--output", str(folder)]) == 0
     return folder
 
 
+def finished(folder):
+    rows = gpu.read_rows(folder / gpu.ROWS)
+    return [(row["part"], row["name"]) for row in rows if "finished_s" in row]
+
+
 def test_rows_of_every_part(folder):
-    rows = rows_of(folder)
-    finished = [(row["part"], row["name"]) for row in rows if "finished_s" in row]
-    assert finished == [(part, name) for part in PARTS for name in networks(part, quick=True)]
-    assert {row["what"] for row in rows if "speed" in row} == {"inference", "training"}
-    assert all(row["speed"] > 0 for row in rows if "speed" in row)
-    errors = [row for row in rows if row.get("what") == "errors"]
-    for row in errors:
-        assert row["ours float32"]["logits"] < 1e-5 < row["ours bfloat16"]["logits"] < 0.1
-        assert row["ours float32"]["gradients"] < 1e-4 < row["ours bfloat16"]["gradients"] < 0.3
-    assert len(errors) == 6
-    assert next(row for row in rows if row["part"] == "conditions")["versions"]["torch"]
+    rows = gpu.read_rows(folder / gpu.ROWS)
+    assert finished(folder) == [(part, gpu.networks(part, True)[0]) for part in gpu.PARTS]
+    assert {what for *_, what, speed in gpu.speeds(rows) if speed > 0} == {"inference", "training"}
+    (errors,) = (row["results"] for row in rows if row["part"] == "exactness")
+    assert len(errors) == len(exactness.MODELS) + 4  # and twins, of which three have the same
+    for found in errors.values():
+        assert found["float32"]["logits"] < 1e-5 < found["bfloat16"]["logits"] < 0.1
+        assert found["float32"]["gradients"] < 1e-4 < found["bfloat16"]["gradients"] < 0.3
+    assert rows[0]["command"].startswith("python ")
 
 
-def test_report_of_partial_results(folder, tmp_path, capsys):
+def test_report_of_partial_results(folder, tmp_path):
     whole = (folder / "report.md").read_text()
-    assert all(f"## {title}" in whole for title in ("Rates", "Relative", "Profiles", "Two epochs"))
+    assert all(f"## {title}" in whole for title in ("Rates", "Relative", "Profile", "Two epochs"))
     lines = (folder / gpu.ROWS).read_text()
-    cut = lines[
-        : lines.index('"ours bfloat16"') + 3
-    ]  # in the middle of a line, as a kill leaves it
+    cut = lines[: lines.index('"bfloat16": {') + 3]  # in the middle of a line, as a kill leaves it
     (tmp_path / gpu.ROWS).write_text(cut)
     assert gpu.main(["--report", str(tmp_path)]) == 0
     assert "Rates and peak memory" in (tmp_path / "report.md").read_text()
     assert "Relative errors" not in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     # what was finished is not measured again, and the cut line costs its own job alone
-    resumed = [*QUICK, "--output", str(tmp_path), "--parts", "vit", "exactness"]
-    assert gpu.main(resumed) == 0
-    text = (tmp_path / gpu.ROWS).read_text()
-    assert text.startswith(cut + "\n")
-    rows = gpu.read_rows(tmp_path / gpu.ROWS)
-    finished = [(row["part"], row["name"]) for row in rows if "finished_s" in row]
-    assert len(finished) == len(set(finished)) == 7
+    assert gpu.main([*QUICK, "--output", str(tmp_path), "--parts", "vit", "exactness"]) == 0
+    assert (tmp_path / gpu.ROWS).read_text().startswith(cut + "\n")
+    assert finished(tmp_path) == [("vit", gpu.VIT[0]), ("exactness", "all families")]
 
 
 def test_what_there_is_no_time_for_is_skipped(tmp_path):
-    short = [*QUICK, "--minutes", "0", "--output", str(tmp_path)]
-    gpu.main(short)
-    rows = rows_of(tmp_path)
-    skipped = {row["part"] for row in rows if "skipped" in row}
-    assert skipped == set(PARTS)
+    gpu.main([*QUICK, "--minutes", "0", "--output", str(tmp_path)])
+    rows = gpu.read_rows(tmp_path / gpu.ROWS)
+    assert {row["part"] for row in rows if "skipped" in row} == set(gpu.PARTS)
     assert "skipped, no time was left" in (tmp_path / "report.md").read_text()
 
 
-def test_a_job_is_given_up_and_a_failure_costs_its_row(tmp_path):
-    worker, rows = gpu.Worker(gpu.ROOT, tmp_path / "log"), gpu.Rows(tmp_path)
-    job = {"checkout": "this", "part": "vit", "name": "d2_deit_none", "device": "cpu"}
-    job |= {"quick": True, "compile_blocks": False}
-    assert "given up" in worker.run({**job, "kind": "timing"}, rows, 0.0)
-    try:
-        for _ in range(2):  # the same process goes on
-            error = worker.run({**job, "kind": "timing", "batch": 1}, rows, soon())
-            assert "deit_none" in error
-        process = worker._process
-        process.kill()
-        assert "ended with status" in worker.run({**job, "kind": "timing"}, rows, soon())
-    finally:
-        worker.close()
-    assert not rows.rows
+def test_a_job_is_given_up_and_a_failure_costs_its_row(started, tmp_path, monkeypatch):
+    log, begin = tmp_path / "log", time.monotonic()
+    wait = "import subprocess; subprocess.run(['sleep', '600'])"
+    assert "given up" in started(["-c", wait], tmp_path, log, 0.5)
+    assert time.monotonic() - begin < 60
+    assert started(["-c", "exit('a defect')"], tmp_path, log, 60) == "ended with status 1: a defect"
+    assert started(["-c", ""], tmp_path, log, 60) is None
+    monkeypatch.setattr(gpu, "execute", lambda *_: "a defect")
+    assert gpu.main([*QUICK, "--output", str(tmp_path), "--parts", "vit", "large"]) == 1
+    assert (tmp_path / "report.md").read_text().count(": a defect") == 2
+
+
+def test_another_checkout_takes_turns(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "execute", lambda words, root, *_: seen.append((words[0], root)))
+    (tmp_path / "calculate_complexity.py").touch()
+    words = ["--against", str(tmp_path), "--parts", "vit", "--output", str(tmp_path / "out")]
+    assert gpu.main([*QUICK, *words]) == 0
+    assert seen == [("calculate_complexity.py", root) for root in (gpu.ROOT, tmp_path)]
 
 
 def test_wrong_options_are_one_line(tmp_path, monkeypatch):
@@ -102,11 +118,13 @@ def test_wrong_options_are_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             gpu.main([*words, *([] if "--report" in words else ["--output", str(tmp_path / "x")])])
-    gpu.Rows(tmp_path).add(dict(part="run", device="cuda", quick=False, compile_blocks=False))
+    row = dict(part="run", device="cuda", quick=False, compile_blocks=False)
+    (tmp_path / gpu.ROWS).write_text(json.dumps(row))
     with pytest.raises(UserError, match="other settings"):
         gpu.main([*QUICK, "--output", str(tmp_path)])
 
 
-def test_an_empty_report_is_drawn():
-    assert gpu_tables.report([]) == "# Networks beside their ordinary twins\n"
-    assert len(gpu_tables.draw([]).axes) == 1
+def test_an_empty_report_is_drawn(tmp_path):
+    gpu.write_report(tmp_path, [])
+    assert (tmp_path / "report.md").read_text() == "# Networks beside their ordinary twins\n"
+    assert (tmp_path / "report.png").exists()

@@ -1,5 +1,7 @@
 """The table of docs/performance.md is that of the committed result files."""
 
+import json
+
 from benchmarks import performance_page
 
 
@@ -8,6 +10,9 @@ def test_the_table_comes_from_the_result_files():
     assert performance_page.table().count("\n") > 5
     assert performance_page.table() in page
     assert performance_page.conditions() in page
+    known = json.loads((performance_page.RESULTS / "deploy.json").read_text(encoding="utf-8"))
+    assert performance_page.deploy_table(known) in page
+    assert performance_page.deploy_conditions(known) in page
 
 
 def test_every_result_names_its_conditions():
@@ -19,7 +24,7 @@ def test_every_result_names_its_conditions():
 
 
 def test_the_figure_has_a_bar_for_each_network_and_mode():
-    figure = performance_page.draw()
-    bars = sum(len(axes.patches) for axes in figure.axes)
-    found = performance_page.ratios().values()
-    assert bars == sum(mode in own for own in found for mode in performance_page.MODES)
+    found, modes = performance_page.ratios(), performance_page.MODES
+    figure = performance_page.bars(found, modes, performance_page.conditions(), flops=True)
+    bars = sorted(bar.get_width() for axes in figure.axes for bar in axes.patches)
+    assert bars == sorted(own[mode] for mode in modes for own in found.values() if mode in own)

@@ -39,7 +39,6 @@ def test_unknown_arguments_are_refused(script, monkeypatch, capsys):
 
 @pytest.mark.parametrize("folder", ["assets", "benchmarks", "docs"])
 def test_what_is_not_a_script_does_not_look_like_one(folder):
-    # run by docs/render.py, or in an editor; and a module of benchmarks/gpu.py
-    cells = {"docs/tour.py", "benchmarks/gpu_tables.py"}
+    cells = {"docs/tour.py"}  # run by docs/render.py, or in an editor
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
     assert files - cells - {f"{folder}/__init__.py"} <= set(SCRIPTS)

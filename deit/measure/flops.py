@@ -1,189 +1,159 @@
-"""FLOPs of one forward pass, by fvcore with handlers for everything that these networks compute.
+"""FLOPs of one forward pass, by the convention of the published tables, and its matrix products.
 
-The convention is that of the published tables: a multiply-add of a matrix product or convolution
-counts one; additions, multiplications and the like count one for each output element, means one for
-each input element, GELU 8, softmax 5, pow 5, sqrt 4, sigmoid 4; moving data counts nothing. A fused
-operation counts what its parts would: fused attention its two products, the scaling and the
-softmax, `addcmul` a multiplication and an addition. So the numbers do not depend on fast paths.
+The convention is fvcore's: a multiply-add of a matrix product or convolution counts one; additions,
+multiplications and the like count one for each output element, means one for each input element,
+GELU 8, softmax 5, pow 5, sqrt 4, sigmoid 4; moving data counts nothing. A fused operation counts
+what its parts would: fused attention its two products, the scaling and the softmax, `addcmul` a
+multiplication and an addition. So the numbers do not depend on fast paths.
 
-Networks are traced on the meta device, where tensors have shapes but no memory. fvcore is imported
-only when a network is counted; `deit.measure.formula` serves where it is not installed.
+Networks run on the meta device, where tensors have shapes but no memory.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["PER_OUTPUT", "FlopCount", "count_flops"]
+__all__ = ["PER_OUTPUT", "FlopCount", "MatMul", "count_flops"]
 
-Handle = Callable[[Sequence[Any], Sequence[Any]], float]
-
-# FLOPs for each element of the output; the operator names are those of a traced graph
-PER_OUTPUT = {
-    "abs": 1,
-    "add": 1,
-    "addcmul": 2,
-    "div": 1,
-    "gelu": 8,
-    "mul": 1,
-    "neg": 1,
-    "pow": 5,
-    "rsqrt": 5,
-    "rsub": 1,
-    "sigmoid": 4,
-    "softmax": 5,
-    "sqrt": 4,
-    "square": 1,
-    "sub": 1,
-}
-
+# FLOPs for each element of the output
+PER_OUTPUT = {"abs": 1, "add": 1, "addcmul": 2, "div": 1, "gelu": 8, "mul": 1, "neg": 1, "pow": 5,
+              "rsqrt": 5, "rsub": 1, "sigmoid": 4, "softmax": 5, "sqrt": 4, "square": 1,
+              "sub": 1}  # fmt: skip
 # for each element of the input; a variance is a mean, a difference, a square and another mean
-PER_INPUT = {"mean": 1, "sum": 1, "var": 4, "var_mean": 4}
-
-# they move data or make constants; those that fvcore ignores by itself are not repeated
-MOVES = (
-    "alias",
-    "broadcast_tensors",
-    "clone",
-    "expand_as",
-    "flip",
-    "index_select",
-    "lift_fresh",
-    "movedim",
-    "mT",
-    "new_ones",
-    "numpy_T",
-    "ones_like",
-    "pad",
-    "repeat",
-    "tensor_split",
-    "unflatten",
-    "view_as",
-)
+PER_INPUT = {"adaptive_avg_pool2d": 1, "mean": 1, "sum": 1, "var": 4, "var_mean": 4}
+# for each element of the input, one less without weights: the place of these among the arguments
+NORMS = {"batch_norm": (2, 1), "group_norm": (5, 2), "layer_norm": (5, 2)}
+# Free beside views: they move data or make constants, or fvcore leaves them out.
+FREE = {"_to_copy", "arange", "cat", "clamp", "clamp_min", "clone", "constant_pad_nd", "copy",
+        "detach", "dropout", "empty", "empty_like", "expand_as", "flip", "full", "full_like",
+        "gather", "index", "index_select", "lift_fresh", "masked_fill", "max", "new_empty",
+        "new_full", "new_ones", "new_zeros", "ones", "ones_like", "pad", "relu", "repeat", "roll",
+        "scalar_tensor", "stack", "where", "zeros", "zeros_like"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class FlopCount:
-    """FLOPs in all and by operator, and the operators that had no handler, with their numbers."""
+class MatMul:
+    """A matrix product or convolution of one image: multiply-adds, and elements moved.
 
-    total: float
-    by_operator: Counter[str]
-    uncounted: Counter[str]
+    `moved` is read or written for each image, `weights` once a batch.
+    """
+
+    multiply_adds: int
+    moved: int
+    weights: int
+
+
+@dataclass
+class FlopCount:
+    """FLOPs by operator, operators of unknown cost with their numbers, and the matrix products."""
+
+    by_operator: Counter[str] = field(default_factory=Counter)
+    uncounted: Counter[str] = field(default_factory=Counter)
+    matmuls: list[MatMul] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """FLOPs of the whole pass."""
+        return self.by_operator.total()
 
 
 def count_flops(model: nn.Module, images: Tensor) -> FlopCount:
-    """Count `model(images)`; both may be on the meta device.
+    """Count `model(images)` in evaluation mode; both may be on the meta device.
 
-    Raises:
-        ImportError: if fvcore is not installed.
+    The matrix products are those of one image if `images` is one.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fvcore compiles by means that torch has deprecated
-        from fvcore.nn import FlopCountAnalysis
-
     training = model.training
-    # Tracing warns of every size that becomes a constant, which is what a count needs.
-    with warnings.catch_warnings(), torch.no_grad(), _OpaqueConvolution():
-        warnings.simplefilter("ignore")
-        analysis = FlopCountAnalysis(model.eval(), images)
-        analysis.set_op_handle(**_handles())
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        by_operator = analysis.by_operator()
-        uncounted = analysis.unsupported_ops()
+    counter = _Counter()
+    # In inference mode operators come whole, as `linear` or `layer_norm`, and not in pieces.
+    with torch.inference_mode(), counter:
+        model.eval()(images)
     model.train(training)
-    return FlopCount(sum(by_operator.values()), by_operator, uncounted)
+    return counter.count
 
 
-def _handles() -> dict[str, Handle | None]:
-    handles: dict[str, Handle | None] = {f"aten::{name}": None for name in MOVES}
-    for name, cost in PER_OUTPUT.items():
-        for spelling in (name, name + "_"):  # and in place
-            handles[f"aten::{spelling}"] = _per_output(name, cost)
-    for name, cost in PER_INPUT.items():
-        handles[f"aten::{name}"] = _per_input(name, cost)
-    handles["aten::scaled_dot_product_attention"] = _attention
-    handles["aten::baddbmm"] = _baddbmm
-    handles["deit::opaque_conv2d"] = _convolution
-    return handles
+class _Counter(TorchDispatchMode):
+    """Counts every operator that is run."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = FlopCount()
 
-def _shape(value: Any) -> list[int]:
-    return value.type().sizes()
-
-
-def _per_output(name: str, cost: int) -> Handle:
-    def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-        # a trace contains the arithmetic on sizes too, in integers: no work on data
-        on_data = outputs[0].type().scalarType() != "Long"
-        return Counter({name: cost * prod(_shape(outputs[0])) * on_data})
-
-    return handle
-
-
-def _per_input(name: str, cost: int) -> Handle:
-    def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-        return Counter({name: cost * prod(_shape(inputs[0]))})
-
-    return handle
-
-
-def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-    """(..., N, D), (..., M, D), (..., M, E): scaling, both products and the softmax between."""
-    *batch, queries, width = _shape(inputs[0])
-    keys, value_width = _shape(inputs[2])[-2:]
-    logits = prod(batch) * queries * keys
-    return Counter(
-        {
-            "mul": prod(batch) * queries * width,
-            "matmul": logits * (width + value_width),
-            "softmax": PER_OUTPUT["softmax"] * logits,
-        }
-    )
-
-
-def _convolution(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-    """(B, C, H, W) with kernels (N, C / groups, h, w), as fvcore counts it: without the bias."""
-    batch, _, *size = _shape(outputs[0])
-    return Counter({"conv": batch * prod(size) * prod(_shape(inputs[1]))})
-
-
-def _baddbmm(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-    """bias + (B, N, K) (B, K, M); as for linear layers the bias comes with the multiply-adds."""
-    return Counter({"matmul": prod(_shape(inputs[1])) * _shape(inputs[2])[-1]})
-
-
-_LIBRARY = torch.library.Library("deit", "FRAGMENT")
-_LIBRARY.define(
-    "opaque_conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, "
-    "int[2] padding=0, int[2] dilation=1, int groups=1) -> Tensor"
-)
-_LIBRARY.impl("opaque_conv2d", torch.ops.aten.conv2d.default, "CompositeExplicitAutograd")
-
-
-class _OpaqueConvolution(TorchFunctionMode):
-    """Runs `conv2d` as one operator of our own.
-
-    On the meta device torch's runs a decomposition in Python before it gets to be recorded, and
-    that cannot be traced. Inside an operator nothing is.
-    """
-
-    def __torch_function__(
+    def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d:
-            func = torch.ops.deit.opaque_conv2d
-        return func(*args, **kwargs)
+        output = func(*args, **(kwargs or {}))
+        found, name = self.count, func.overloadpacket.__name__.rstrip("_")
+        if name in MATMULS:
+            matmul = MATMULS[name](output, *args)
+            found.matmuls.append(matmul)
+            found.by_operator["matmul"] += matmul.multiply_adds
+            if name == "scaled_dot_product_attention":
+                found.by_operator["mul"] += args[0].numel()
+                logits = args[0].numel() // args[0].shape[-1] * args[1].shape[-2]
+                found.by_operator["softmax"] += PER_OUTPUT["softmax"] * logits
+        elif name in PER_OUTPUT:
+            # arithmetic on indices, in integers, is no work on data
+            if output.is_floating_point():
+                found.by_operator[name] += PER_OUTPUT[name] * output.numel()
+        elif name in PER_INPUT:
+            found.by_operator[name] += PER_INPUT[name] * args[0].numel()
+        elif name in NORMS:
+            cost, weight = NORMS[name]
+            found.by_operator[name] += (cost - (args[weight] is None)) * args[0].numel()
+        elif name not in FREE and not func.is_view:
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            if any(tensor.is_floating_point() for tensor in tensors):
+                found.uncounted[f"aten::{name}"] += 1
+        return output
+
+
+def _dense(output: Tensor, x: Tensor, weight: Tensor, *_: Any) -> MatMul:
+    """x (..., K) with a weight that has K entries for each of its outputs."""
+    return MatMul(output.numel() * x.shape[-1], x.numel() + output.numel(), weight.numel())
+
+
+def _batched(output: Tensor, x: Tensor, y: Tensor, *_: Any) -> MatMul:
+    if y.ndim == 2:
+        return _dense(output, x, y)
+    return MatMul(output.numel() * x.shape[-1], x.numel() + y.numel() + output.numel(), 0)
+
+
+def _added(output: Tensor, bias: Tensor, x: Tensor, y: Tensor, *_: Any) -> MatMul:
+    """The bias comes with the multiply-adds."""
+    return _batched(output, x, y)
+
+
+def _convolution(output: Tensor, x: Tensor, weight: Tensor, *_: Any) -> MatMul:
+    multiply_adds = output.numel() * prod(weight.shape[1:])
+    return MatMul(multiply_adds, x.numel() + output.numel(), weight.numel())
+
+
+def _attention(output: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> MatMul:
+    """Both products: (..., N, D) with (..., M, D), and that with (..., M, E)."""
+    multiply_adds = k.shape[-2] * (q.numel() + output.numel())
+    return MatMul(multiply_adds, q.numel() + k.numel() + v.numel() + output.numel(), 0)
+
+
+MATMULS: dict[str, Callable[..., MatMul]] = {
+    "addmm": _added,
+    "baddbmm": _added,
+    "bmm": _batched,
+    "conv2d": _convolution,
+    "linear": _dense,
+    "matmul": _batched,
+    "mm": _dense,
+    "scaled_dot_product_attention": _attention,
+}

@@ -1,20 +1,16 @@
-"""The device: what it is, and the fastest that it multiplies matrices and copies memory."""
+"""The device and the software that numbers depend on."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from deit.measure.roofline import Ceilings
+__all__ = ["available_memory", "describe", "synchronize", "versions"]
 
-__all__ = ["available_memory", "describe", "measure_ceilings", "synchronize", "versions"]
-
-PACKAGES = ("torch", "torchvision", "timm", "triton", "fvcore", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,19 +25,9 @@ def describe(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if device.type == "cpu":
-        return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        name = _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+        return f"{name}, {torch.get_num_threads()} threads"
     return device.type
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:
@@ -57,46 +43,15 @@ def versions() -> dict[str, str | None]:
 
 def available_memory() -> int | None:
     """Bytes of main memory that can be allocated now; None where that cannot be told."""
+    found = _proc("/proc/meminfo", "MemAvailable")
+    return int(found.split()[0]) * 1024 if found else None
+
+
+def _proc(path: str, key: str) -> str | None:
+    """The first value of a key in one of Linux's files; None elsewhere."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The best of several large matrix products, and of several copies (read plus written).
-
-    On random data: zeros draw less power, and some devices then run faster.
-    """
-    return Ceilings(_product_rate(device, dtype), _copy_rate(device))
-
-
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = 2048 if device.type == "cpu" else 8192
-    x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = torch.empty_like(x)
-    seconds = _best(lambda: torch.mm(x, y, out=product), device)
-    return 2 * size**3 / seconds
-
-
-def _copy_rate(device: torch.device) -> float:
-    # several times larger than any cache, and small beside the memory
-    source = torch.randn(2 ** (26 if device.type == "cpu" else 28), device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best(lambda: target.copy_(source), device)
-
-
-def _best(work: Callable[[], object], device: torch.device, budget: float = 1.0) -> float:
-    """Seconds of the fastest of at least five runs, after one that is not counted."""
-    work()
-    synchronize(device)
-    best, spent, runs = float("inf"), 0.0, 0
-    while runs < 5 or spent < budget:
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds = time.perf_counter() - start
-        best, spent, runs = min(best, seconds), spent + seconds, runs + 1
-    return best
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == key), None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil, floor, log10
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deit.errors import UserError
 from deit.measure.measure import Result
-from deit.measure.published import PUBLISHED, Published, twin_of
+from deit.measure.published import PUBLISHED, twin_of
 from deit.saving import atomic_path
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ __all__ = ["FORMATS", "draw", "make_figure"]
 FORMATS = (".png", ".pdf", ".svg", ".eps", ".jpg", ".tif", ".webp")
 # colours that people with colour-blindness can tell apart (Okabe and Ito)
 COLOURS = {"ViT": "#0072B2", "ConvNeXt-iso": "#D55E00", "ResMLP": "#009E73"}
-OTHER = "#444444"
-STYLES = {
+OTHER = dict(color="#444444", linestyle="", marker="x")
+STYLES: dict[str, dict[str, Any]] = {
     "ordinary": dict(linestyle=":", marker="o", fillstyle="none"),
     "equivariant": dict(linestyle="-", marker="o"),
     "hybrid": dict(linestyle="--", marker="s"),
 }
 PUBLISHED_STYLE = dict(linestyle=":", marker="o", fillstyle="none", alpha=0.6)
+Point = tuple[float, float, str]  # x, y and a text
 
 
 def draw(results: Mapping[str, Result], path: str | Path, where: str) -> None:
@@ -53,109 +54,69 @@ def make_figure(results: Mapping[str, Result], where: str = "") -> Figure:
 
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     gains, accuracies = figure.subplots(1, 2)
-    _draw_gains(gains, results, where)
-    _draw_accuracies(accuracies, results)
-    flops = [row.gflops for row in results.values() if row.gflops]
-    for axes, absent in (
-        (gains, "no network here was timed with its twin"),
-        (accuracies, "no accuracy is published of these networks"),
-    ):
-        _scale(axes, flops)
-        if not axes.get_legend_handles_labels()[0]:
-            axes.text(0.5, 0.5, absent, ha="center", va="center", transform=axes.transAxes)
-            axes.set_yticks([])
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    flops = {name: row.gflops for name, row in results.items() if row.gflops}
+    _draw_gains(gains, _gains(results), flops)
+    _draw_accuracies(accuracies, flops)
+    title = "Throughput gain" + (f"\n{where}" if where else "")
+    _finish(gains, flops, title, "throughput over the ordinary twin's (%)",
+            "no network here was timed with its twin")  # fmt: skip
+    _finish(accuracies, flops, "Accuracy", "published ImageNet-1K top-1 (%)",
+            "no accuracy is published of these networks")  # fmt: skip
     return figure
 
 
-def _scale(axes: Axes, flops: list[float]) -> None:
-    """A logarithmic axis around the networks, with round numbers."""
-    low, high = min(flops, default=1.0) / 1.6, max(flops, default=1.0) * 1.6
-    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+def _gains(results: Mapping[str, Result]) -> dict[str, float]:
+    """The measured gains in throughput over the twins, in percent."""
+    ratios = {
+        name: row.ratios(results.get(twin_of(name)))["images_per_s"]
+        for name, row in results.items()
+    }
+    return {name: 100 * (ratio - 1) for name, ratio in ratios.items() if ratio is not None}
 
 
-def _published(family: str, kind: str, results: Mapping[str, Result]) -> list[Published]:
-    """Published networks of a family that have FLOPs here, small to large."""
-    rows = [row for row in PUBLISHED if row.family == family and row.kind == kind]
-    rows = [row for row in rows if row.name in results and results[row.name].gflops is not None]
-    return sorted(rows, key=lambda row: results[row.name].gflops)
-
-
-def _draw_gains(axes: Axes, results: Mapping[str, Result], where: str) -> None:
+def _draw_gains(axes: Axes, gains: Mapping[str, float], flops: Mapping[str, float]) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
-    drawn = set()
     for family, colour in COLOURS.items():
         for kind in ("equivariant", "hybrid"):
-            rows = _published(family, kind, results)
-            measured = [
-                (row, gain) for row in rows if (gain := _gain(row.name, results)) is not None
-            ]
-            points = [(results[row.name].gflops, 100 * gain, row.size) for row, gain in measured]
-            _line(axes, points, colour, f"{family}, {kind}", **STYLES[kind])
-            drawn.update(row.name for row in rows)
+            rows = [row for row in PUBLISHED if (row.family, row.kind) == (family, kind)]
+            rows = [row for row in rows if row.name in flops]
             points = [
-                (results[row.name].gflops, 100 * row.gain, "" if measured else row.size)
+                (flops[row.name], gains[row.name], row.size) for row in rows if row.name in gains
+            ]
+            published = [
+                (flops[row.name], 100 * row.gain, "" if points else row.size)
                 for row in rows
                 if row.gain is not None
             ]
-            _line(axes, points, colour, f"{family}, {kind}, published (A100)", **PUBLISHED_STYLE)
-    points = [
-        (results[name].gflops, 100 * gain, name)
-        for name in results
-        if name not in drawn
-        and results[name].gflops is not None
-        and (gain := _gain(name, results)) is not None
-    ]
-    _line(axes, points, OTHER, "other networks", linestyle="", marker="x")
-    axes.set_xlabel("GFLOPs an image")
-    axes.set_ylabel("throughput over the ordinary twin's (%)")
-    axes.set_title("Throughput gain" + (f"\n{where}" if where else ""), fontsize=10)
-    _legend(axes)
+            label = f"{family}, {kind}"
+            _line(axes, points, label=label, color=colour, **STYLES[kind])
+            label += ", published (A100)"
+            _line(axes, published, label=label, color=colour, **PUBLISHED_STYLE)
+    others = gains.keys() & flops.keys() - {row.name for row in PUBLISHED}
+    _line(axes, [(flops[n], gains[n], n) for n in others], label="other networks", **OTHER)
 
 
-def _gain(name: str, results: Mapping[str, Result]) -> float | None:
-    """The measured gain in throughput over the twin, as a fraction."""
-    ratio = results[name].ratios(results.get(twin_of(name)))["images_per_s"]
-    return None if ratio is None else ratio - 1
-
-
-def _draw_accuracies(axes: Axes, results: Mapping[str, Result]) -> None:
+def _draw_accuracies(axes: Axes, flops: Mapping[str, float]) -> None:
     for family, colour in COLOURS.items():
         for kind, style in STYLES.items():
-            rows = [row for row in _published(family, kind, results) if row.top1 is not None]
-            points = [(results[row.name].gflops, row.top1, row.size) for row in rows]
-            _line(axes, points, colour, f"{family}, {kind}", **style)
-    axes.set_xlabel("GFLOPs an image")
-    axes.set_ylabel("published ImageNet-1K top-1 (%)")
-    axes.set_title("Accuracy", fontsize=10)
-    _legend(axes)
+            points = [
+                (flops[row.name], row.top1, row.size)
+                for row in PUBLISHED
+                if (row.family, row.kind) == (family, kind)
+                and row.name in flops
+                and row.top1 is not None
+            ]
+            _line(axes, points, label=f"{family}, {kind}", color=colour, **style)
 
 
-def _legend(axes: Axes) -> None:
-    """Below the panel, where it hides nothing."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13)
-        )
-
-
-def _line(
-    axes: Axes, points: list[tuple[float, float, str]], colour: str, label: str, **style
-) -> None:
-    """Points (x, y, text) joined by a line, each with its text; nothing without points."""
+def _line(axes: Axes, points: list[Point], **style: Any) -> None:
+    """Points joined from left to right, each with its text; nothing without points."""
     if not points:
         return
-    x, y, _ = zip(*points, strict=True)
-    axes.plot(x, y, color=colour, label=label, markersize=5, linewidth=1.4, **style)
     from matplotlib.patheffects import withStroke
 
+    x, y, _ = zip(*sorted(points), strict=True)
+    axes.plot(x, y, markersize=5, linewidth=1.4, **style)
     halo = [withStroke(linewidth=2.5, foreground="white")]
     for left, height, text in points:
         axes.annotate(
@@ -165,6 +126,28 @@ def _line(
             textcoords="offset points",
             ha="center",
             fontsize=7.5 if len(text) < 5 else 6,
-            color=colour,
+            color=style["color"],
             path_effects=halo,
         )
+
+
+def _finish(axes: Axes, flops: Mapping[str, float], title: str, y: str, absent: str) -> None:
+    """Titles, a logarithmic axis around the networks with round numbers, and the legend."""
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="GFLOPs an image", ylabel=y)
+    low, high = min(flops.values(), default=1.0) / 1.6, max(flops.values(), default=1.0) * 1.6
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:  # below the panel, where it hides nothing
+        legend = dict(fontsize=8, frameon=False, ncols=2, loc="upper center")
+        axes.legend(bbox_to_anchor=(0.5, -0.13), **legend)
+    else:
+        axes.text(0.5, 0.5, absent, ha="center", va="center", transform=axes.transAxes)
+        axes.set_yticks([])

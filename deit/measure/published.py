@@ -13,8 +13,6 @@ from typing import Literal
 
 __all__ = ["PUBLISHED", "Published", "twin_of"]
 
-Kind = Literal["ordinary", "equivariant", "hybrid"]
-
 
 @dataclass(frozen=True)
 class Published:
@@ -23,49 +21,38 @@ class Published:
     name: str
     family: str
     size: str
-    kind: Kind
+    kind: Literal["ordinary", "equivariant", "hybrid"]
     top1: float | None = None
     gain: float | None = None
 
 
-def _rows(
-    family: str, size: str, names: dict[Kind, str], top1: tuple[float | None, ...], gain: float
-) -> list[Published]:
-    return [
-        Published(name, family, size, kind, accuracy, gain if kind == "equivariant" else None)
-        for (kind, name), accuracy in zip(names.items(), top1, strict=True)
-    ]
-
-
-def _vit(size: str) -> dict[Kind, str]:
-    return {
-        "ordinary": f"deit_{size}_LS",
-        "equivariant": f"d2_deit_{size}_LS",
-        "hybrid": f"hybrid_deit_{size}_LS",
-    }
-
-
-def _convnext(size: str) -> dict[Kind, str]:
-    name = f"convnext_isotropic_{size}"
-    return {"ordinary": name, "equivariant": f"d2_{name}"}
-
-
-def _resmlp(ordinary: str, equivariant: str) -> dict[Kind, str]:
-    return {"ordinary": f"resmlp{ordinary}", "equivariant": f"resmlp_equi_d2_{equivariant}"}
-
-
 PUBLISHED = (
-    *_rows("ViT", "S", _vit("small_patch16"), (None, None, None), -0.08),
-    *_rows("ViT", "B", _vit("base_patch16"), (83.1, 82.2, 83.0), 0.06),
-    *_rows("ViT", "L", _vit("large_patch16"), (84.2, 83.4, 84.5), 0.13),
-    *_rows("ViT", "H", _vit("huge_patch14"), (84.6, 84.4, 85.0), 0.16),
-    *_rows("ConvNeXt-iso", "S", _convnext("small"), (79.7, 76.8), -0.19),
-    *_rows("ConvNeXt-iso", "B", _convnext("base"), (82.0, 81.3), 0.05),
-    *_rows("ConvNeXt-iso", "L", _convnext("large"), (82.6, 82.6), 0.19),
-    *_rows("ResMLP", "T12", _resmlp("_12", "12"), (76.6, 72.0), 0.08),
-    *_rows("ResMLP", "S24", _resmlp("_24", "24"), (79.4, 74.9), 0.09),
-    *_rows("ResMLP", "B24", _resmlp("B_24", "B_24"), (81.0, 80.8), 0.39),
-    *_rows("ResMLP", "L24", _resmlp("L_24", "L_24"), (80.4, 81.5), 0.59),
+    Published("deit_small_patch16_LS", "ViT", "S", "ordinary"),
+    Published("d2_deit_small_patch16_LS", "ViT", "S", "equivariant", None, -0.08),
+    Published("hybrid_deit_small_patch16_LS", "ViT", "S", "hybrid"),
+    Published("deit_base_patch16_LS", "ViT", "B", "ordinary", 83.1),
+    Published("d2_deit_base_patch16_LS", "ViT", "B", "equivariant", 82.2, 0.06),
+    Published("hybrid_deit_base_patch16_LS", "ViT", "B", "hybrid", 83.0),
+    Published("deit_large_patch16_LS", "ViT", "L", "ordinary", 84.2),
+    Published("d2_deit_large_patch16_LS", "ViT", "L", "equivariant", 83.4, 0.13),
+    Published("hybrid_deit_large_patch16_LS", "ViT", "L", "hybrid", 84.5),
+    Published("deit_huge_patch14_LS", "ViT", "H", "ordinary", 84.6),
+    Published("d2_deit_huge_patch14_LS", "ViT", "H", "equivariant", 84.4, 0.16),
+    Published("hybrid_deit_huge_patch14_LS", "ViT", "H", "hybrid", 85.0),
+    Published("convnext_isotropic_small", "ConvNeXt-iso", "S", "ordinary", 79.7),
+    Published("d2_convnext_isotropic_small", "ConvNeXt-iso", "S", "equivariant", 76.8, -0.19),
+    Published("convnext_isotropic_base", "ConvNeXt-iso", "B", "ordinary", 82.0),
+    Published("d2_convnext_isotropic_base", "ConvNeXt-iso", "B", "equivariant", 81.3, 0.05),
+    Published("convnext_isotropic_large", "ConvNeXt-iso", "L", "ordinary", 82.6),
+    Published("d2_convnext_isotropic_large", "ConvNeXt-iso", "L", "equivariant", 82.6, 0.19),
+    Published("resmlp_12", "ResMLP", "T12", "ordinary", 76.6),
+    Published("resmlp_equi_d2_12", "ResMLP", "T12", "equivariant", 72.0, 0.08),
+    Published("resmlp_24", "ResMLP", "S24", "ordinary", 79.4),
+    Published("resmlp_equi_d2_24", "ResMLP", "S24", "equivariant", 74.9, 0.09),
+    Published("resmlpB_24", "ResMLP", "B24", "ordinary", 81.0),
+    Published("resmlp_equi_d2_B_24", "ResMLP", "B24", "equivariant", 80.8, 0.39),
+    Published("resmlpL_24", "ResMLP", "L24", "ordinary", 80.4),
+    Published("resmlp_equi_d2_L_24", "ResMLP", "L24", "equivariant", 81.5, 0.59),
 )
 
 # name of a network to the name of its ordinary twin

@@ -1,46 +1,33 @@
-"""How fast a network could be on a device with measured ceilings.
+"""How fast a network could be on a device with measured peak rates.
 
 The bound takes the matrix products and convolutions alone, one after the other. Each needs at
 least the time of its arithmetic at the device's matrix rate and at least the time to read its
 operands and to write its result at the device's bandwidth. Everything between them is taken to be
 fused into them at no cost, and fused attention never writes its logits. No implementation made of
-separate products that go to memory is faster; one that keeps data on chip or in a cache from one
+separate products that go to memory is faster. One that keeps data on chip or in a cache from one
 product to the next could be.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-__all__ = ["Bound", "Ceilings", "Product", "bound", "matrix_products"]
+from deit.measure.flops import MatMul
+from deit.measure.hardware import synchronize
+
+__all__ = ["Bound", "PeakRates", "bound", "measure_peak_rates"]
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class PeakRates:
     """Measured rates: floating-point operations (two for a multiply-add) and bytes a second."""
 
     flops_per_s: float
     bytes_per_s: float
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix product or convolution of one image: multiply-adds, and elements moved.
-
-    `moved` is read or written for each image, `weights` once a batch.
-    """
-
-    multiply_adds: int
-    moved: int
-    weights: int
 
 
 @dataclass(frozen=True)
@@ -51,19 +38,38 @@ class Bound:
     arithmetic: float
 
 
-def matrix_products(model: nn.Module, images: Tensor) -> list[Product]:
-    """The products of `model(images)` for one image, which may be on the meta device."""
-    recorder = _Recorder()
-    with torch.no_grad(), recorder:
-        model(images)
-    return recorder.products
+def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> PeakRates:
+    """The best of several large matrix products, and of several copies (read plus written).
+
+    On random data: zeros draw less power, and some devices then run faster.
+    """
+    size = 2048 if device.type == "cpu" else 8192
+    x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(x)
+    flops_per_s = 2 * size**3 / _best(lambda: torch.mm(x, y, out=product), device)
+    # several times larger than any cache, and small beside the memory
+    source = torch.randn(2 ** (26 if device.type == "cpu" else 28), device=device)
+    target = torch.empty_like(source)
+    return PeakRates(flops_per_s, 2 * source.nbytes / _best(lambda: target.copy_(source), device))
+
+
+def _best(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of at least five runs within a second, after one not counted."""
+    samples: list[float] = []
+    while len(samples) < 6 or sum(samples[1:]) < 1.0:
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        samples.append(time.perf_counter() - start)
+    return min(samples[1:])
 
 
 def bound(
-    products: Sequence[Product],
+    matmuls: Sequence[MatMul],
     batch: int,
     element_size: int,
-    ceilings: Ceilings,
+    rates: PeakRates,
     *,
     training: bool = False,
 ) -> Bound:
@@ -73,74 +79,9 @@ def bound(
     pass, for the gradients of its two operands. The optimizer is left out.
     """
     total = arithmetic = 0.0
-    for product in products:
-        compute = 2 * product.multiply_adds * batch / ceilings.flops_per_s
-        traffic = (product.moved * batch + product.weights) * element_size / ceilings.bytes_per_s
+    for matmul in matmuls:
+        compute = 2 * matmul.multiply_adds * batch / rates.flops_per_s
+        traffic = (matmul.moved * batch + matmul.weights) * element_size / rates.bytes_per_s
         total += max(compute, traffic)
         arithmetic += compute if compute >= traffic else 0.0
     return Bound(batch / (total * (3 if training else 1)), arithmetic / total)
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes the products among all calls of torch functions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: list[Product] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS:
-            self.products.append(_PRODUCTS[func](output, *args))
-        return output
-
-
-def _dense(output: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Product:
-    """x (..., K) with a weight that has K entries for each of its outputs."""
-    depth = x.shape[-1]
-    return Product(output.numel() * depth, x.numel() + output.numel(), weight.numel())
-
-
-def _added(output: Tensor, bias: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Product:
-    return _dense(output, x, weight)
-
-
-def _batched(output: Tensor, x: Tensor, y: Tensor, *_: Any) -> Product:
-    if y.ndim == 2:
-        return _dense(output, x, y)
-    return Product(output.numel() * x.shape[-1], x.numel() + y.numel() + output.numel(), 0)
-
-
-def _added_batched(output: Tensor, bias: Tensor, x: Tensor, y: Tensor, *_: Any) -> Product:
-    return _batched(output, x, y)
-
-
-def _convolution(output: Tensor, x: Tensor, weight: Tensor, *_: Any) -> Product:
-    multiply_adds = output.numel() * prod(weight.shape[1:])
-    return Product(multiply_adds, x.numel() + output.numel(), weight.numel())
-
-
-def _attention(output: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Product:
-    multiply_adds = k.shape[-2] * (q.numel() + output.numel())
-    return Product(multiply_adds, q.numel() + k.numel() + v.numel() + output.numel(), 0)
-
-
-_PRODUCTS: dict[Callable[..., Any], Callable[..., Product]] = {
-    F.linear: _dense,
-    torch.mm: _dense,
-    torch.Tensor.mm: _dense,
-    torch.addmm: _added,
-    torch.matmul: _batched,
-    torch.Tensor.matmul: _batched,
-    torch.Tensor.__matmul__: _batched,
-    torch.bmm: _batched,
-    torch.baddbmm: _added_batched,
-    torch.conv2d: _convolution,
-    F.scaled_dot_product_attention: _attention,
-}

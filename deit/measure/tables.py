@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -36,10 +36,6 @@ def _median(value: float | None, spread: float | None) -> str:
     return NOTHING if value is None else f"{_rate(value)} ±{100 * (spread or 0):.1f}%"
 
 
-def _train_median(row: Result) -> str:
-    return _median(row.train_images_per_s, row.train_spread)
-
-
 def _change(ratio: float | None) -> str:
     """A ratio as a gain or loss: 1.06 is +6 %."""
     return NOTHING if ratio is None else f"{100 * (ratio - 1):+.0f}%"
@@ -51,39 +47,36 @@ class Overview:
     def __init__(
         self, console: Console, names: Sequence[str], *, timed: bool, trained: bool
     ) -> None:
-        self._console = console
-        # title, unit, width, cell
-        columns: list[tuple[str, str, int, Callable[[Result], str]]] = [
-            ("network", "", -max(map(len, names), default=0), lambda row: row.model),
-            ("params", "(M)", 6, lambda row: _number(row.params / 1e6, 1)),
-        ]
-        if timed:
-            columns += [
-                ("throughput", "(images/s)", 12, lambda row: _median(row.images_per_s, row.spread))
-            ]
-        columns += [("FLOPs", "(G)", 6, lambda row: _number(row.gflops, 2))]
-        if timed:
-            columns += [("memory", "(MB)", 7, lambda row: _number(row.peak_memory_mb, 0))]
-        if trained:
-            columns += [("training", "(images/s)", 12, _train_median)]
-        self._columns = columns
+        self._console, self._timed, self._trained = console, timed, trained
+        self._name_width = max(map(len, names), default=0)
 
     def print_head(self) -> None:
         """The titles and units of the columns."""
-        self._print([title for title, _, _, _ in self._columns], "bold")
-        self._print([unit for _, unit, _, _ in self._columns], "bold")
+        titles = ("params", "throughput", "FLOPs", "memory", "training")
+        units = ("(M)", "(images/s)", "(G)", "(MB)", "(images/s)")
+        self._print("network", titles, "bold")
+        self._print("", units, "bold")
 
     def print_row(self, row: Result) -> None:
         """What is known of a network."""
-        self._print([cell(row) for _, _, _, cell in self._columns])
+        cells = (
+            _number(row.params / 1e6, 1),
+            _median(row.images_per_s, row.spread),
+            _number(row.gflops, 2),
+            _number(row.peak_memory_mb, 0),
+            _median(row.train_images_per_s, row.train_spread),
+        )
+        self._print(row.model, cells)
 
-    def _print(self, cells: Sequence[str], style: str = "") -> None:
-        widths = [width for _, _, width, _ in self._columns]
+    def _print(self, name: str, cells: Sequence[str], style: str = "") -> None:
+        shown = (True, self._timed, True, self._timed, self._trained)
         padded = [
-            cell.ljust(-width) if width < 0 else cell.rjust(width)
-            for cell, width in zip(cells, widths, strict=True)
+            cell.rjust(width)
+            for cell, width, show in zip(cells, (6, 12, 6, 7, 12), shown, strict=True)
+            if show
         ]
-        self._console.print(Text("  ".join(padded).rstrip(), style), soft_wrap=True)
+        line = "  ".join([name.ljust(self._name_width), *padded])
+        self._console.print(Text(line.rstrip(), style), soft_wrap=True)
 
 
 def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
@@ -93,20 +86,17 @@ def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
     trained = any(row.train_images_per_s is not None for row in rows)
     compared = [row for row in rows if row.twin in results]
     if compared:
-        table = _comparison(compared, results, timed, trained)
-        _show(console, "Compared with the ordinary twin", table)
+        console.print("\nCompared with the ordinary twin", style="bold", highlight=False)
+        console.print(_comparison(compared, results, timed, trained))
     if any(row.bound for row in rows):
-        _show(console, "Roofline: what the measured ceilings allow", _roofline(rows, trained))
+        title = "\nRoofline: what the measured peak rates allow"
+        console.print(title, style="bold", highlight=False)
+        console.print(_roofline(rows, trained))
     if any(row.notes for row in rows):
         console.print("\nNotes", style="bold")
     for row in rows:
         for note in row.notes:
             console.print(Text(f"{row.model}: {note}"), soft_wrap=True)
-
-
-def _show(console: Console, title: str, table: Table) -> None:
-    console.print(f"\n{title}", style="bold", highlight=False)
-    console.print(table)
 
 
 def _table(*columns: str) -> Table:
@@ -120,17 +110,16 @@ def _table(*columns: str) -> Table:
 def _comparison(
     rows: Sequence[Result], results: Mapping[str, Result], timed: bool, trained: bool
 ) -> Table:
-    columns = ["FLOPs", *(["throughput"] if timed else []), *(["training"] if trained else [])]
-    columns += ["memory"] if timed else []
-    table = _table(*columns, "published\nthroughput")
+    columns = {"gflops": "FLOPs"}
+    columns |= {"images_per_s": "throughput"} if timed else {}
+    columns |= {"train_images_per_s": "training"} if trained else {}
+    columns |= {"peak_memory_mb": "memory"} if timed else {}
+    table = _table(*columns.values(), "published\nthroughput")
     for row in rows:
         ratios = row.ratios(results[row.twin])
-        names = ["gflops", *(["images_per_s"] if timed else [])]
-        names += ["train_images_per_s"] if trained else []
-        names += ["peak_memory_mb"] if timed else []
         gain = GAINS.get(row.model)
-        cells = [_change(ratios[name]) for name in names]
-        table.add_row(row.model, *cells, _change(None if gain is None else 1 + gain))
+        published = None if gain is None else 1 + gain
+        table.add_row(row.model, *(_change(r) for r in [*map(ratios.get, columns), published]))
     return table
 
 
@@ -153,24 +142,9 @@ def _reached(bound: Bound, rate: float | None) -> list[str]:
     return [_rate(bound.images_per_s), share]
 
 
-def as_json(results: Mapping[str, Result], settings: Mapping[str, Any]) -> str:
-    """The report for programs; what a result has beyond its eight fields is in the settings."""
-    rows = [
-        {
-            "model": row.model,
-            "params": row.params,
-            "gflops": row.gflops,
-            "images_per_s": row.images_per_s,
-            "train_images_per_s": row.train_images_per_s,
-            "peak_memory_mb": row.peak_memory_mb,
-            "twin": row.twin,
-            "ratios": row.ratios(results.get(row.twin)),
-        }
-        for row in results.values()
-    ]
-    details = {name: _details(row) for name, row in results.items()}
-    report = {"settings": {**settings, "details": details}, "results": rows}
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+def _row(row: Result) -> dict[str, Any]:
+    names = ("model", "params", "gflops", "images_per_s", "train_images_per_s", "peak_memory_mb")
+    return {name: getattr(row, name) for name in (*names, "twin")}
 
 
 def _details(row: Result) -> dict[str, Any]:
@@ -188,25 +162,25 @@ def _details(row: Result) -> dict[str, Any]:
     }
 
 
+def as_json(results: Mapping[str, Result], settings: Mapping[str, Any]) -> str:
+    """The report for programs; what a result has beyond its eight fields is in the settings."""
+    rows = [_row(row) | {"ratios": row.ratios(results.get(row.twin))} for row in results.values()]
+    details = {name: _details(row) for name, row in results.items()}
+    report = {"settings": {**settings, "details": details}, "results": rows}
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
 def as_csv(results: Mapping[str, Result]) -> str:
     """One line for each network, all that is known of it; what is absent is empty."""
-    text = io.StringIO()
-    writer: csv.DictWriter | None = None
+    lines = []
     for row in results.values():
         ratios = row.ratios(results.get(row.twin))
-        line = {
-            "model": row.model,
-            "params": row.params,
-            "gflops": row.gflops,
-            "images_per_s": row.images_per_s,
-            "train_images_per_s": row.train_images_per_s,
-            "peak_memory_mb": row.peak_memory_mb,
-            "twin": row.twin,
-            **{f"{name}_ratio": value for name, value in ratios.items()},
-            **{**_details(row), "notes": "; ".join(row.notes)},
-        }
-        if writer is None:
-            writer = csv.DictWriter(text, list(line), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(line)
+        notes = {"notes": "; ".join(row.notes)}
+        lines.append(
+            _row(row) | {f"{k}_ratio": v for k, v in ratios.items()} | _details(row) | notes
+        )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()

@@ -1,6 +1,6 @@
 """From names to results: choosing networks, running them, batch sizes, failures."""
 
-import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,17 +8,27 @@ import timm
 import torch
 
 from deit.errors import UserError
-from deit.measure import measure, profiling, subject
-from deit.measure.measure import Result, add_bounds, count, first_batch, measure_group
-from deit.measure.networks import groups, has_asym_feats, own_networks, select
+from deit.measure import bench_model
+from deit.measure import measure as measuring
+from deit.measure.bench_model import BenchModel, Settings
+from deit.measure.flops import MatMul
+from deit.measure.measure import Result, count, first_batch, measure
+from deit.measure.networks import (
+    SYMMETRIZED,
+    build,
+    comparisons,
+    has_asym_feats,
+    own_networks,
+    select,
+)
 from deit.measure.profiling import profile
 from deit.measure.published import PUBLISHED, twin_of
-from deit.measure.roofline import Ceilings, Product
-from deit.measure.subject import Settings, Subject
+from deit.measure.roofline import PeakRates
 
-CPU = Settings(torch.device("cpu"), img_size=32)
-CEILINGS = Ceilings(1e11, 1e10)
+CPU = Settings(torch.device("cpu"), img_size=32, min_time=0.0)
+RATES = PeakRates(1e11, 1e10)
 TWIN, OURS = "deit_tiny_patch16_LS", "d2_deit_tiny_patch16_LS"
+SHALLOW = {"depth": 2}
 
 
 def test_every_network_of_ours_has_a_twin_or_is_one():
@@ -53,7 +63,7 @@ def test_published_networks_exist_and_come_with_their_twins():
     names = [row.name for row in PUBLISHED]
     assert len(names) == len(set(names)) == 26
     assert all(timm.is_model(name) for name in names)
-    assert sorted(names) == sorted(name for group in groups(names) for name in group.names)
+    assert sorted(names) == sorted(name for members in comparisons(names) for name in members)
     for row in PUBLISHED:
         assert (row.kind == "ordinary") == (twin_of(row.name) is None)
 
@@ -67,10 +77,12 @@ def test_selection():
         select(["d2_deit_tiny_patch16"])
 
 
-def test_groups_begin_with_the_twin():
-    (first, second) = groups([OURS, "hybrid_deit_tiny_patch16_LS", "resnet18"])
-    assert first.names == (TWIN, OURS, "hybrid_deit_tiny_patch16_LS")
-    assert second.names == ("resnet18",)
+def test_comparisons_begin_with_the_twin():
+    names = [OURS, "hybrid_deit_tiny_patch16_LS", "resnet18"]
+    first, second = comparisons(names)
+    assert first == (TWIN, OURS, "hybrid_deit_tiny_patch16_LS")
+    assert second == ("resnet18",)
+    assert comparisons(names, folded=True)[0][:3] == (TWIN, OURS, f"{OURS}, folded")
 
 
 @pytest.mark.parametrize(
@@ -90,18 +102,17 @@ def test_groups_begin_with_the_twin():
 )
 def test_impossible_image_sizes(name, img_size, message):
     with pytest.raises(UserError, match=f"{name}.*{message}|--img-size {img_size}.*{message}"):
-        count(name, Settings(CPU.device, img_size=img_size))
+        count(name, replace(CPU, img_size=img_size))
 
 
 def test_symmetrized_features():
-    plain, both = (
-        count(OURS, Settings(CPU.device, img_size=32, symmetrized_asym_feats=s))
-        for s in (False, True)
-    )
+    wanted = replace(CPU, arguments={SYMMETRIZED: True})
+    plain, both = count(OURS, CPU), count(OURS, wanted)
     assert both.params == plain.params + 96 * 1000  # the classifier is twice as wide
-    subject = Subject(OURS, 1, Settings(CPU.device, img_size=32, symmetrized_asym_feats=True))
-    assert subject.model.head.in_features == 192
-    wanted = Settings(CPU.device, img_size=32, symmetrized_asym_feats=True)
+    model, _ = build(OURS, 32, wanted.arguments, device="meta")
+    assert model.head.in_features == 192
+    assert all(block.attn.fused_attn for block in model.blocks)
+    assert not model.training
     hybrid, twin = count("hybrid_deit_tiny_patch16_LS", wanted), count(TWIN, wanted)
     assert "--symmetrized-asym-feats" in hybrid.notes[0]
     assert not twin.notes
@@ -118,20 +129,8 @@ def test_symmetrized_features_are_known_of_every_network():
             assert has_asym_feats(name), name
 
 
-def test_count_without_fvcore(monkeypatch):
-    own_size = Settings(CPU.device)
-    with_it = count(OURS, own_size)
-    monkeypatch.setitem(sys.modules, "fvcore", None)
-    monkeypatch.setitem(sys.modules, "fvcore.nn", None)
-    without = count(OURS, own_size)
-    assert without.gflops == pytest.approx(with_it.gflops, rel=1e-3)
-    assert without.params == with_it.params
-    assert "fvcore" in without.notes[0]
-    assert count("resnet18", own_size).gflops is None
-
-
-def results_of(*names):
-    return {name: count(name, CPU) for name in names}
+def results_of(*names, settings=CPU):
+    return [count(name, settings) for name in names]
 
 
 class Clock:
@@ -141,7 +140,7 @@ class Clock:
         return self.now
 
 
-class Timed(Subject):
+class Timed(BenchModel):
     """Takes the same time on every machine."""
 
     def __init__(self, clock, *args):
@@ -159,25 +158,19 @@ class Timed(Subject):
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_inference_and_training_are_measured(amp, monkeypatch):
-    settings = Settings(
-        CPU.device,
-        torch.bfloat16 if amp else torch.float32,
-        amp=amp,
-        img_size=32,
-        train=True,
-    )
-    clock = Clock()
-    monkeypatch.setattr("deit.measure.timing.time", clock)
-    monkeypatch.setattr(measure, "Subject", partial(Timed, clock))
-    results, said = results_of(TWIN, OURS), []
-    measure_group(groups([OURS])[0], results, settings, 2, 0.0, CEILINGS, said.append)
-    ours, twin = results[OURS], results[TWIN]
+    settings = replace(
+        CPU, dtype=torch.bfloat16 if amp else torch.float32, amp=amp, train=True, batch_size=2,
+        arguments=SHALLOW,
+    )  # fmt: skip
+    monkeypatch.setattr("deit.measure.timing.time", clock := Clock())
+    monkeypatch.setattr(measuring, "BenchModel", partial(Timed, clock))
+    (twin, ours), said = results_of(TWIN, OURS, settings=settings), []
+    measure([twin, ours], settings, RATES, said.append)
     for result in (ours, twin):
         assert result.batch_size == 2
         assert (result.images_per_s, result.train_images_per_s) == (2 / 0.25, 2 / 0.75)
         assert result.train_peak_memory_mb > result.peak_memory_mb
         assert not result.notes
-        add_bounds(result, settings.dtype, CEILINGS)
         assert result.bound.images_per_s == pytest.approx(3 * result.train_bound.images_per_s)
     assert ours.bound.images_per_s > twin.bound.images_per_s
     ratios = ours.ratios(twin)
@@ -189,8 +182,7 @@ def test_inference_and_training_are_measured(amp, monkeypatch):
 
 
 def test_training_steps_change_the_weights():
-    torch.manual_seed(0)
-    network = Subject(OURS, 2, Settings(CPU.device, img_size=32, train=True))
+    network = BenchModel(OURS, 2, replace(CPU, train=True, arguments=SHALLOW))
     before = network.model.head.weight.detach().clone()
     network.warm_up()
     assert not torch.equal(before, network.model.head.weight)
@@ -201,7 +193,7 @@ def test_training_steps_change_the_weights():
 def test_memory_of_inference_is_weights_and_activations():
     found = []
     for batch in (64, 128):
-        network = Subject(TWIN, batch, CPU)
+        network = BenchModel(TWIN, batch, replace(CPU, arguments=SHALLOW))
         network.warm_up()
         weights = sum(p.nbytes for p in network.model.parameters())
         found.append(network.peak_memory - weights - network.images.nbytes)
@@ -212,12 +204,12 @@ def test_memory_of_inference_is_weights_and_activations():
 
 
 def test_half_precision_halves_weights():
-    network = Subject(TWIN, 1, Settings(CPU.device, torch.bfloat16, img_size=32))
+    network = BenchModel(TWIN, 1, replace(CPU, dtype=torch.bfloat16, arguments=SHALLOW))
     assert {p.dtype for p in network.model.parameters()} == {torch.bfloat16}
     assert network.infer().dtype == torch.bfloat16
 
 
-class Hungry(Subject):
+class Hungry(BenchModel):
     """Runs out of memory with more than two images."""
 
     limit = 2
@@ -228,69 +220,60 @@ class Hungry(Subject):
         super().warm_up()
 
 
-def test_batch_is_reduced_where_memory_does_not_hold_it(monkeypatch):
-    monkeypatch.setattr(measure, "Subject", Hungry)
-    results = results_of(TWIN, OURS)
-    measure_group(groups([OURS])[0], results, CPU, 8, 0.0, CEILINGS)
-    for result in results.values():
-        assert result.batch_size == 2
-        assert result.notes == ["batch 2 in place of 8: memory does not hold more"]
-
-
-def test_no_batch_fits(monkeypatch):
-    monkeypatch.setattr(measure, "Subject", Hungry)
-    monkeypatch.setattr(Hungry, "limit", 0)
-    results = results_of(TWIN)
-    measure_group(groups([TWIN])[0], results, CPU, 4, 0.0, CEILINGS)
-    assert results[TWIN].images_per_s is None
-    assert "batch of one" in results[TWIN].notes[0]
-    add_bounds(results[TWIN], CPU.dtype, CEILINGS)
-    assert results[TWIN].bound is None
+@pytest.mark.parametrize(
+    ("limit", "batch", "note"),
+    [
+        (2, 2, "batch 2 in place of 8: memory does not hold more"),
+        (0, None, "not timed: memory does not hold a batch of one"),
+    ],
+)
+def test_batch_is_reduced_where_memory_does_not_hold_it(monkeypatch, limit, batch, note):
+    monkeypatch.setattr(measuring, "BenchModel", Hungry)
+    monkeypatch.setattr(Hungry, "limit", limit)
+    settings = replace(CPU, batch_size=8, arguments=SHALLOW)
+    results = results_of(TWIN, OURS, settings=settings)
+    measure(results, settings, RATES)
+    for result in results:
+        assert result.batch_size == batch
+        assert (result.images_per_s is None) == (result.bound is None) == (batch is None)
+        assert result.notes == [note]
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def fail(self):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(subject.Subject, "warm_up", fail)
+    monkeypatch.setattr(bench_model.BenchModel, "warm_up", fail)
     with pytest.raises(RuntimeError, match="a defect"):
-        measure_group(groups([TWIN])[0], results_of(TWIN), CPU, 4, 0.0, CEILINGS)
+        measure(results_of(TWIN), CPU, RATES)
 
 
 def test_default_batch_suits_the_processor(monkeypatch):
-    monkeypatch.setattr(measure, "available_memory", lambda: 2**40)
-    slow = Result("slow", 10, 1.0, [Product(10**9, 10, 10)])
-    assert first_batch([slow], CPU, None, Ceilings(1e12, 1))[0] == 64
+    monkeypatch.setattr(measuring, "available_memory", lambda: 2**40)
+    slow = Result("slow", 10, 1.0, [MatMul(10**9, 10, 10)])
+    assert first_batch([slow], CPU, PeakRates(1e12, 1))[0] == 64
     # 2e9 operations an image at 1e9 a second, in four seconds
-    batch, reason = first_batch([slow], CPU, None, Ceilings(1e9, 1))
+    batch, reason = first_batch([slow], CPU, PeakRates(1e9, 1))
     assert batch == 2
     assert "--batch-size" in reason
-    assert first_batch([slow], CPU, 64, Ceilings(1e9, 1)) == (64, "")  # asked for
+    assert first_batch([slow], replace(CPU, batch_size=64), PeakRates(1e9, 1)) == (64, "")
 
 
 def test_first_batch_fits_into_memory(monkeypatch):
-    result = Result("wide", 0, 1.0, [Product(1, 1000, 10)])
-    need = measure.INFERENCE_COPIES * 1000 * 4
-    monkeypatch.setattr(measure, "available_memory", lambda: 10 * need)
-    batch, reason = first_batch([result], CPU, 64, CEILINGS)
+    result = Result("wide", 0, 1.0, [MatMul(1, 1000, 10)])
+    need = measuring.COPIES * 1000 * 4
+    monkeypatch.setattr(measuring, "available_memory", lambda: 10 * need)
+    batch, reason = first_batch([result], replace(CPU, batch_size=64), RATES)
     assert batch == 8
     assert "memory" in reason
 
 
-def test_profile_names_layers_and_operators():
-    found = profile(OURS, 2, CPU)
-    assert {"Attention", "LayerNorm", "PatchEmbed"} <= set(found.by_layer)
-    assert any("addmm" in name for name in found.by_kernel)
-    assert min(found.by_layer.values()) >= 0
-    assert list(found.by_kernel.values()) == sorted(found.by_kernel.values(), reverse=True)
-
-
-def test_profile_by_layer_leaves_nothing_out():
-    network = Subject(OURS, 2, CPU)
-    with profiling._named_layers(network.model):
-        events = profiling._events(network.infer, CPU.device)
-    by_kernel = profiling._kernels(events)
-    operators = [s for name, s in by_kernel.items() if not name.startswith(profiling.LAYER)]
-    assert 0 < sum(operators) < sum(by_kernel.values())
-    by_layer = profiling._layers(events, CPU.device)
-    assert sum(by_layer.values()) == pytest.approx(sum(operators))
+def test_profiles_name_layers_and_operators():
+    settings = replace(CPU, train=True, arguments=SHALLOW)
+    inference, training, layers = profile(OURS, 2, settings)
+    assert f"{OURS}, batch 2, 3 steps of inference" in inference[0]
+    assert "aten::addmm" in inference[1]
+    assert "AdamW.step" in training[1]
+    for name, calls in (("Block", 2 * 3), ("Attention", 2 * 3), ("PatchEmbed", 3)):
+        (row,) = [line.split() for line in layers[1].splitlines() if f"layer: {name} " in line]
+        assert row[-1] == str(calls)

@@ -7,77 +7,42 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from deit.errors import UserError, one_line_errors
-from deit.measure import command
-from deit.measure.command import default_names, main, make_settings, parse_args
+from deit.measure import options
+from deit.measure.bench_model import Settings
+from deit.measure.command import default_names, main, plan_text, seconds_left
+from deit.measure.flops import MatMul
 from deit.measure.measure import Result
-from deit.measure.networks import Group
-from deit.measure.plan import Plan, about
+from deit.measure.options import make_settings, parse_args
+from deit.measure.plan import about, estimate
 from deit.measure.plot import draw, make_figure
 from deit.measure.published import PUBLISHED
-from deit.measure.roofline import Bound, Ceilings, Product
-from deit.measure.subject import Settings
+from deit.measure.roofline import Bound, PeakRates
 from deit.measure.tables import Overview, as_csv, as_json, print_comparisons
 from deit.train.args import parse_args as training_options
 from deit.train.build import set_precision
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 TWIN, OURS = "deit_base_patch16_LS", "d2_deit_base_patch16_LS"
 LONGEST = "d2_inv_early_deit_huge_patch14_52_LS"
-FIELDS = {
-    "model",
-    "params",
-    "gflops",
-    "images_per_s",
-    "train_images_per_s",
-    "peak_memory_mb",
-    "twin",
-    "ratios",
-}
 OUTPUTS = ("--json", "--csv", "--plot")
 RATIOS = {"gflops", "images_per_s", "train_images_per_s", "peak_memory_mb"}
+FIELDS = RATIOS | {"model", "params", "twin", "ratios"}
 
 
 def results():
-    bounds = dict(bound=Bound(2000.0, 0.9), train_bound=Bound(700.0, 0.9))
+    bounds = dict(bound=Bound(2000.0, 0.9), train_bound=Bound(700.0, 0.9), notes=["a note"])
+    twin = (64, 1000.0, 0.01, 300.0, 0.02, 900.0, 5000.0)
+    ours = (64, 1100.0, 0.01, 330.0, 0.02, 600.0, 4000.0)
     return {
-        TWIN: Result(
-            TWIN,
-            86_585_320,
-            17.68,
-            [],
-            None,
-            64,
-            1000.0,
-            0.01,
-            300.0,
-            0.02,
-            900.0,
-            5000.0,
-            **bounds,
-        ),
-        OURS: Result(
-            OURS,
-            43_311_976,
-            9.33,
-            [],
-            TWIN,
-            64,
-            1100.0,
-            0.01,
-            330.0,
-            0.02,
-            600.0,
-            4000.0,
-            **bounds,
-            notes=["a note"],
-        ),
+        TWIN: Result(TWIN, 86_585_320, 17.68, [], None, *twin, **bounds),
+        OURS: Result(OURS, 43_311_976, 9.33, [], TWIN, *ours, **bounds),
     }
 
 
@@ -235,7 +200,7 @@ def test_arithmetic_is_that_of_training(monkeypatch):
     """On a GPU: TF32 and the choice of convolutions, by one function with one set of defaults."""
     seen = []
     monkeypatch.setattr("torch.set_float32_matmul_precision", seen.append)
-    monkeypatch.setattr(command, "choose_device", torch.device)
+    monkeypatch.setattr(options, "choose_device", torch.device)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
         make_settings(parse_args(["--device", "cuda", "--dtype", "float32"]))
         ours = (*seen, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
@@ -283,50 +248,29 @@ def test_sizes_that_do_not_fit_are_one_line(capsys):
 
 
 def test_defaults_on_a_cpu_are_small():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
     timed, counted = parse_args([]), parse_args(["--no-throughput"])
-    assert len(default_names(timed, cuda)) == len(default_names(counted, cpu)) == 26
-    small = default_names(timed, cpu)
+    assert len(default_names(timed, torch.device("cuda"))) == len(default_names(counted, CPU)) == 26
+    small = default_names(timed, CPU)
     assert len(small) == 9
-    assert {row.family for row in PUBLISHED if row.name in small} == {
-        "ViT",
-        "ConvNeXt-iso",
-        "ResMLP",
-    }
+    families = {row.family for row in PUBLISHED if row.name in small}
+    assert families == {"ViT", "ConvNeXt-iso", "ResMLP"}
     assert not any(size in name for name in small for size in ("base", "large", "huge", "B_", "L_"))
 
 
-@pytest.fixture
-def plan():
-    members = [Group((f"{i}", f"d2_{i}")) for i in range(3)]
-    products = [Product(10**9, 10, 10)] * 50
-    rows = {name: Result(name, 1, 1.0, products) for group in members for name in group.names}
-
-    def make(**options):
-        settings = Settings(torch.device("cpu"), **options)
-        return members, Plan(members, rows, settings, 1, 1.0, Ceilings(1e11, 1e11))
-
-    return make
-
-
-def test_plan_says_how_long(plan):
-    _, eager = plan()
-    # a step of one second at the ceiling, two as it is: three of them untimed, three samples
-    assert eager.text(default=False) == "6 networks in 3 groups, about 70 s"
-    assert "26 published networks" in eager.text(default=True)
-    _, compiled = plan(compile_mode="default")
-    assert "compiling takes about 2 min" in compiled.text(default=False)
-    assert plan(train=True)[1].seconds_left() > 3 * eager.seconds_left()
-
-
-def test_plan_learns_from_the_pace(plan, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("deit.measure.plan.time", SimpleNamespace(monotonic=lambda: clock[0]))
-    members, found = plan()
-    before = found.seconds_left()
-    clock[0] = before  # the first of three groups took as long as all were to take
-    found.finish(members[0])
-    assert found.seconds_left() == pytest.approx(2 * before)
+def test_plan():
+    """A step of one second at the peak, two as it is: three of them untimed, three samples."""
+    members = [Result(name, 1, 1.0, [MatMul(10**9, 10, 10)] * 50) for name in "ab"]
+    eager, compiled, training = (
+        [estimate(members, Settings(CPU, batch_size=1, **more), PeakRates(1e11, 1e11))] * 3
+        for more in ({}, {"compile_mode": "default"}, {"train": True})
+    )
+    assert plan_text(6, eager, default=False) == "6 networks in 3 groups, about 70 s"
+    assert "26 published networks" in plan_text(6, eager, default=True)
+    assert "compiling takes about 2 min" in plan_text(6, compiled, default=False)
+    assert sum(training[0]) > 3 * sum(eager[0])
+    # the first of three comparisons took as long as all were to take
+    whole = 3 * sum(eager[0])
+    assert seconds_left(eager, 1, elapsed=whole) == pytest.approx(2 * whole)
 
 
 def test_durations():
@@ -341,29 +285,28 @@ def test_durations():
 
 def test_measuring_command(tmp_path, capsys):
     path = tmp_path / "out.json"
-    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0"
-    assert main([*command.split(), "--device", "cpu", "--profile", "--json", str(path)]) == 0
+    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0 --fold"
+    command += " --device cpu --profile --model-kwargs depth=2"
+    assert main([*command.split(), "--json", str(path)]) == 0
     report = json.loads(path.read_text())
-    twin, ours = report["results"]
+    twin, ours, folded = report["results"]
     assert ours["ratios"]["images_per_s"] == ours["images_per_s"] / twin["images_per_s"]
     assert ours["peak_memory_mb"] < twin["peak_memory_mb"]
     assert ours["train_images_per_s"] is None
-    assert report["settings"]["ceilings"]["tflop_per_s"] > 0
-    assert report["settings"]["details"][ours["model"]]["bound_images_per_s"] > 0
-    printed = capsys.readouterr().out
-    assert "Roofline" in printed
-    assert "by layer, eager" in printed
-    assert "plan      2 networks in 1 group, about" in printed
-
-
-def test_folded_networks_beside_the_others(tmp_path):
-    path = tmp_path / "out.json"
-    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0 --fold"
-    assert main([*command.split(), "--device", "cpu", "--json", str(path)]) == 0
-    twin, ours, folded = json.loads(path.read_text())["results"]
     assert folded["model"] == f"{ours['model']}, folded"
     assert folded["ratios"]["images_per_s"] == folded["images_per_s"] / twin["images_per_s"]
     assert folded["gflops"] is None
+    assert report["settings"]["arguments"] == {"depth": 2}
+    assert report["settings"]["ceilings"]["tflop_per_s"] > 0
+    assert report["settings"]["details"][ours["model"]]["bound_images_per_s"] > 0
+    printed = capsys.readouterr().out
+    for text in (
+        "Roofline",
+        "by layer, eager",
+        "TFLOP/s",
+        "plan      3 networks in 1 group, about",
+    ):
+        assert text in printed
 
 
 class Interrupted(Exception):
@@ -374,15 +317,16 @@ def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     measured = []
 
-    def measure(group, results, *_):
+    def measure(members, *_):
         if measured:
             raise Interrupted
-        for name in group.names:
-            results[name].images_per_s = 7.0
-        measured.append(group)
+        measured.append(members)
+        for result in members:
+            result.images_per_s = 7.0
 
-    monkeypatch.setattr("deit.measure.command.measure_group", measure)
-    monkeypatch.setattr("deit.measure.command.measure_ceilings", lambda *_: Ceilings(1e9, 1e9))
+    monkeypatch.setattr("deit.measure.command.measure", measure)
+    rates = PeakRates(1e9, 1e9)
+    monkeypatch.setattr("deit.measure.command.measure_peak_rates", lambda *_: rates)
     command = "--models deit_tiny_patch16_LS resmlp_12 --img-size 32 --device cpu"
     with pytest.raises(Interrupted):
         main([*command.split(), "--json", str(path)])
@@ -394,6 +338,7 @@ def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
 def test_compiled_networks_are_measured(tmp_path):
     path = tmp_path / "out.json"
     command = "--models deit_tiny_patch16_LS --img-size 32 --batch-size 1 --min-time 0 --compile"
+    command += " --model-kwargs depth=1"
     assert main([*command.split(), "--device", "cpu", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert report["settings"]["compile_mode"] == "default"

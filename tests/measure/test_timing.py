@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
-from deit.measure.roofline import Ceilings, Product, bound, matrix_products
+from deit.measure.flops import MatMul
+from deit.measure.roofline import PeakRates, bound
 from deit.measure.timing import FEWEST, Timing, alternate
 
 CPU = torch.device("cpu")
@@ -53,36 +53,21 @@ def test_median_and_spread():
 
 
 def test_bound_of_one_product():
-    product = Product(multiply_adds=1000, moved=30, weights=40)
-    fast_memory = Ceilings(flops_per_s=2000, bytes_per_s=1e9)
-    found = bound([product], 4, 2, fast_memory)
+    matmul = MatMul(multiply_adds=1000, moved=30, weights=40)
+    fast_memory = PeakRates(flops_per_s=2000, bytes_per_s=1e9)
+    found = bound([matmul], 4, 2, fast_memory)
     assert found.images_per_s == pytest.approx(1.0)  # 2 x 1000 operations an image
     assert found.arithmetic == 1.0
 
-    slow_memory = Ceilings(flops_per_s=1e9, bytes_per_s=320)
-    found = bound([product], 4, 2, slow_memory)
+    slow_memory = PeakRates(flops_per_s=1e9, bytes_per_s=320)
+    found = bound([matmul], 4, 2, slow_memory)
     assert found.images_per_s == pytest.approx(4.0)  # (30 * 4 + 40) elements of 2 bytes
     assert found.arithmetic == 0.0
-    assert bound([product], 4, 2, slow_memory, training=True).images_per_s == pytest.approx(4 / 3)
+    assert bound([matmul], 4, 2, slow_memory, training=True).images_per_s == pytest.approx(4 / 3)
 
 
 def test_bound_adds_products_up():
-    ceilings = Ceilings(flops_per_s=2, bytes_per_s=1)
-    found = bound([Product(3, 0, 0), Product(0, 1, 0)], 1, 1, ceilings)
+    rates = PeakRates(flops_per_s=2, bytes_per_s=1)
+    found = bound([MatMul(3, 0, 0), MatMul(0, 1, 0)], 1, 1, rates)
     assert found.images_per_s == pytest.approx(1 / 4)
     assert found.arithmetic == pytest.approx(3 / 4)
-
-
-def test_products_of_a_linear_layer():
-    layer = nn.Linear(5, 7, device="meta")
-    (product,) = matrix_products(layer, torch.zeros(1, 3, 5, device="meta"))
-    assert product == Product(multiply_adds=3 * 5 * 7, moved=3 * (5 + 7), weights=35)
-
-
-def test_products_of_activations_have_no_weights():
-    class Square(nn.Module):
-        def forward(self, x):
-            return x @ x.mT
-
-    (product,) = matrix_products(Square(), torch.zeros(2, 3, 5, device="meta"))
-    assert product == Product(multiply_adds=2 * 3 * 3 * 5, moved=2 * (15 + 15 + 9), weights=0)

@@ -17,7 +17,7 @@ from deit.measure.hardware import synchronize
 from deit.measure.networks import build
 from deit.train.compilation import compile_network
 
-__all__ = ["Settings", "Subject", "is_out_of_memory", "prepare_compiler", "release"]
+__all__ = ["BenchModel", "Settings", "is_out_of_memory", "prepare_compiler", "release"]
 
 WARM_UP = 3
 
@@ -32,8 +32,9 @@ class Settings:
         compile_mode: of torch.compile, None for no compilation.
         compile_blocks: compile each block by itself, not the whole network.
         img_size: None for each network's own.
-        symmetrized_asym_feats: classify [s, |a|] where there are antisymmetric features.
         arguments: further ones of the networks, where they know them.
+        batch_size: None for the default, 64, less on a CPU where that takes long.
+        min_time: seconds of measurement for each network.
     """
 
     device: torch.device
@@ -43,8 +44,9 @@ class Settings:
     compile_blocks: bool = False
     img_size: int | None = None
     train: bool = False
-    symmetrized_asym_feats: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    min_time: float = 1.0
 
     @property
     def storage(self) -> torch.dtype:
@@ -52,45 +54,41 @@ class Settings:
         return torch.float32 if self.amp else self.dtype
 
 
-class Subject:
+class BenchModel:
     """A network and a batch of random images; `infer` and `train_step` are what is timed.
 
     A training step is forward, cross-entropy, backward and AdamW, without stochastic depth.
+
+    Attributes:
+        peak_memory, train_peak_memory: bytes that this network alone needs: weights, images, and
+            all that a step holds. None before `warm_up`, and where a device does not tell.
     """
 
     def __init__(self, name: str, batch: int, settings: Settings) -> None:
-        device = settings.device
-        self.settings = settings
-        self._before = _allocated(device)
+        self.settings, device = settings, settings.device
+        cuda = device.type == "cuda"
+        self._before = torch.cuda.memory_allocated(device) if cuda else 0
         self.model, size = build(
-            name,
-            img_size=settings.img_size,
-            symmetrized=settings.symmetrized_asym_feats,
-            arguments=settings.arguments,
-            device=device,
-            dtype=settings.storage,
+            name, settings.img_size, settings.arguments, device=device, dtype=settings.storage
         )
         if settings.compile_mode is not None:
             compile_network(self.model, settings.compile_mode, blocks=settings.compile_blocks)
         self.images = torch.randn(batch, 3, size, size, device=device, dtype=settings.storage)
         outputs = getattr(self.model, "num_classes", 1000) or 1
         self.targets = torch.randint(0, outputs, (batch,), device=device)
-        self._optimizer: torch.optim.Optimizer | None = None
-        scaled = settings.train and settings.dtype == torch.float16
-        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.peak_memory: int | None = None
         self.train_peak_memory: int | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        if settings.train:
+            fused = True if cuda else None  # as in training
+            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=fused)
+        scaled = settings.train and settings.dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
     def warm_up(self) -> None:
-        """Compile, let libraries choose their algorithms, and measure peak memory in bytes.
-
-        Memory counts what this network alone needs: weights, images, and all that a step holds.
-        """
-        self.model.eval()
+        """Compile, let libraries choose their algorithms, and measure peak memory."""
         self.peak_memory = self._peak(self.infer)
         if self.settings.train:
-            fused = True if self.settings.device.type == "cuda" else None  # as in training
-            self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=fused)
             self.model.train()
             self.train_peak_memory = self._peak(self.train_step)
             self.model.eval()
@@ -136,10 +134,6 @@ class Subject:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 def _cpu_peak(step: Callable[[], object]) -> int:
     """The most bytes that torch's allocator holds during a step beyond those from before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -163,7 +157,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Free what dropped subjects held, compiled code too."""
+    """Free what dropped networks held, compiled code too."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":

@@ -1,0 +1,177 @@
+"""The options of `calculate_complexity.py`, and the settings that follow from them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch
+from timm.layers import to_2tuple
+
+from deit.cli import (
+    CommandLine,
+    OptionGroup,
+    add_compile,
+    add_kernels,
+    key_value,
+    number,
+    output_file,
+)
+from deit.errors import UserError
+from deit.measure.bench_model import Settings
+from deit.measure.measure import DEFAULT_BATCH
+from deit.measure.networks import SYMMETRIZED
+from deit.measure.plot import FORMATS
+from deit.train.args import parse_args as training_options
+from deit.train.build import model_arguments, set_precision
+from deit.train.checkpoint import read_checkpoint
+from deit.train.distributed import choose_device
+from deit.train.loading import build_as_trained
+
+__all__ = ["make_settings", "parse_args"]
+
+DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant networks and their twins.
+
+  python calculate_complexity.py --amp --compile              # published networks, timed
+  python calculate_complexity.py --no-throughput              # seconds, on any machine
+  python calculate_complexity.py --models 'd2_deit_base*' --train --json out.json"""
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The options; `dtype` and `device` are resolved.
+
+    Raises:
+        UserError: a wrong option or value.
+    """
+    parser = CommandLine(prog="calculate_complexity.py", description=DESCRIPTION)
+    what = OptionGroup(parser, "what to measure")
+    what.add(
+        "--models",
+        str,
+        None,
+        "NAME",
+        "names or globs (default: the published ones; to be timed on a CPU, the small ones)",
+        nargs="+",
+    )
+    what.add(
+        "--checkpoint",
+        str,
+        None,
+        "FILE",
+        "the network in it, as it was trained, and its twin with what both know of its arguments",
+    )
+    what.add(
+        "--model-kwargs",
+        key_value,
+        None,
+        "KEY=VALUE",
+        "arguments of the networks, in place of those in --checkpoint; a network that does not "
+        "know one goes without it",
+        nargs="+",
+    )
+    what.add("--img-size", number(int, 1), None, "N", "image size; each network's own without")
+    what.switch(
+        "--symmetrized-asym-feats",
+        "classify with the absolute values of antisymmetric features too, where there are any",
+    )
+    what.switch("--fold", "time the folded form of each equivariant network beside it")
+    what.switch("--throughput", "measure throughput and memory", default=True)
+    what.switch("--train", "measure training steps too: forward, backward, AdamW")
+    what.switch("--profile", "show where the time of each network goes")
+    how = OptionGroup(parser, "how to run")
+    how.add("--device", str, "auto", "NAME", "auto, cpu, cuda, cuda:N or mps")
+    how.add(
+        "--dtype",
+        str,
+        None,
+        "NAME",
+        f"{', '.join(DTYPES)} (default: float32, with --amp bfloat16)",
+        choices=DTYPES,
+    )
+    how.switch("--amp", "keep weights in float32 and let autocast choose --dtype where it may")
+    add_compile(how, "compile the networks with torch.compile")
+    how.add(
+        "--batch-size",
+        number(int, 1),
+        None,
+        "N",
+        f"images a step (default: {DEFAULT_BATCH}, on a CPU fewer if that takes long); reduced "
+        "where memory does not hold it",
+    )
+    how.add("--min-time", number(float, 0), 1.0, "S", "seconds of measurement for each network")
+    how.add("--threads", number(int, 1), None, "N", "threads of a CPU; torch's choice without")
+    add_kernels(how)
+    out = OptionGroup(parser, "what to write")
+    out.add("--json", output_file(), None, "FILE", "settings and results")
+    out.add("--csv", output_file(), None, "FILE", "the results, a line for each network")
+    out.add(
+        "--plot",
+        output_file(*FORMATS),
+        None,
+        "FILE",
+        "throughput gain and published accuracy over FLOPs",
+    )
+    args = parser.parse_args(argv)
+    if args.amp and args.dtype in ("float32", "float64"):
+        raise UserError(f"--amp with --dtype {args.dtype}: autocast goes to bfloat16 or float16")
+    if args.fold and args.train:
+        raise UserError("--fold with --train: a folded network is not trained; drop one")
+    for wanted in ("train", "profile", "fold"):
+        if getattr(args, wanted) and not args.throughput:
+            raise UserError(f"--{wanted} measures times, which --no-throughput forbids: drop one")
+    if args.checkpoint and args.models and len(args.models) > 1:
+        raise UserError(f"--checkpoint holds one network, not {len(args.models)}")
+    args.arguments = dict(args.model_kwargs or ())
+    if args.checkpoint:
+        _take_checkpoint(args)
+    return args
+
+
+def _take_checkpoint(args: Namespace) -> None:
+    """Set the model, its arguments and the size of its images as --checkpoint has them."""
+    network, options = build_as_trained(
+        read_checkpoint(args.checkpoint),
+        model=args.models[0] if args.models else None,
+        img_size=args.img_size,
+        kwargs=args.arguments,
+    )
+    args.arguments = model_arguments(options, network.num_classes)
+    size = args.arguments.pop("img_size")
+    if isinstance(size, tuple) and size[0] != size[1]:
+        raise UserError(
+            f"--checkpoint {args.checkpoint} is for images of {size[0]} x {size[1]} pixels: "
+            "give --img-size for square ones"
+        )
+    args.models, args.img_size = [options.model], to_2tuple(size)[0]
+
+
+def make_settings(args: Namespace) -> Settings:
+    """How to run the networks. Sets threads, and TF32 and cudnn as training does by default."""
+    device = choose_device(args.device)
+    training = training_options([])
+    training.threads = args.threads
+    set_precision(training, device)
+    name = args.dtype
+    if name is None:
+        # as in training: float16 on GPUs that only emulate bfloat16
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        name = ("float16" if emulated else "bfloat16") if args.amp else "float32"
+    arguments = dict(args.arguments)
+    if args.symmetrized_asym_feats:
+        arguments[SYMMETRIZED] = True
+    return Settings(
+        device,
+        getattr(torch, name),
+        args.amp,
+        args.compile_mode if args.compile else None,
+        args.compile_blocks,
+        args.img_size,
+        args.train,
+        arguments,
+        args.batch_size,
+        args.min_time,
+    )
