@@ -34,7 +34,7 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.dataset import ImageDataset as TimmDataset
 
-from deit.data import build_dataset, build_train_loader, train_transform
+from deit.data import ResumableBatchSampler, build_dataset, build_train_loader, train_transform
 from deit.errors import one_line_errors
 
 CLASSES = 10
@@ -59,17 +59,14 @@ def write_jpegs(root: Path, count: int, size: tuple[int, int] = (500, 375)) -> N
 
 
 def ours(root: Path, transform, args: argparse.Namespace):
-    """One long stream, as in training; an epoch is `steps_per_epoch` batches of it."""
+    """One long stream, as in training; an epoch is a part of its batches."""
     dataset = build_dataset("train", root=root, transform=transform)
-    loader = build_train_loader(
-        dataset,
-        batch_size=args.batch_size,
-        epochs=args.rounds + 1,
-        device=args.device,
-        num_workers=args.workers,
+    epochs = args.rounds + 1
+    sampler = ResumableBatchSampler(len(dataset), batch_size=args.batch_size, epochs=epochs)
+    batches = iter(
+        build_train_loader(dataset, sampler, device=args.device, num_workers=args.workers)
     )
-    batches = iter(loader)
-    return lambda: (next(batches) for _ in range(loader.steps_per_epoch))
+    return lambda: (next(batches) for _ in range(sampler.steps_per_epoch))
 
 
 def timms(root: Path, transform, args: argparse.Namespace):

@@ -3,7 +3,7 @@
 from deit.data.classes import match_classes, names_of_outputs, outputs_of, read_class_map
 from deit.data.datasets import DATA_SETS, build_dataset, check_same_classes
 from deit.data.images import ImageDataset, to_rgb
-from deit.data.loader import DeviceLoader, TrainLoader, build_eval_loader, build_train_loader
+from deit.data.loader import DeviceLoader, build_eval_loader, build_train_loader
 from deit.data.mixup import build_mixup
 from deit.data.stream import ResumableBatchSampler
 from deit.data.transforms import INTERPOLATIONS, eval_transform, train_transform
@@ -14,7 +14,6 @@ __all__ = [
     "DeviceLoader",
     "ImageDataset",
     "ResumableBatchSampler",
-    "TrainLoader",
     "build_dataset",
     "build_eval_loader",
     "build_mixup",

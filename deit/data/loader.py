@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -106,26 +105,11 @@ class DeviceLoader:
         return images.to(self.device), targets
 
 
-class TrainLoader(DeviceLoader):
-    """One pass over all epochs from the start on; `steps_per_epoch` of its batches are an epoch."""
-
-    def __init__(self, stream: ResumableBatchSampler, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.steps_per_epoch = stream.steps_per_epoch
-
-
 def build_train_loader(
     dataset: ImageDataset,
+    sampler: ResumableBatchSampler,
     *,
-    batch_size: int,
-    epochs: int,
     device: torch.device | str,
-    start_epoch: int = 0,
-    start_step: int = 0,
-    seed: int = 0,
-    world_size: int = 1,
-    rank: int = 0,
-    repeats: int = 1,
     num_workers: int = 0,
     pin_memory: bool = True,
     re_prob: float = 0.0,
@@ -134,35 +118,21 @@ def build_train_loader(
     resplit: bool = False,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> TrainLoader:
-    """All batches of one process from (start_epoch, start_step) to the end of epoch `epochs` - 1.
+) -> DeviceLoader:
+    """All batches that `sampler` asks for, in one pass over all epochs.
 
-    `batch_size` is that of one process; `repeats` > 1 is repeated augmentation. With `resplit`
-    random erasing spares the first of the `repeats` copies of each image, so that one of them is
-    whole (without repeated augmentation it spares none).
+    With `resplit` random erasing spares the first of the copies that repeated augmentation makes of
+    each image, so that one of them is whole (without repeated augmentation it spares none).
 
-    Raises UserError if `dataset` is smaller than one global batch and, while iterating, for a
-    damaged image, which it names.
+    Raises UserError, while iterating, for a damaged image, which it names.
     """
-    device = torch.device(device)
-    stream = ResumableBatchSampler(
-        len(dataset),
-        batch_size=batch_size,
-        epochs=epochs,
-        start_epoch=start_epoch,
-        start_step=start_step,
-        seed=seed,
-        world_size=world_size,
-        rank=rank,
-        repeats=repeats,
-    )
     erasing = None
     if re_prob > 0:
         erasing = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu")
-    first_clean = repeats if resplit and repeats > 1 else 0
-    source = BatchDataset(dataset, seed, erasing, first_clean)
-    loader = _data_loader(source, stream, num_workers, pin_memory, device)
-    return TrainLoader(stream, loader, device=device, mean=mean, std=std)
+    first_clean = sampler.repeats if resplit and sampler.repeats > 1 else 0
+    source = BatchDataset(dataset, sampler.seed, erasing, first_clean)
+    loader = _data_loader(source, sampler, num_workers, pin_memory, torch.device(device))
+    return DeviceLoader(loader, device=torch.device(device), mean=mean, std=std)
 
 
 def build_eval_loader(

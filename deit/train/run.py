@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from deit.data import DeviceLoader, TrainLoader
+from deit.data import DeviceLoader
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.train.distributed import DistContext
 from deit.train.engine import NonFiniteLossError, TrainStep, evaluate
@@ -35,7 +35,7 @@ class Run:
     evaluated: dict[str, nn.Module]
     """What is evaluated: as "" the averaged network or the trained one, as "_ema" the averaged one
     beside it, if both are."""
-    train_loader: TrainLoader
+    train_loader: DeviceLoader
     val_loader: DeviceLoader | None
     """None with --disable-eval."""
     batches: int

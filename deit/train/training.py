@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from deit.data import (
     DeviceLoader,
     ImageDataset,
-    TrainLoader,
+    ResumableBatchSampler,
     build_eval_loader,
     build_mixup,
     build_train_loader,
@@ -121,11 +121,11 @@ def build_train_step(
 
 def build_train_stream(
     args: Namespace, dataset: ImageDataset, processes: DistContext, progress: Progress
-) -> TrainLoader:
+) -> DeviceLoader:
     """The batches of this process, from where `progress` stands to the end of the training."""
     mean, std = mean_and_std(args)
-    return build_train_loader(
-        dataset,
+    sampler = ResumableBatchSampler(
+        len(dataset),
         batch_size=args.batch_size,
         epochs=args.epochs,
         start_epoch=progress.epoch,
@@ -134,6 +134,10 @@ def build_train_stream(
         world_size=processes.world_size,
         rank=processes.rank,
         repeats=REPEATS if args.repeated_aug else 1,
+    )
+    return build_train_loader(
+        dataset,
+        sampler,
         num_workers=workers(args),
         pin_memory=args.pin_mem,
         device=processes.device,
