@@ -65,12 +65,16 @@ def optimizer_of(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Op
     )
 
 
+def peak_lr(args: Namespace, images: int) -> float:
+    """The learning rate after the warm-up, for updates of so many images."""
+    return args.lr if args.unscale_lr else scaled_lr(args.lr, images)
+
+
 def build_state(
     args: Namespace, networks: ModelBundle, processes: DistContext, updates: int, images: int
 ) -> TrainingState:
     """Optimizer, schedule and the rest of what changes, at the start of a training."""
-    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, images)
-    optimizer = optimizer_of(args, networks.model, lr)
+    optimizer = optimizer_of(args, networks.model, peak_lr(args, images))
     check_second_order(optimizer, args, processes)
     return TrainingState(
         model=networks.model,
@@ -190,26 +194,16 @@ def updates_per_epoch(args: Namespace, images: int, processes: int) -> int:
 def build_run(args: Namespace, processes: DistContext) -> Run:
     """Everything, at the start or where the checkpoint that `--resume` names was saved."""
     checkpoint, origin = find_checkpoints(args, processes)
-    source = "" if checkpoint is None else checkpoint.source
-    # Of a training that goes on all outputs are needed, of one to start from the data decide.
-    names = NETWORK if checkpoint is None else (*NETWORK, "nb_classes")
-    begin = checkpoint if origin is None else origin
-    adopted = [] if begin is None else adopt(args, begin, names)
-    train_set = build_train_dataset(args)
-    val_set = None if args.disable_eval else build_val_dataset(args)
-    if val_set is not None:
-        check_same_classes(train_set, val_set)
-    sets = [data for data in (train_set, val_set) if data is not None]
-    adopted += _label(args, sets, checkpoint)
+    train_set, val_set, notes = _build_data(args, checkpoint, origin)
     classes = number_of_classes(args, train_set)
     networks = build_networks(args, classes, processes, checkpoint, origin, train_set.class_names)
-    networks.notes[:0] = adopted
-    networks.notes += [data.note for data in sets if data.note]
+    networks.notes[:0] = notes
+    networks.notes += [data.note for data in (train_set, val_set) if data and data.note]
     if args.ThreeAugment and args.reprob > 0:
         networks.notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
     updates = updates_per_epoch(args, len(train_set), processes.world_size)
-    batches = len(train_set) // (args.batch_size * processes.world_size)
-    images = args.batch_size * processes.world_size * args.update_freq
+    batch = args.batch_size * processes.world_size
+    images = batch * args.update_freq
     state = build_state(args, networks, processes, updates, images)
     state.class_names = train_set.class_names
     train_step = build_train_step(args, networks, state, classes)
@@ -222,6 +216,7 @@ def build_run(args: Namespace, processes: DistContext) -> Run:
     evaluated = {"": state.ema if args.model_ema_eval is True and state.ema else state.model}
     if args.model_ema_eval == "both":
         evaluated["_ema"] = state.ema
+    source = "" if checkpoint is None else checkpoint.source
     run = Run(
         args=args,
         processes=processes,
@@ -230,7 +225,7 @@ def build_run(args: Namespace, processes: DistContext) -> Run:
         evaluated=evaluated,
         train_loader=build_train_stream(args, train_set, processes, state.progress),
         val_loader=None if val_set is None else build_val_loader(args, val_set, processes),
-        batches=batches,
+        batches=len(train_set) // batch,
         updates=updates,
         images=images,
         parameters=networks.parameters,
@@ -240,6 +235,23 @@ def build_run(args: Namespace, processes: DistContext) -> Run:
     )
     _introduce(run, networks, source, (len(train_set), len(val_set or ()), classes))
     return run
+
+
+def _build_data(
+    args: Namespace, checkpoint: Checkpoint | None, origin: Checkpoint | None
+) -> tuple[ImageDataset, ImageDataset | None, list[str]]:
+    """Training and test images, with what `args` take on from a checkpoint; remarks."""
+    notes = []
+    if checkpoint is not None:  # all its outputs are needed
+        notes = adopt(args, checkpoint, (*NETWORK, "nb_classes"))
+    elif origin is not None:  # the data decide
+        notes = adopt(args, origin, NETWORK)
+    train_set = build_train_dataset(args)
+    val_set = None if args.disable_eval else build_val_dataset(args)
+    if val_set is None:
+        return train_set, None, notes + _label(args, [train_set], checkpoint)
+    check_same_classes(train_set, val_set)
+    return train_set, val_set, notes + _label(args, [train_set, val_set], checkpoint)
 
 
 def _label(
@@ -287,7 +299,7 @@ def build_reporter(
         "precision": str(state.precision),
         "global_batch": images,
         "updates_per_epoch": updates,
-        "peak_learning_rate": args.lr if args.unscale_lr else scaled_lr(args.lr, images),
+        "peak_learning_rate": peak_lr(args, images),
         "resumed_from": source or None,
     }
     done = progress.epoch * updates + progress.step
@@ -301,12 +313,9 @@ def _introduce(run: Run, networks: ModelBundle, source: str, sizes: tuple[int, i
     args, processes, progress = run.args, run.processes, run.state.progress
     say = run.reporter.say
     train, val, classes = sizes
-    device = (
-        torch.cuda.get_device_name(processes.device)
-        if processes.device.type == "cuda"
-        else (f"{processes.device} ({torch.get_num_threads()} threads)")
-    )
-    lr = args.lr if args.unscale_lr else scaled_lr(args.lr, run.images)
+    device = f"{processes.device} ({torch.get_num_threads()} threads)"
+    if processes.device.type == "cuda":
+        device = torch.cuda.get_device_name(processes.device)
     say(
         f"model   {args.model}, {networks.parameters / 1e6:.2f} M trainable parameters, "
         f"{args.input_size} x {args.input_size} pixels, {classes} classes"
@@ -318,7 +327,7 @@ def _introduce(run: Run, networks: ModelBundle, source: str, sizes: tuple[int, i
     say(
         f"run     {processes.world_size} x {device}, {run.state.precision}; "
         f"global batch {run.images}, {run.updates} updates an epoch, {args.epochs} epochs; "
-        f"{args.opt}, peak learning rate {lr:.3g}"
+        f"{args.opt}, peak learning rate {peak_lr(args, run.images):.3g}"
     )
     say(f"output  {args.output_dir or 'none: nothing is saved without --output-dir'}")
     if workers(args) < args.num_workers:
