@@ -14,8 +14,6 @@ from training_runs import TINY, TRAIN_IMAGES, VAL_IMAGES, load, make_images, tra
 
 import deit.train.engine
 import deit.train.reporting
-from deit.errors import one_line_errors
-from deit.main import main
 from deit.train.args import parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -176,22 +174,18 @@ def test_long_trainings_do_not_leak(data, tmp_path, monkeypatch):
 # evaluation
 
 
-def evaluate(*argv: str) -> int:
-    return one_line_errors(lambda: main(parse_args([*TINY, "--eval", *argv])))
-
-
 @pytest.mark.parametrize("more", [(), ("--flop-eval",)])
 def test_eval_of_the_folded_network(data, trained, capsys, more):
-    argv = ("--data-path", str(data), "--resume", str(trained / "checkpoint.pth"), *more)
-    assert evaluate(*argv) == 0
+    argv = ("--eval", "--resume", str(trained / "checkpoint.pth"), *more)
+    assert train(*argv, data=data) == 0
     plain = capsys.readouterr().out
-    assert evaluate(*argv, "--fold") == 0
+    assert train(*argv, "--fold", data=data) == 0
     assert capsys.readouterr().out == plain
 
 
 def test_eval_prints_the_scores_of_the_training(data, trained, capsys):
     source = str(trained / "checkpoint.pth")
-    assert evaluate("--data-path", str(data), "--resume", source) == 0
+    assert train("--eval", "--resume", source, data=data) == 0
     last = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -205,10 +199,10 @@ def test_eval_prints_the_scores_of_the_training(data, trained, capsys):
 def test_eval_needs_weights_and_val_only(data, trained, tmp_path, capsys):
     (tmp_path / "val").symlink_to(data / "val")
     torch.save(load(trained / "checkpoint.pth")["model"], tmp_path / "bare.pth")
-    assert evaluate("--data-path", str(tmp_path), "--resume", str(tmp_path / "bare.pth")) == 0
+    assert train("--eval", "--resume", str(tmp_path / "bare.pth"), data=tmp_path) == 0
     bare = capsys.readouterr().out
-    average = str(trained / "checkpoint.pth")
-    assert evaluate("--data-path", str(data), "--resume", average, "--model-ema-eval") == 0
+    average = ("--eval", "--resume", str(trained / "checkpoint.pth"), "--model-ema-eval")
+    assert train(*average, data=data) == 0
     assert capsys.readouterr().out != bare
 
 
@@ -223,8 +217,7 @@ def test_files_that_are_not_read_are_counted_once(trained, tmp_path, capsys):
         f"not read in {data / 'val'}: hidden files: 1, files of other kinds (.gif 1): 1, "
         "links to folders that are read already: 1"
     )
-    argv = ("--data-path", str(data), "--resume", str(trained / "checkpoint.pth"))
-    assert evaluate(*argv) == 0
+    assert train("--eval", "--resume", str(trained / "checkpoint.pth"), data=data) == 0
     output = capsys.readouterr().out
     assert output.count(f"note    {left_out}\n") == 1
     assert f"{VAL_IMAGES} test images" in output
@@ -236,10 +229,10 @@ def test_files_that_are_not_read_are_counted_once(trained, tmp_path, capsys):
 
 
 def test_crop_ratio_changes_what_is_seen(data, trained, capsys):
-    argv = ("--data-path", str(data), "--resume", str(trained / "checkpoint.pth"))
-    evaluate(*argv)
+    argv = ("--eval", "--resume", str(trained / "checkpoint.pth"))
+    train(*argv, data=data)
     whole = capsys.readouterr().out
-    evaluate(*argv, "--eval-crop-ratio", "0.5")
+    train(*argv, "--eval-crop-ratio", "0.5", data=data)
     assert capsys.readouterr().out != whole
 
 
@@ -253,7 +246,7 @@ def test_finetune_at_another_size_for_other_classes(data, trained, tmp_path, cap
 
 def test_eval_of_weights_that_must_be_adapted(data, trained, capsys):
     source = ("--finetune", str(trained / "checkpoint.pth"), "--nb-classes", "7")
-    assert evaluate("--data-path", str(data), *source) == 0
+    assert train("--eval", *source, data=data) == 0
     output = capsys.readouterr().out
     assert "2 initialised anew (head." in output
     assert "* Acc@1" in output
@@ -298,6 +291,9 @@ def make_bad_files(folder: Path, trained: Path) -> None:
         (["--finetune", "{tmp}/foreign.pth"], "foreign.pth"),
         (["--model", "d2_deit_tiny_patch16_LS", "--input-size", "40"], "40"),
         (["--model", "deit_tiny_patch16_LS", "--input-size", "40"], "32 or 48"),
+        (["--model", "convnext_tiny", "--input-size", "20"], "convnext_tiny"),
+        (["--model", "d2_convnext_tiny", "--input-size", "33"], "d2_convnext_tiny"),
+        (["--model", "resmlp_12", "--input-size", "40"], "resmlp_12"),
         (["--attn-mixer", "--fused-attn"], "--attn-mixer.*--fused-attn"),
         (["--layer-scale-init-value", "1"], "no option --layer-scale-init-value"),
         (["--nb-classes", "2"], "--nb-classes 2.*3 classes"),
@@ -386,20 +382,3 @@ def test_script_runs_without_an_installation(data, trained):
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
     assert wrong.stdout == ""
-
-
-def test_help():
-    done = run_script("--help")
-    assert done.returncode == 0
-    assert "--resume" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("name", "size"), [("convnext_tiny", 20), ("d2_convnext_tiny", 33), ("resmlp_12", 40)]
-)
-def test_sizes_that_a_network_cannot_have(name, size):
-    from deit.errors import UserError
-    from deit.train.build import build_model
-
-    with pytest.raises(UserError, match=name):
-        build_model(parse_args(["--model", name, "--input-size", str(size)]), 3)

@@ -156,12 +156,6 @@ class DistContext:
         self.control: dist.ProcessGroup | None = None
         """A gloo group for host-side messages, so that they never wait for the GPU."""
 
-    def all_reduce(self, values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        """`values` of all processes combined, in place, on whatever device it is."""
-        if self.control is not None:
-            dist.all_reduce(values, op=op)
-        return values
-
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, in the order of ranks, on every process."""
         if self.control is None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -99,15 +98,9 @@ class RunningLoss:
 
     def reduce(self, processes: DistContext) -> tuple[float, int, int | None]:
         """(sum, count, first bad update or None) over all processes; waits for the device."""
-        sums = torch.stack([self.total.double().cpu(), self.count.double().cpu()])
-        bad = self.first_bad.cpu()
-        if processes.world_size > 1:
-            bad = torch.where(bad < 0, torch.iinfo(bad.dtype).max, bad)
-            processes.all_reduce(sums)
-            processes.all_reduce(bad, dist.ReduceOp.MIN)
-            bad = torch.where(bad == torch.iinfo(bad.dtype).max, -1, bad)
-        total, count = sums.tolist()
-        return total, int(count), None if bad < 0 else int(bad)
+        own = (self.total.item(), self.count.item(), self.first_bad.item())
+        totals, counts, bad = zip(*processes.gather(own), strict=True)
+        return sum(totals), sum(counts), min((n for n in bad if n >= 0), default=None)
 
     def state(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name).cpu().clone() for f in fields(self)}
