@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from math import sqrt
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from deit.deploy.pair import Each, PairMlp, PairNorm, Residual, Target
 from deit.deploy.vit import fold_last_norm, fold_patches
-from deit.deploy.weights import Map, Pair, affine_maps, convolution, exact, pointwise, times
+from deit.deploy.weights import BUTTERFLY, Map, Pair, affine_maps, convolution, exact, pointwise
 from deit.layers import ConvBlock, LayerNorm, MirrorConv2d, MirrorKernel, tracing
 from deit.models import ConvNeXt, IsotropicConvNeXt
 
@@ -133,10 +132,8 @@ def fold_block(block: ConvBlock, channels_first: bool) -> Residual:
         fold_depthwise([conv.sym_to_asym, conv.asym_to_asym], conv.padding, channels_first),
     )
     block = exact(block)
-    scaling, gamma = block.norm.scaling, block.gamma or nn.Identity()
-    width, hidden = block.norm.rep.invariant, block.act.rep.invariant
-    first = affine_maps(lambda x: times(block.pwconv1(scaling(x)), sqrt(0.5)), width)
-    second = affine_maps(lambda x: gamma(block.pwconv2(times(x, sqrt(0.5)))), hidden)
+    first = affine_maps(block.norm.scaling, block.pwconv1, BUTTERFLY)
+    second = affine_maps(BUTTERFLY, block.pwconv2, block.gamma or nn.Identity())
     norm = PairNorm(block.norm.eps, (True, True), dim)
     if channels_first:
         return Residual(depthwise, norm, PointwiseMlp(first, second, nn.GELU()))

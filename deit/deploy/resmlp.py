@@ -24,7 +24,7 @@ from deit.deploy.pair import Each, PairMlp, Residual, Target
 from deit.deploy.vit import fold_patches
 from deit.deploy.weights import Map, Pair, affine_maps, exact, fill, linear, times
 from deit.groups import Rep
-from deit.layers import Linear, MixerBlock, OrdinaryAffine, tracing
+from deit.layers import MixerBlock, OrdinaryAffine, tracing
 from deit.models import ResMLP
 
 __all__ = ["FoldedResMLP"]
@@ -168,15 +168,13 @@ def fold_perceptron(block: MixerBlock, places: Places) -> PairMlp:
     before, after = sqrt(0.5) * QUICK / mlp.act.scale, sqrt(0.5) * mlp.act.scale / QUICK
 
     def scaled(x: Pair) -> Pair:
-        return times((x[0] * norm.alpha_sym, x[1] * norm.alpha_asym), sqrt(2) * before)
+        return x[0] * norm.alpha_sym, x[1] * norm.alpha_asym
 
-    width, hidden = len(norm.alpha_sym), mlp.act.rep.invariant
-    first = affine_maps(lambda x: of_rows(mlp.fc1, scaled(x)), width)
-    second = affine_maps(
-        lambda x: block.gamma_2(times(of_rows(mlp.fc2, times(x, after)), sqrt(0.5))), hidden
-    )
+    first = affine_maps(scaled, mlp.fc1, times(sqrt(2) * before))
+    second = affine_maps(times(sqrt(0.5) * after), mlp.fc2, block.gamma_2)
+    width, hidden = mlp.fc1.in_rep.invariant, mlp.fc2.in_rep.invariant
     zeros = [torch.zeros(1, tokens.size, n, dtype=torch.float64) for n in (width, hidden)]
-    biases = times(mlp.fc1(block.to_places(norm((zeros[0], zeros[0])))), before)
+    biases = times(before)(mlp.fc1(block.to_places(norm((zeros[0], zeros[0])))))
     ends = places.to(block.gamma_2(block.from_places(mlp.fc2((zeros[1], zeros[1])))))
     biases, ends = ([part[0] for part in parts] for parts in (biases, ends))
     if tokens.fixed:
@@ -184,8 +182,3 @@ def fold_perceptron(block: MixerBlock, places: Places) -> PairMlp:
     first = [Map(weight, rows[0]) for (weight, _), rows in zip(first, biases, strict=True)]
     second = [Map(weight, rows[0]) for (weight, _), rows in zip(second, ends, strict=True)]
     return PairMlp(first, second, nn.SiLU())
-
-
-def of_rows(layer: Linear, x: Pair) -> Pair:
-    """A linear layer's blocks on rows that all have its biases."""
-    return tuple(block(part) for block, part in zip(layer.blocks(), x, strict=True))

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from math import sqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit.deploy.pair import PairMlp, PairNorm, Residual, Target
-from deit.deploy.weights import Map, Pair, affine_maps, convolution, exact, fill, linear, times
+from deit.deploy.weights import BUTTERFLY, Map, Pair, affine_maps, convolution, exact, fill, linear
 from deit.layers import Block, LayerNorm, MirrorConv2d, RegularBridge, tracing
 from deit.layers.tokens import MirrorGrid, resample, whole
 from deit.models import VisionTransformer
@@ -165,11 +164,10 @@ def fold_block(block: Block, centred: Centred, target: Target) -> nn.Sequential:
     block = exact(block)
     centre = tuple(not wanted for wanted in centred)
     attn, mlp = block.attn, block.mlp
-    width, hidden = attn.rep.invariant, mlp.act.rep.invariant
     mixer = torch.ones(2) if attn.attn_mixer is None else attn.attn_mixer
 
-    def queries_keys_values(x: Pair) -> Pair:
-        parts = [part.chunk(3, -1) for part in attn.qkv(block.norm1.scaling(x))]
+    def scale_queries(x: Pair) -> Pair:
+        parts = [part.chunk(3, -1) for part in x]
         return tuple(
             torch.cat([q * (attn.scale * factor), k, v], -1)
             for (q, k, v), factor in zip(parts, mixer, strict=True)
@@ -178,10 +176,10 @@ def fold_block(block: Block, centred: Centred, target: Target) -> nn.Sequential:
     def written(x: Pair) -> Pair:
         return tuple(centre_halves(torch.cat(x, -1), centred, -1).chunk(2, -1))
 
-    qkv = affine_maps(queries_keys_values, width)
-    proj = affine_maps(lambda x: written(block.gamma_1(attn.proj(x))), width)
-    first = affine_maps(lambda x: times(mlp.fc1(block.norm2.scaling(x)), sqrt(0.5)), width)
-    second = affine_maps(lambda x: written(block.gamma_2(mlp.fc2(times(x, sqrt(0.5))))), hidden)
+    qkv = affine_maps(block.norm1.scaling, attn.qkv, scale_queries)
+    proj = affine_maps(nn.Identity(), attn.proj, lambda x: written(block.gamma_1(x)))
+    first = affine_maps(block.norm2.scaling, mlp.fc1, BUTTERFLY)
+    second = affine_maps(BUTTERFLY, mlp.fc2, lambda x: written(block.gamma_2(x)))
     return nn.Sequential(
         Residual(
             PairNorm(block.norm1.eps, centre), PairAttention(qkv, proj, attn.num_heads, target)

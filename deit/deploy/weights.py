@@ -1,22 +1,26 @@
 """From chains of affine layers to one standard layer each.
 
 Between two nonlinearities everything is affine: scales, shifts, linear layers, means that are
-subtracted. Such a chain is not taken apart but run, on zeros and on the unit vectors. What comes
-out are its bias and the columns of its weight. So adapters that are linear fold too.
+subtracted. What stands before and after a linear layer is not taken apart but run: before it on
+zeros and ones, after it on the bias and the columns of the weight. What stands in place of a linear
+layer is run on the unit vectors, so adapters fold too if they are linear.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from math import sqrt
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from deit.errors import UserError, one_line
+from deit.layers import Linear
 
-__all__ = ["Map", "Pair", "affine_maps", "convolution", "exact", "linear", "pointwise", "times"]
+__all__ = ["BUTTERFLY", "Map", "Pair", "affine_maps", "convolution", "exact", "linear",
+           "pointwise", "times"]  # fmt: skip
 
 Pair = tuple[Tensor, Tensor]
 T = TypeVar("T", Tensor, nn.Module)
@@ -41,36 +45,52 @@ def exact(value: T) -> T:
     return value.detach().to("cpu", torch.float64, copy=True)
 
 
-def times(x: Pair, factor: float) -> Pair:
-    """Both parts multiplied by a number."""
-    return x[0] * factor, x[1] * factor
+def times(factor: float) -> Callable[[Pair], Pair]:
+    """The map that multiplies both parts by a number."""
+    return lambda x: (x[0] * factor, x[1] * factor)
 
 
-def affine_maps(chain: Callable[[Pair], Pair], width: int) -> tuple[Map, Map]:
-    """What `chain`, of layers in float64, does to s and to a.
+BUTTERFLY = times(sqrt(0.5))  # of GELU's change of basis, before and after it
+
+
+def affine_maps(
+    before: Callable[[Pair], Pair], layer: Linear, after: Callable[[Pair], Pair]
+) -> tuple[Map, Map]:
+    """What `layer`, in float64, with what stands around it does to s and to a.
 
     Args:
-        chain: from parts (N, width) to parts (N, out); it mixes neither rows nor parts.
+        before: scales and shifts each channel of parts (N, channels).
+        after: affine on parts (N, channels); it mixes neither rows nor parts.
 
     Raises:
-        UserError: it is not affine, because a layer was replaced.
+        UserError: one of the layer's blocks was replaced by what is not linear.
     """
+    ones = torch.ones(1, layer.in_rep.invariant, dtype=torch.float64)
+    at_zero, at_one = before((0 * ones, 0 * ones)), before((ones, ones))
+    rows = []  # the bias, and the bias plus each column of the weight
+    for block, zero, one in zip(layer.blocks(), at_zero, at_one, strict=True):
+        weight, bias = _block_map(block, zero.shape[-1])
+        first = zero @ weight.T + (0.0 if bias is None else bias)
+        rows.append(torch.cat([first, first + weight.T * (one - zero).T]))
+    s, a = (Map((y[1:] - y[0]).T, y[0]) for y in after(tuple(rows)))
+    # the group allows a no bias
+    return s, a if a.bias.any() else Map(a.weight)
+
+
+def _block_map(block: nn.Module, width: int) -> Map:
+    """That of a linear layer, or of what stands in its place."""
+    if type(block) is nn.Linear:
+        return Map(block.weight, block.bias)
     eye = torch.eye(width, dtype=torch.float64)
-    probe = torch.linspace(-1, 2, width, dtype=torch.float64)[None]
-    inputs = torch.cat([torch.zeros_like(probe), eye, probe])
+    probe = torch.linspace(-1, 2, width, dtype=torch.float64)
     try:
-        outputs = chain((inputs, inputs))
-    except (RuntimeError, TypeError, AttributeError) as error:  # quantised layers take no float64
+        bias, *columns, y = block(torch.cat([0 * eye[:1], eye, probe[None]]))
+    except RuntimeError as error:  # quantised layers take no float64
         raise UserError(f"{_REPLACED}: {one_line(error)[:200]}") from error
-    maps = []
-    for y in outputs:
-        bias, weight = y[0], (y[1:-1] - y[0]).T
-        error = (y[-1] - weight @ probe[0] - bias).norm()
-        if error > 1e-9 * (weight.norm() * probe.norm() + bias.norm()):
-            raise UserError(_REPLACED)
-        # the group allows a no shift: there is none to add
-        maps.append(Map(weight, None if maps and not bias.any() else bias))
-    return tuple(maps)
+    weight = (torch.stack(columns) - bias).T
+    if (y - weight @ probe - bias).norm() > 1e-9 * (weight.norm() * probe.norm() + bias.norm()):
+        raise UserError(_REPLACED)
+    return Map(weight, bias)
 
 
 _REPLACED = (
