@@ -164,7 +164,7 @@ def fold_block(block: Block, centred: Centred, target: Target) -> nn.Sequential:
     block = exact(block)
     centre = tuple(not wanted for wanted in centred)
     attn, mlp = block.attn, block.mlp
-    mixer = torch.ones(2) if attn.attn_mixer is None else attn.attn_mixer
+    mixer = (1.0, 1.0) if attn.attn_mixer is None else attn.attn_mixer
 
     def scale_queries(x: Pair) -> Pair:
         parts = [part.chunk(3, -1) for part in x]

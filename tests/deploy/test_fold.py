@@ -53,6 +53,7 @@ def test_every_family(family):
         ((32, 32), dict(global_pool="avg", class_token=False)),
         ((32, 32), dict(global_pool="", reg_tokens=2)),
         ((32, 32), dict(num_classes=0, qkv_bias=False)),
+        ((32, 32), dict(embed_dim=48, num_heads=4)),  # a scale that float32 rounds
         ((32, 32), dict(use_attn_mixer=True)),
         ((24, 40), dict(img_size=(24, 40), global_pool="")),
         ((16, 8), dict(img_size=(16, 8))),
