@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torchvision import datasets as tv
 
@@ -26,8 +26,6 @@ from deit.data.idx import read_idx
 from deit.data.images import ArrayImages, FileImages, ImageDataset, ZipImages
 from deit.data.tree import is_hidden, is_image, list_folder, sort_out
 from deit.errors import UserError, suggest
-
-Split = Literal["train", "val"]
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -39,7 +37,7 @@ DATA_SETS = ("IMNET", "IMNETZIP", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT1
 
 
 def build_dataset(
-    split: Split,
+    split: str,
     *,
     name: str = "IMNET",
     root: str | Path | None = None,
@@ -61,7 +59,16 @@ def build_dataset(
     """
     if class_folders is not None:
         folder = _existing_root(name, name, class_folders, create=False)
-        return _class_folders(folder.parent, folder.name, transform)
+        images = _class_folders(folder.parent, folder.name)
+    else:
+        images = _open(split, name, root, inat_category, zip_archive, download)
+    images.transform = transform
+    return images
+
+
+def _open(
+    split: str, name: str, root: str | Path | None, category: str, zipped: bool, download: bool
+) -> ImageDataset:
     if split not in IDX_PREFIX:
         raise UserError(f"unknown split {split!r}: train or val")
     kind = name.upper().replace("-", "").replace("_", "")
@@ -69,26 +76,25 @@ def build_dataset(
         raise UserError(
             f"unknown data set {name!r}{suggest(kind, DATA_SETS)} (known: {', '.join(DATA_SETS)})"
         )
-    zip_archive = zip_archive or kind == "IMNETZIP"
-    if zip_archive and not kind.startswith("IMNET"):
+    zipped = zipped or kind == "IMNETZIP"
+    if zipped and not kind.startswith("IMNET"):
         raise UserError(f"zip archives are read for the data set IMNET, not for {name}")
-    if kind == "SAMPLE" or (root is None and kind == "IMNET" and not zip_archive):
+    if kind == "SAMPLE" or (root is None and kind == "IMNET" and not zipped):
         if root is not None:
             raise UserError(f"the data set SAMPLE is bundled: it takes no data path, got {root}")
-        return _fashion(SAMPLE_FOLDER, split, transform)
+        return _fashion(SAMPLE_FOLDER, split)
     folder = _existing_root(name, kind, root, create=download)
     if kind.startswith("IMNET"):
-        build = _zipped_classes if zip_archive else _class_folders
-        return build(folder, split, transform)
+        return _zipped_classes(folder, split) if zipped else _class_folders(folder, split)
     if kind.startswith("CIFAR"):
-        return _cifar(folder, split, transform, 10 if kind == "CIFAR10" else 100, download)
+        kind = tv.CIFAR10 if kind == "CIFAR10" else tv.CIFAR100
+        data = _torchvision(kind, folder, split, download)
+        return ArrayImages(data.data, data.targets, data.classes, f"{kind.__name__} {split}")
     if kind.startswith("INAT"):
-        return _inaturalist(
-            folder, split, transform, 2019 if kind == "INAT19" else 2018, inat_category
-        )
+        return _inaturalist(folder, split, 2019 if kind == "INAT19" else 2018, category)
     if download:
         _torchvision(tv.FashionMNIST, folder, split, download)
-    return _fashion(folder, split, transform)
+    return _fashion(folder, split)
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
@@ -126,7 +132,7 @@ def _contents(folder: Path) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
 
 
-def _class_folders(root: Path, split: Split, transform: Callable | None) -> FileImages:
+def _class_folders(root: Path, split: str) -> FileImages:
     folder = root / split
     if not folder.is_dir():
         hint = "; for archives add --zip-dataloader" if (root / f"{split}.zip").is_file() else ""
@@ -140,13 +146,12 @@ def _class_folders(root: Path, split: Split, transform: Callable | None) -> File
             f"no class folders in {folder}: it needs one folder a class and holds "
             f"{_contents(folder)}"
         )
-    tree = sort_out(((path, path) for path in files), classes, folder, repeated)
-    images = FileImages(folder, tree.files, tree.targets, tree.class_names, transform)
-    images.note = tree.note
-    return images
+    return FileImages(
+        folder, *sort_out(((path, path) for path in files), classes, folder, repeated)
+    )
 
 
-def _find_archive(root: Path, split: Split) -> Path:
+def _find_archive(root: Path, split: str) -> Path:
     """`root` itself, `root`/split.zip, or the only archive in `root`."""
     if root.is_file():
         return root
@@ -162,7 +167,7 @@ def _find_archive(root: Path, split: Split) -> Path:
     return others[0]
 
 
-def _zipped_classes(root: Path, split: Split, transform: Callable | None) -> ZipImages:
+def _zipped_classes(root: Path, split: str) -> ZipImages:
     archive = _find_archive(root, split)
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -177,13 +182,11 @@ def _zipped_classes(root: Path, split: Split, transform: Callable | None) -> Zip
     tree = sort_out((item for item in files.items() if item[0][-1] != "/"), classes, archive)
     if not tree.files:
         raise UserError(f"no images in {archive} as <class>/<image> or {split}/<class>/<image>")
-    images = ZipImages(archive, tree.files, tree.targets, tree.class_names, transform)
-    images.note = tree.note
-    return images
+    return ZipImages(archive, *tree)
 
 
 def _below_split(
-    files: dict[str, zipfile.ZipInfo], split: Split, own: bool
+    files: dict[str, zipfile.ZipInfo], split: str, own: bool
 ) -> dict[str, zipfile.ZipInfo]:
     """The files of `split` by their path below its folder, if there is one.
 
@@ -212,7 +215,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _torchvision(dataset: type, root: Path, split: Split, download: bool) -> Any:
+def _torchvision(dataset: type, root: Path, split: str, download: bool) -> Any:
     try:
         with _one_at_a_time(root) if download else nullcontext():
             return dataset(str(root), train=split == "train", download=download)
@@ -221,34 +224,22 @@ def _torchvision(dataset: type, root: Path, split: Split, download: bool) -> Any
         raise UserError(f"{dataset.__name__}: {error}{hint}") from error
 
 
-def _cifar(
-    root: Path, split: Split, transform: Callable | None, classes: int, download: bool
-) -> ArrayImages:
-    data = _torchvision({10: tv.CIFAR10, 100: tv.CIFAR100}[classes], root, split, download)
-    return ArrayImages(data.data, data.targets, data.classes, f"CIFAR-{classes} {split}", transform)
-
-
-def find_idx_pair(root: Path, split: Split) -> tuple[Path, Path]:
+def find_idx_pair(root: Path, split: str) -> tuple[Path, Path]:
     """The image and the label file of a split below `root`, `.gz` or not. UserError if missing."""
     names = [f"{IDX_PREFIX[split]}-{part}-ubyte" for part in ("images-idx3", "labels-idx1")]
     for subfolder in IDX_SUBFOLDERS:
-        found = [
-            path
-            for name in names
-            for path in (root / subfolder / name, root / subfolder / f"{name}.gz")
-            if path.is_file()
+        pair = [
+            next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.is_file()), None)
+            for path in (root / subfolder / name for name in names)
         ]
-        images, labels = (
-            next((path for path in found if path.name.startswith(name)), None) for name in names
-        )
-        if images and labels:
-            return images, labels
+        if all(pair):
+            return pair[0], pair[1]
     raise UserError(
         f"no files {names[0]}[.gz] and {names[1]}[.gz] in {root}, which holds {_contents(root)}"
     )
 
 
-def _fashion(root: Path, split: Split, transform: Callable | None) -> ArrayImages:
+def _fashion(root: Path, split: str) -> ArrayImages:
     image_file, label_file = find_idx_pair(root, split)
     images, labels = read_idx(image_file), read_idx(label_file)
     if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels):
@@ -258,7 +249,7 @@ def _fashion(root: Path, split: Split, transform: Callable | None) -> ArrayImage
         )
     if labels.max() >= len(tv.FashionMNIST.classes):
         raise UserError(f"{label_file}: label {labels.max()}, but Fashion-MNIST has ten classes")
-    return ArrayImages(images, labels, tv.FashionMNIST.classes, str(image_file), transform)
+    return ArrayImages(images, labels, tv.FashionMNIST.classes, str(image_file))
 
 
 def _read_json(path: Path) -> Any:
@@ -268,9 +259,7 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _inaturalist(
-    root: Path, split: Split, transform: Callable | None, year: int, category: str
-) -> FileImages:
+def _inaturalist(root: Path, split: str, year: int, category: str) -> FileImages:
     """iNaturalist 2018 or 2019, classified at one level of its taxonomy.
 
     A class is a distinct value of `category` (kingdom, phylum, class, ..., name) over the
@@ -309,6 +298,5 @@ def _inaturalist(
         if not (root / shortened[0]).is_file():
             raise UserError(f"{annotations} lists {names[0]}, which is not in {root}")
         names = shortened
-    images = FileImages(root, names, targets, class_names, transform)
-    images.note = f"not read of {annotations}: hidden files: {hidden}" if hidden else ""
-    return images
+    note = f"not read of {annotations}: hidden files: {hidden}" if hidden else ""
+    return FileImages(root, names, targets, class_names, note)

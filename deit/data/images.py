@@ -81,11 +81,12 @@ class ImageDataset(Dataset):
         targets: Sequence[int] | np.ndarray,
         class_names: Sequence[str],
         transform: Callable[[Image.Image], Any] | None = None,
+        note: str = "",
     ) -> None:
         self.targets = np.asarray(targets, dtype=np.int64)
         self.class_names = tuple(class_names)
         self.transform = transform
-        self.note = ""
+        self.note = note
 
     @property
     def num_classes(self) -> int:
@@ -126,9 +127,9 @@ class FileImages(ImageDataset):
         names: Sequence[str],
         targets: Sequence[int],
         class_names: Sequence[str],
-        transform: Callable | None = None,
+        note: str = "",
     ) -> None:
-        super().__init__(targets, class_names, transform)
+        super().__init__(targets, class_names, note=note)
         self.root = str(root)
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
@@ -154,9 +155,9 @@ class ZipImages(ImageDataset):
         members: Sequence[zipfile.ZipInfo],
         targets: Sequence[int],
         class_names: Sequence[str],
-        transform: Callable | None = None,
+        note: str = "",
     ) -> None:
-        super().__init__(targets, class_names, transform)
+        super().__init__(targets, class_names, note=note)
         self.archive = str(archive)
         for member in members:
             if member.flag_bits & 1:
@@ -166,10 +167,10 @@ class ZipImages(ImageDataset):
                     f"{archive}: {member.filename} is neither stored nor deflated; pack it again"
                 )
         self._names = np.array([os.fsencode(m.filename) for m in members], dtype=np.bytes_)
-        self._offsets = np.array([m.header_offset for m in members], dtype=np.int64)
-        self._sizes = np.array([m.compress_size for m in members], dtype=np.int64)
-        self._checksums = np.array([m.CRC for m in members], dtype=np.uint32)
-        self._deflated = np.array([m.compress_type == zipfile.ZIP_DEFLATED for m in members])
+        self._index = np.array(
+            [(m.header_offset, m.compress_size, m.compress_type, m.CRC) for m in members],
+            dtype=np.int64,
+        )
         self._descriptor: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,16 +192,16 @@ class ZipImages(ImageDataset):
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self.archive, os.O_RDONLY)
-            offset, size = int(self._offsets[index]), int(self._sizes[index])
+            offset, size, kind, checksum = self._index[index].tolist()
             header = os.pread(self._descriptor, LOCAL_HEADER.size, offset)
             signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
             start = offset + LOCAL_HEADER.size + name_length + extra_length
             content = os.pread(self._descriptor, size, start)
-            if self._deflated[index]:
+            if kind == zipfile.ZIP_DEFLATED:
                 content = zlib.decompress(content, wbits=-zlib.MAX_WBITS)
         except (OSError, struct.error, zlib.error) as error:
             raise UserError(f"cannot read {source}: {error}") from error
-        if signature != b"PK\x03\x04" or zlib.crc32(content) != self._checksums[index]:
+        if signature != b"PK\x03\x04" or zlib.crc32(content) != checksum:
             raise UserError(f"cannot read {source}: the archive is damaged there (wrong checksum)")
         return content
 
