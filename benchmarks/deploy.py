@@ -152,17 +152,8 @@ def measure(name: str, runtime: str, args: Any, folder: Path) -> dict[str, Any]:
         "threads": args.threads,
         "load": load,
         "device": describe(CPU),
-        "versions": versions() | _runtime_versions(),
+        "versions": versions("onnx", "onnxruntime"),
     }
-
-
-def _runtime_versions() -> dict[str, str]:
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError:
-        return {}
-    return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

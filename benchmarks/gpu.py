@@ -12,7 +12,7 @@ latency     batch 8 with CUDA graphs (reduce-overhead)
 large       batch 256 with max-autotune
 training    two epochs of deit/main.py with EMA and random erasing on the bundled sample
 
-Every job is one of the project's commands, in a process of its own. Its row goes to rows.jsonl in
+Every job is one of the project's commands, in a process of its own. Its row goes to rows.json in
 --output as it ends, and what it printed to a file beside; report.md and report.png are made from
 them. Each part has a share of the time and leaves what it does not need to the next ones. What
 fails, or is too slow, costs its own row. `--device cpu --quick` tries it all out at tiny sizes.
@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from deit.cli import CommandLine, OptionGroup, number
 from deit.errors import UserError, one_line_errors
 from deit.saving import write_text
 
-ROOT, ROWS = Path(__file__).resolve().parents[1], "rows.jsonl"
+ROOT, ROWS = Path(__file__).resolve().parents[1], "rows.json"
 # Seconds that a job needs at least, before another of its part has run; seconds for the report.
 FIRST_GUESS, CLOSING = 20.0, 10.0
 Row = dict[str, Any]
@@ -96,12 +96,39 @@ def command(job: Row, args: Namespace, stem: Path) -> list[str]:
     return [script, *words]
 
 
-def results(stem: Path) -> Any:
-    """What a job has written: the JSON of its command, or the lines of a training run's log."""
+def results(job: Row, stem: Path) -> Row:
+    """Lines for the tables, from what a job has written, and speeds over the twin's.
+
+    Training leaves the log of its run, the others JSON.
+    """
     log, report = stem / "log.txt", Path(f"{stem}.json")
     if log.exists():
-        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+        epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        numbers = [", ".join(f"{e[key]:.3f}" for e in epochs) for key in ("time", "train_loss")]
+        return {"lines": [[f"`{job['name']}`", *numbers]]}
+    if not report.exists():
+        return {}
+    found = json.loads(report.read_text(encoding="utf-8"))
+    if job["part"] == "exactness":
+        return {"lines": [
+            [f"`{name}`", precision, *(f"{error:.1e}" for error in of.values())]
+            for name, errors in found.items() for precision, of in errors.items()
+        ]}  # fmt: skip
+    details = found["settings"]["details"]
+    twin, ours = (row | details[row["model"]] for row in found["results"])
+    lines, speeds = [], {}
+    for what, prefix in (("inference", ""), ("training", "train_")):
+        rates, memory = f"{prefix}images_per_s", f"{prefix}peak_memory_mb"
+        if not ours[rates]:
+            continue
+        speeds[what] = ours["ratios"][rates]
+        lines.append([
+            f"`{job['name']}`", job["part"], what, str(ours["batch_size"]),
+            str(found["settings"]["compile_mode"]), f"{twin[rates]:.1f}", f"{ours[rates]:.1f}",
+            f"{speeds[what]:.2f}", f"{ours[memory] / twin[memory]:.2f}" if twin[memory] else "",
+        ])  # fmt: skip
+    device = [found["settings"][key] for key in ("device_name", "versions")]
+    return {"lines": lines, "speeds": speeds, "device": device}
 
 
 def execute(words: Sequence[str], root: Path, log: Path, seconds: float) -> str | None:
@@ -124,59 +151,36 @@ def execute(words: Sequence[str], root: Path, log: Path, seconds: float) -> str 
     return f"ended with status {status}: {last[:300]}" if status else None
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file. A line that was cut short is left out.
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of earlier runs.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: there are none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return json.loads((folder / ROWS).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"no results in {str(path)!r}: {error.strerror or error}") from None
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+        raise UserError(f"no results in {str(folder)!r}: {error.strerror or error}") from None
 
 
-class Rows(list[Row]):
-    """The rows of a file, each on the disk before the next one is made."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        super().__init__(read_rows(path) if path.exists() else [])
-
-    def add(self, row: Row) -> None:
-        """Append a row, on a line of its own even behind one that was cut short."""
-        self.append(row)
-        with self._path.open("a+b") as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                file.write(b"\n")
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        shown = [str(value) for key, value in row.items() if key != "results"]
-        print(*shown, *(f"{what} {speed:.2f}" for *_, what, speed in speeds([row])), flush=True)
-
-    def done(self, job: Row) -> bool:
-        """Whether a job ended well before."""
-        return any("finished_s" in row and job.items() <= row.items() for row in self)
+def add(rows: list[Row], row: Row, folder: Path) -> None:
+    """Append a row, in the file too, and print it."""
+    rows.append(row)
+    write_text(folder / ROWS, json.dumps(rows, indent=1) + "\n")
+    print(*(value for key, value in row.items() if key not in ("lines", "device")), flush=True)
 
 
 def run(args: Namespace, started: float) -> int:
     """All parts; 1 if something failed."""
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = Rows(args.output / ROWS)
+    rows = read_rows(args.output) if (args.output / ROWS).exists() else []
     setting = {"device": args.device, "quick": args.quick, "compile_blocks": args.compile_blocks}
     earlier = [row for row in rows if row["part"] == "run"]
     if earlier and not setting.items() <= earlier[0].items():
         raise UserError(f"--output {args.output} holds results of other settings: name another one")
     roots = {"this": ROOT} | ({"against": args.against.resolve()} if args.against else {})
-    rows.add({"part": "run", "time": time.strftime("%F %T")} | setting | conditions(roots))
+    began = {"part": "run", "time": time.strftime("%F %T")} | setting | conditions(roots)
+    add(rows, began, args.output)
     begin, end = time.monotonic(), started + 60 * args.minutes - CLOSING
     total = sum(PARTS[part][0] for part in args.parts)
     failed = spent = 0
@@ -188,11 +192,11 @@ def run(args: Namespace, started: float) -> int:
             for name in networks(part, args.quick):
                 for checkout, root in roots.items():
                     job = {"checkout": checkout, "part": part, "name": name}
-                    if rows.done(job):
+                    if any("finished_s" in row and job.items() <= row.items() for row in rows):
                         continue
                     now = time.monotonic()
                     if stop - now < longest or now >= stop:
-                        rows.add(job | {"skipped": "no time was left"})
+                        add(rows, job | {"skipped": "no time was left"}, args.output)
                         continue
                     stem = args.output.resolve() / "-".join(job.values()).replace(" ", "_")
                     words = command(job, args, stem)
@@ -201,7 +205,7 @@ def run(args: Namespace, started: float) -> int:
                     longest = max(longest, took)
                     failed += error is not None
                     how = {"error": error} if error else {"finished_s": round(took, 1)}
-                    rows.add(job | how | {"results": results(stem)})
+                    add(rows, job | how | results(job, stem), args.output)
     finally:
         print(*write_report(args.output, rows), sep="\n")
     return 1 if failed else 0
@@ -226,63 +230,28 @@ def conditions(roots: dict[str, Path]) -> Row:
     }  # fmt: skip
 
 
-def timings(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, Row, dict[str, Any]]]:
-    """(row, twin, ours, settings) of everything that calculate_complexity.py has timed."""
-    for row in rows:
-        report = row.get("results")
-        if isinstance(report, dict) and "settings" in report:
-            details = report["settings"]["details"]
-            known = {r["model"]: r | details[r["model"]] for r in report["results"]}
-            for ours in known.values():
-                if ours["twin"] in known and ours["images_per_s"]:
-                    yield row, known[ours["twin"]], ours, report["settings"]
-
-
-def speeds(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, Row, dict[str, Any], str, float]]:
-    """Each timing once for inference and, if there was any, once for training, with the ratio."""
-    for row, twin, ours, settings in timings(rows):
-        yield row, twin, ours, settings, "inference", ours["ratios"]["images_per_s"]
-        if ours["train_images_per_s"]:
-            yield row, twin, ours, settings, "training", ours["ratios"]["train_images_per_s"]
-
-
 def report(folder: Path, rows: Sequence[Row]) -> str:
     """The tables, what they depend on, and what is missing in them."""
     parts = ["# Networks beside their ordinary twins"]
     parts += ["\n".join(f"- {k}: {v}" for k, v in r.items()) for r in rows if r["part"] == "run"]
-    seen = {json.dumps([s["device_name"], s["versions"]]) for *_, s in timings(rows)}
-    parts += [f"- {text}" for text in sorted(seen)]
-    lines = []
-    for row, twin, ours, settings, what, speed in speeds(rows):
-        prefix = "train_" if what == "training" else ""
-        rates = [f"{r[f'{prefix}images_per_s']:.1f}" for r in (twin, ours)]
-        memory, theirs = ours[f"{prefix}peak_memory_mb"], twin[f"{prefix}peak_memory_mb"]
-        lines.append([
-            row["checkout"], row["part"], f"`{ours['model']}`", what, str(ours["batch_size"]),
-            str(settings["compile_mode"]), *rates, f"{speed:.2f}",
-            f"{memory / theirs:.2f}" if theirs else "",
-        ])  # fmt: skip
-    head = ["checkout", "part", "network", "", "batch", "compile mode", "twin, images/s",
-            "ours, images/s", "speed over twin's", "memory over twin's"]  # fmt: skip
-    parts += section("Rates and peak memory", head, lines)
-    lines = [
-        [row["checkout"], f"`{name}`", precision, *(f"{v:.1e}" for v in found.values())]
-        for row in rows if row["part"] == "exactness"
-        for name, errors in (row.get("results") or {}).items()
-        for precision, found in errors.items()
-    ]  # fmt: skip
-    head = ["checkout", "network", "in", "logits", "gradients"]
-    parts += section("Relative errors against float64", head, lines)
+    parts += sorted({"- device: " + json.dumps(row["device"]) for row in rows if "device" in row})
+    timed = [part for part in PARTS if part not in ("exactness", "training")]
+    for title, of, head in (
+        ("Rates and peak memory", timed,
+         ["part", "", "batch", "compile mode", "twin, images/s", "ours, images/s",
+          "speed over twin's", "memory over twin's"]),
+        ("Relative errors against float64", ["exactness"], ["in", "logits", "gradients"]),
+        ("Two epochs of deit/main.py", ["training"], ["seconds", "loss"]),
+    ):  # fmt: skip
+        lines = [
+            [*line, row["checkout"]]
+            for row in rows if row["part"] in of for line in row.get("lines", ())
+        ]  # fmt: skip
+        if lines:
+            parts.append(f"## {title}\n\n{markdown(['network', *head, 'checkout'], lines)}")
     for path in sorted(folder.glob("*-profile-*.txt")):
         text = path.read_text(encoding="utf-8", errors="replace").strip()
         parts.append(f"## Profile: {path.stem}\n\n```\n{text}\n```")
-    lines = [
-        [row["checkout"], f"`{row['name']}`", *(", ".join(f"{epoch[key]:.3f}" for epoch in epochs)
-         for key in ("time", "train_loss"))]
-        for row in rows if row["part"] == "training" and (epochs := row.get("results"))
-    ]  # fmt: skip
-    head = ["checkout", "network", "seconds", "loss"]
-    parts += section("Two epochs of deit/main.py", head, lines)
     last = {(r.get("checkout"), r["part"], r.get("name")): r for r in rows}
     missing = [
         f"- {', '.join(map(str, key))}: {row.get('error') or 'skipped, ' + row['skipped']}"
@@ -292,19 +261,15 @@ def report(folder: Path, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def section(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table with its title, if it has lines."""
-    return [f"## {title}\n\n{markdown(head, lines)}"] if lines else []
-
-
 def write_report(folder: Path, rows: Sequence[Row]) -> tuple[Path, Path]:
     """Write report.md and report.png; returns their paths."""
     table, figure = folder / "report.md", folder / "report.png"
     write_text(table, report(folder, rows))
     found: dict[str, dict[str, float]] = {}
-    for row, _, ours, _, what, speed in speeds(rows):
-        against = " (against)" * (row["checkout"] == "against")
-        found.setdefault(ours["model"] + against, {})[f"{row['part']}, {what}"] = speed
+    for row in rows:
+        for what, speed in row.get("speeds", {}).items():
+            name = row["name"] + " (against)" * (row["checkout"] == "against")
+            found.setdefault(name, {})[f"{row['part']}, {what}"] = speed
     panels = list(dict.fromkeys(panel for own in found.values() for panel in own))
     save(bars(found, panels, "Networks beside their ordinary twins"), figure)
     return table, figure
@@ -333,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args = get_parser().parse_args(argv)
     if args.report is not None:
-        print(*write_report(args.report, read_rows(args.report / ROWS)), sep="\n")
+        print(*write_report(args.report, read_rows(args.report)), sep="\n")
         return 0
     if args.device == "cpu" and not args.quick:
         raise UserError("--device cpu is for trying out: add --quick")

@@ -158,7 +158,7 @@ def deploy_conditions(known: Mapping[str, Any]) -> str:
     """Machine, versions, batch and load."""
     rows = [run for runs in known.values() for run in runs.values()]
     used = rows[0]["versions"]
-    packages = ", ".join(f"{n} {used[n]}" for n in ("torch", "timm", "onnxruntime") if n in used)
+    packages = ", ".join(f"{n} {used[n]}" for n in ("torch", "timm", "onnxruntime") if used.get(n))
     batches = ", ".join(map(str, sorted({row["batch_size"] for row in rows})))
     loads = [row["load"] for row in rows]
     return (

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             progress.show(f"{name}: counting")
             results[name] = count(name, settings)
-            progress.advance()
+            progress.step()
             if not args.throughput:
                 overview.print_row(results[name])
         if args.throughput:
@@ -97,7 +97,7 @@ def _measure_all(
         measure(members, settings, rates, progress.show)
         for result in members:
             overview.print_row(result)
-            progress.advance()
+            progress.step()
         _write(args, results, report)
         left = seconds_left(estimates, done, time.monotonic() - start)
         if left > 0:
@@ -200,37 +200,28 @@ def _where(report: Mapping[str, Any]) -> str:
     return f"{report['device_name']}; {dtype}, {compiled}"
 
 
-class _Progress:
-    """A bar on a terminal; elsewhere lines on stderr, one for each network as it is begun."""
+class _Progress(Progress):
+    """A bar on a terminal; elsewhere lines on stderr, one for each step as it is begun."""
 
     def __init__(self, console: Console, total: int) -> None:
         console = console if console.is_terminal else Console(stderr=True)
-        self._said: set[str] = set()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn()
+        super().__init__(
+            *columns,
             TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._task, self._said = self.add_task("", total=total), set[str]()
 
     def show(self, text: str) -> None:
         """Say what is done now."""
-        self._bar.update(self._task, description=text)
-        if self._bar.disable and text not in self._said:
+        self.update(self._task, description=text)
+        if self.disable and text not in self._said:
             print(text, file=sys.stderr, flush=True)
         self._said.add(text)
 
-    def advance(self) -> None:
+    def step(self) -> None:
         """One more is done."""
-        self._bar.advance(self._task)
+        self.advance(self._task)

@@ -11,16 +11,12 @@ from deit.measure.timing import FEWEST
 
 __all__ = ["about", "estimate"]
 
-# By device: how much longer than its matrix products at the peak rates a step takes, and how many
-# steps are run beside the samples: for warming up, memory, and the length of a sample.
-SLOWNESS, UNTIMED = {"cpu": 2.0}, {"cpu": 3}
-GPU_SLOWNESS, GPU_UNTIMED = 3.0, 5
-# Seconds of compilation for each matrix product of a network, which it grows with.
-COMPILING = 0.4
-# A training step compiles a forward and a backward pass beside that of inference.
-TRAINING_GRAPHS = 3.5
-# Trying kernels out takes longer than choosing one.
-AUTOTUNING = 2.0
+# Steps take longer than their matrix products at the peak rates, and some are run beside the
+# samples: for warming up, memory, and the length of a sample.
+SLOWNESS, UNTIMED = 2.5, 4
+# Seconds of compilation for each matrix product of a network, which it grows with. A training step
+# compiles a forward and a backward pass beside that of inference. Trying kernels out takes longer.
+COMPILING, TRAINING_GRAPHS, AUTOTUNING = 0.4, 3.5, 2.0
 
 
 def about(seconds: float) -> str:
@@ -34,15 +30,13 @@ def estimate(
     members: Sequence[Result], settings: Settings, rates: PeakRates
 ) -> tuple[float, float]:
     """Seconds that the networks of a comparison take: to be timed, and to be compiled."""
-    kind = settings.device.type
-    slowness, untimed = SLOWNESS.get(kind, GPU_SLOWNESS), UNTIMED.get(kind, GPU_UNTIMED)
     batch, _ = first_batch(members, settings, rates)
     timing = compiling = 0.0
     for member in members:
         for training in (False, True)[: 1 + settings.train]:
             best = bound(member.matmuls, batch, settings.dtype.itemsize, rates, training=training)
-            step = slowness * batch / best.images_per_s
-            timing += untimed * step + max(settings.min_time, FEWEST * step)
+            step = SLOWNESS * batch / best.images_per_s
+            timing += UNTIMED * step + max(settings.min_time, FEWEST * step)
         compiling += COMPILING * len(member.matmuls)
     if settings.compile_mode is None:
         return timing, 0.0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.profiler_util import EventList
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.profiler import ProfilerActivity, record_function
 
 from deit.measure.bench_model import BenchModel, Settings
@@ -16,7 +19,6 @@ from deit.measure.bench_model import BenchModel, Settings
 __all__ = ["profile"]
 
 STEPS = 3
-LAYER = "layer: "
 
 
 def profile(name: str, batch: int, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -43,7 +45,20 @@ def profile(name: str, batch: int, settings: Settings) -> Iterator[tuple[str, st
             title += f", of which each moves {counted / 1e6:,.0f} MB by Inductor's count"
         yield title, events.table(sort_by=f"self_{device}_time_total", row_limit=12)
     network.model.eval()
-    with torch.compiler.set_stance("force_eager"), _named_layers(network.model):
+    ranges: list[record_function] = []  # of the layers that are being run
+
+    def enter(layer: nn.Module, _: Any) -> None:
+        ranges.append(record_function(f"layer: {type(layer).__name__}"))
+        ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    with (
+        torch.compiler.set_stance("force_eager"),
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave),
+    ):
         events = _profile(network.infer, settings.device)
     title = f"{name}, batch {batch}, {STEPS} steps of inference by layer, eager"
     yield title, events.table(sort_by=f"{device}_time_total", row_limit=30)
@@ -61,25 +76,3 @@ def _profile(step: Callable[[], object], device: torch.device) -> EventList:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return profiler.key_averages()
-
-
-@contextlib.contextmanager
-def _named_layers(model: nn.Module) -> Iterator[None]:
-    """Within it every module marks its execution in a profile with its type."""
-    ranges: list[record_function] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        ranges.append(record_function(LAYER + type(module).__name__))
-        ranges[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        ranges.pop().__exit__(None, None, None)
-
-    handles = []
-    for module in model.modules():
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -86,12 +86,9 @@ def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
     trained = any(row.train_images_per_s is not None for row in rows)
     compared = [row for row in rows if row.twin in results]
     if compared:
-        console.print("\nCompared with the ordinary twin", style="bold", highlight=False)
-        console.print(_comparison(compared, results, timed, trained))
-    if any(row.bound for row in rows):
-        title = "\nRoofline: what the measured peak rates allow"
-        console.print(title, style="bold", highlight=False)
-        console.print(_roofline(rows, trained))
+        _print_comparison(compared, results, timed, trained, console)
+    if bounded := [row for row in rows if row.bound]:
+        _print_roofline(bounded, trained, console)
     if any(row.notes for row in rows):
         console.print("\nNotes", style="bold")
     for row in rows:
@@ -99,42 +96,51 @@ def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
             console.print(Text(f"{row.model}: {note}"), soft_wrap=True)
 
 
-def _table(*columns: str) -> Table:
+def _print_table(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], console: Console
+) -> None:
+    console.print(f"\n{title}", style="bold", highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("network", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    return table
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
 
 
-def _comparison(
-    rows: Sequence[Result], results: Mapping[str, Result], timed: bool, trained: bool
-) -> Table:
+def _print_comparison(
+    rows: Sequence[Result],
+    results: Mapping[str, Result],
+    timed: bool,
+    trained: bool,
+    console: Console,
+) -> None:
     columns = {"gflops": "FLOPs"}
     columns |= {"images_per_s": "throughput"} if timed else {}
     columns |= {"train_images_per_s": "training"} if trained else {}
     columns |= {"peak_memory_mb": "memory"} if timed else {}
-    table = _table(*columns.values(), "published\nthroughput")
+    lines = []
     for row in rows:
-        ratios = row.ratios(results[row.twin])
         gain = GAINS.get(row.model)
-        published = None if gain is None else 1 + gain
-        table.add_row(row.model, *(_change(r) for r in [*map(ratios.get, columns), published]))
-    return table
+        ratios = [
+            *map(row.ratios(results[row.twin]).get, columns),
+            None if gain is None else 1 + gain,
+        ]
+        lines.append([row.model, *map(_change, ratios)])
+    titles = [*columns.values(), "published\nthroughput"]
+    _print_table("Compared with the ordinary twin", titles, lines, console)
 
 
-def _roofline(rows: Sequence[Result], trained: bool) -> Table:
+def _print_roofline(rows: Sequence[Result], trained: bool, console: Console) -> None:
     columns = ["bound\n(images/s)", "reached", "limited\nby"]
     columns += ["training\n(images/s)", "reached"] if trained else []
-    table = _table(*columns)
+    lines = []
     for row in rows:
-        if row.bound is None:
-            continue
         limit = "arithmetic" if row.bound.arithmetic >= 0.5 else "bandwidth"
-        cells = [*_reached(row.bound, row.images_per_s), limit]
-        cells += _reached(row.train_bound, row.train_images_per_s) if trained else []
-        table.add_row(row.model, *cells)
-    return table
+        line = [row.model, *_reached(row.bound, row.images_per_s), limit]
+        lines.append(line + (_reached(row.train_bound, row.train_images_per_s) if trained else []))
+    _print_table("Roofline: what the measured peak rates allow", columns, lines, console)
 
 
 def _reached(bound: Bound, rate: float | None) -> list[str]:
