@@ -49,20 +49,17 @@ def published(net, prefix: str = "") -> dict:
     }
 
 
+@pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-def test_published_format(net, tmp_path, prefix):
-    torch.save(published(net, prefix), tmp_path / "c.pth")
+def test_published_format(net, tmp_path, prefix, legacy):
+    content = published(net, prefix)
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
     checkpoint = read_checkpoint(tmp_path / "c.pth")
     assert checkpoint["epoch"] == 399
     assert str(checkpoint["args"].output_dir) == "/data/run"
     assert checkpoint.model_name == "a_net"
     assert_same(checkpoint.state(), net)
     assert torch.equal(checkpoint.state(ema=True)["0.weight"], net[0].weight + 1)
-
-
-def test_legacy_file_format(net, tmp_path):
-    torch.save(published(net), tmp_path / "c.pth", _use_new_zipfile_serialization=False)
-    assert_same(read_checkpoint(tmp_path / "c.pth").state(), net)
 
 
 def test_paths_of_other_pythons_and_systems(tmp_path):

@@ -254,20 +254,6 @@ def test_training_goes_on_with_the_published_updates(name, prefix, groups, excep
         assert (moved > 1e-4) == (not key.endswith(FROZEN) and not never_used(key)), key
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_order_is_that_of_the_file(name):
-    """Published grouping of a network whose modules are registered as ours are."""
-    model = timm.create_model(name, num_classes=3, **NETWORKS[name][1])
-    compiled = {f"_orig_mod.{key}": value for key, value in model.named_parameters()}
-    optimizer = OPTIMIZERS["adamw"](timm_groups(compiled, 0.1, {"pos_embed", "cls_token"}))
-    train_published(compiled, optimizer, (1,))
-    state = {f"_orig_mod.{key}": value for key, value in model.state_dict().items()}
-    names = published_names(model, state, optimizer.state_dict())
-    own = dict(model.named_parameters())
-    everything = [p for group in optimizer.param_groups for p in group["params"]]
-    assert all(own[name] is p for name, p in zip(names, everything, strict=True))
-
-
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnext_isotropic_large"])
 def test_published_ordinary_convnexts_load(name, tmp_path):
     """By resuming, for fine-tuning and by timm; with the same logits."""

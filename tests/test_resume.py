@@ -3,12 +3,10 @@
 import functools
 import json
 import os
-import random
 import signal
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from training_runs import differences, load, make_images, run_processes, train
@@ -21,7 +19,6 @@ from deit.train.checkpoint import read_checkpoint
 from deit.train.moments import load_optimizer
 from deit.train.optim import build_optimizer
 from deit.train.reporting import Reporter
-from deit.train.resume import random_state, seed_all, set_random_state
 from deit.train.stopping import request_stop
 
 # Three epochs of three updates of two batches; workers, fp32, every random augmentation.
@@ -274,19 +271,6 @@ def test_resume_from_a_published_checkpoint(data, tmp_path, capsys):
     assert "no optimizer state" in output
     assert "no average" in output
     assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1]
-
-
-def test_random_states_come_back():
-    device = torch.device("cpu")
-    draw = lambda: (random.random(), np.random.rand(), torch.rand(2).tolist())  # noqa: E731, NPY002
-    seed_all(3)
-    np.random.randn()  # noqa: NPY002 - leaves half of a pair cached
-    state = random_state(device)
-    expected = draw() + (np.random.randn(),)  # noqa: NPY002, RUF005
-    seed_all(4)
-    assert draw() != expected[:3]
-    set_random_state(state, device)
-    assert draw() + (np.random.randn(),) == expected  # noqa: NPY002, RUF005
 
 
 def make_optimizer(*shapes):
