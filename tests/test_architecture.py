@@ -20,7 +20,6 @@ def architecture():
     return module
 
 
-@pytest.mark.xfail(reason="rooms are being moved")
 def test_no_import_points_up(architecture):
     arrows = architecture.find_arrows(ROOT)
     assert ("scripts", "train") in arrows

@@ -20,9 +20,9 @@ from deit.measure.options import make_settings, parse_args
 from deit.measure.plan import about, estimate
 from deit.measure.plot import draw
 from deit.measure.profiling import profile
-from deit.measure.published import PUBLISHED
 from deit.measure.roofline import PeakRates, measure_peak_rates
 from deit.measure.tables import Overview, as_csv, as_json, print_comparisons
+from deit.models.twins import PUBLISHED
 from deit.saving import write_text
 
 __all__ = ["main"]

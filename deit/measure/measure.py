@@ -10,9 +10,9 @@ from deit.measure.bench_model import BenchModel, Settings, is_out_of_memory, rel
 from deit.measure.flops import MatMul, count_flops
 from deit.measure.hardware import available_memory
 from deit.measure.networks import FOLDED, SYMMETRIZED, has_asym_feats, on_meta
-from deit.measure.published import twin_of
 from deit.measure.roofline import Bound, PeakRates, bound
 from deit.measure.timing import alternate
+from deit.models.twins import twin_of
 
 __all__ = ["Result", "count", "first_batch", "measure"]
 

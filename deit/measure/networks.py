@@ -15,8 +15,8 @@ from torch import nn
 import deit.models
 from deit.deploy import fold
 from deit.errors import UserError, one_line, suggest
-from deit.measure.published import twin_of
 from deit.models.inputs import check_image_size
+from deit.models.twins import twin_of
 
 __all__ = [
     "Comparison",

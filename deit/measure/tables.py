@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deit.measure.measure import Result
-from deit.measure.published import PUBLISHED
 from deit.measure.roofline import Bound
+from deit.models.twins import PUBLISHED
 
 __all__ = ["Overview", "as_csv", "as_json", "print_comparisons"]
 

@@ -22,8 +22,8 @@ from deit.measure.networks import (
     select,
 )
 from deit.measure.profiling import profile
-from deit.measure.published import PUBLISHED, twin_of
 from deit.measure.roofline import PeakRates
+from deit.models.twins import PUBLISHED, twin_of
 
 CPU = Settings(torch.device("cpu"), img_size=32, min_time=0.0)
 RATES = PeakRates(1e11, 1e10)

@@ -21,9 +21,9 @@ from deit.measure.measure import Result
 from deit.measure.options import make_settings, parse_args
 from deit.measure.plan import about, estimate
 from deit.measure.plot import draw, make_figure
-from deit.measure.published import PUBLISHED
 from deit.measure.roofline import Bound, PeakRates
 from deit.measure.tables import Overview, as_csv, as_json, print_comparisons
+from deit.models.twins import PUBLISHED
 from deit.train.args import parse_args as training_options
 from deit.train.build import set_precision
 
