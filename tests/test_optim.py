@@ -12,6 +12,7 @@ import timm.optim
 import torch
 from timm.optim import Lamb, param_groups_layer_decay
 from torch import nn
+from training_runs import optimizer_for
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
@@ -20,7 +21,6 @@ from deit.train.engine import Precision, RunningLoss, TrainStep
 from deit.train.losses import TrainingLoss
 from deit.train.moments import load_optimizer, optimizer_state
 from deit.train.optim import (
-    build_optimizer,
     decays,
     freeze_shift,
     parameter_groups,
@@ -142,7 +142,7 @@ def small_for(opt):
     model = nn.Sequential(
         nn.Conv2d(3, 4, 2, 2), nn.GELU(), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3)
     )
-    optimizer = build_optimizer(model, opt=opt, lr=1e-3, weight_decay=0.1, eps=1e-8)
+    optimizer = optimizer_for(model, opt=opt, lr=1e-3, weight_decay=0.1, opt_eps=1e-8)
     return model, optimizer
 
 
@@ -184,7 +184,7 @@ def test_every_name_trains_or_is_refused_in_one_line(opt):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_second_derivatives_of_every_family(name):
     model = timm.create_model(name, num_classes=3, **FAMILIES[name])
-    optimizer = build_optimizer(model, opt="adahessian", lr=1e-3)
+    optimizer = optimizer_for(model, opt="adahessian", lr=1e-3)
     two_updates(model, optimizer, clip_grad=1.0, grad_accum_steps=1)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -194,7 +194,7 @@ def test_second_derivatives_of_every_family(name):
     [(True, 1, "--compile cannot give: omit it"), (False, 2, "several processes cannot give")],
 )
 def test_second_derivatives_are_refused_where_there_are_none(compiled, processes, words):
-    optimizer = build_optimizer(nn.Linear(3, 4), opt="adahessian", lr=0.1)
+    optimizer = optimizer_for(nn.Linear(3, 4), opt="adahessian", lr=0.1)
     args = Namespace(opt="adahessian", compile=compiled)
     with pytest.raises(UserError, match=words):
         check_second_order(optimizer, args, Namespace(world_size=processes))
@@ -222,22 +222,22 @@ def test_fused_on_a_gpu_and_resumed_without_one(opt, monkeypatch):
 
 def test_settings_reach_the_optimizer():
     model = nn.Linear(3, 4)
-    adamw = build_optimizer(
-        model, opt="adamw", lr=0.1, weight_decay=0.2, eps=1e-5, betas=[0.8, 0.9]
+    adamw = optimizer_for(
+        model, opt="adamw", lr=0.1, weight_decay=0.2, opt_eps=1e-5, opt_betas=[0.8, 0.9]
     )
     assert {g["weight_decay"] for g in adamw.param_groups} == {0.0, 0.2}
     assert all(g["eps"] == 1e-5 for g in adamw.param_groups)
     assert all(tuple(g["betas"]) == (0.8, 0.9) for g in adamw.param_groups)
-    sgd = build_optimizer(model, opt="momentum", lr=0.1, momentum=0.7, eps=1e-8)
+    sgd = optimizer_for(model, opt="momentum", lr=0.1, momentum=0.7, opt_eps=1e-8)
     assert all(g["momentum"] == 0.7 for g in sgd.param_groups)
-    lamb = build_optimizer(model, opt="lamb", lr=0.1, eps=1e-8)
+    lamb = optimizer_for(model, opt="lamb", lr=0.1, opt_eps=1e-8)
     assert all(g["eps"] == 1e-8 and g["betas"] == (0.9, 0.999) for g in lamb.param_groups)
 
 
 @pytest.mark.parametrize("opt", ["lamb", "fusedlamb", "FusedLAMB"])
 def test_lamb_is_timms_without_a_gpu(opt, caplog):
     with caplog.at_level(logging.INFO):
-        assert type(build_optimizer(nn.Linear(3, 4), opt=opt, lr=0.1)) is Lamb
+        assert type(optimizer_for(nn.Linear(3, 4), opt=opt, lr=0.1)) is Lamb
     assert ("timm's Lamb" in caplog.text) == (opt != "lamb")
 
 
@@ -247,13 +247,13 @@ def test_fusedlamb_is_apexs_where_it_is_installed(monkeypatch, caplog):
             raise RuntimeError("apex.optimizers.FusedLAMB requires cuda extensions")
 
     theirs = apex_double.install(monkeypatch)
-    settings = {"lr": 0.1, "weight_decay": 0.1, "eps": 1e-8}
+    settings = {"lr": 0.1, "weight_decay": 0.1, "opt_eps": 1e-8}
     with caplog.at_level(logging.INFO):
-        assert type(build_optimizer(nn.Linear(3, 4), opt="fusedlamb", **settings)) is theirs
+        assert type(optimizer_for(nn.Linear(3, 4), opt="fusedlamb", **settings)) is theirs
         assert "apex's FusedLAMB" in caplog.text
-        assert type(build_optimizer(nn.Linear(3, 4), opt="lamb", **settings)) is Lamb
+        assert type(optimizer_for(nn.Linear(3, 4), opt="lamb", **settings)) is Lamb
         sys.modules["apex.optimizers"].FusedLAMB = Broken
-        assert type(build_optimizer(nn.Linear(3, 4), opt="fusedlamb", **settings)) is Lamb
+        assert type(optimizer_for(nn.Linear(3, 4), opt="fusedlamb", **settings)) is Lamb
     assert "requires cuda extensions" in caplog.text
 
 
@@ -265,7 +265,7 @@ def test_apex_can_update_every_family_as_ours_does(name, monkeypatch):
     for opt in ("fusedlamb", "lamb"):
         torch.manual_seed(1)
         model = timm.create_model(name, num_classes=3, **FAMILIES[name])
-        optimizer = build_optimizer(model, opt=opt, lr=0.01, weight_decay=0.02, eps=1e-4)
+        optimizer = optimizer_for(model, opt=opt, lr=0.01, weight_decay=0.02, opt_eps=1e-4)
         two_updates(model, optimizer)
         trained[opt] = model.state_dict()
         assert (type(optimizer) is theirs) == (opt == "fusedlamb")
@@ -318,7 +318,7 @@ def test_decay_as_in_compiled_published_runs():
     assert {"pos_embed.0", "pos_embed.1", "cls_token.0"} <= wanted
     assert names_with_decay(model, as_compiled=True) == wanted
     assert wanted - names_with_decay(model) == {"pos_embed.0", "pos_embed.1", "cls_token.0"}
-    lamb = build_optimizer(model, opt="lamb", lr=0.1, weight_decay=0.1, decay_as_compiled=True)
+    lamb = optimizer_for(model, opt="lamb", lr=0.1, weight_decay=0.1, decay_as_compiled=True)
     position = model.get_parameter("pos_embed.0")
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -333,7 +333,7 @@ def test_decay_as_in_compiled_published_runs():
 def test_published_shifts_stay_at_zero():
     model = timm.create_model("resmlp_equi_d2_12", img_size=32, depth=1, num_classes=3)
     assert freeze_shift(model) == ""
-    two_updates(model, build_optimizer(model, opt="adamw", lr=0.1))
+    two_updates(model, optimizer_for(model, opt="adamw", lr=0.1))
     shifts = {n: p for n, p in model.named_parameters() if n.endswith(("beta_sym", "beta_asym"))}
     assert len(shifts) == 4
     assert all((p == 0).all() and p.grad is None for p in shifts.values())
@@ -347,14 +347,14 @@ def test_published_shifts_stay_at_zero():
         ({"opt": "adamww"}, r"unknown optimizer 'adamww'; did you mean .*adamw"),
         ({"opt": "fast_adamw"}, "unknown optimizer 'fast_adamw'"),
         ({"opt": "fusedadam"}, r"'fusedadam' cannot be built: .*(CUDA|apex)"),
-        ({"opt": "adan", "betas": [0.9, 0.99]}, "'adan' takes 3 betas, got 2"),
+        ({"opt": "adan", "opt_betas": [0.9, 0.99]}, "'adan' takes 3 betas, got 2"),
     ],
 )
 def test_what_cannot_be_built_is_one_clear_error(settings, words):
     with pytest.raises(UserError, match=words):
-        build_optimizer(nn.Linear(3, 4), lr=0.1, **settings)
+        optimizer_for(nn.Linear(3, 4), lr=0.1, **settings)
 
 
 def test_nothing_to_train():
     with pytest.raises(UserError, match="no trainable parameter"):
-        build_optimizer(nn.Linear(3, 4).requires_grad_(False), lr=0.1)
+        optimizer_for(nn.Linear(3, 4).requires_grad_(False), lr=0.1)

@@ -18,14 +18,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_runs import load, make_images, train
+from training_runs import load, make_images, optimizer_for, train
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.models.published import own_name
 from deit.train.checkpoint import Checkpoint, read_checkpoint
 from deit.train.engine import Precision
 from deit.train.moments import load_optimizer, optimizer_names, positions_of, published_names
-from deit.train.optim import build_optimizer, freeze_shift
+from deit.train.optim import freeze_shift
 from deit.train.weights import load_weights
 
 FAMILIES = json.loads((Path(__file__).parent / "fixtures" / "networks.json").read_text())[
@@ -231,9 +231,7 @@ def test_training_goes_on_with_the_published_updates(name, prefix, groups, excep
     if frozen:
         freeze_shift(model)
     compiled = prefix != "" or "convnext" in name or ("cls_token" in exceptions and "d2" in name)
-    ours = build_optimizer(
-        model, opt=opt, lr=0.01, weight_decay=0.1, eps=1e-8, decay_as_compiled=compiled
-    )
+    ours = optimizer_for(model, opt=opt, lr=0.01, weight_decay=0.1, decay_as_compiled=compiled)
     if opt == "sgd":
         ours.param_groups[0]["nesterov"] = ours.param_groups[1]["nesterov"] = True
     names = published_names(model, state, saved)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import differences, load, make_images, run_processes, train
+from training_runs import differences, load, make_images, optimizer_for, run_processes, train
 
 import deit.main
 import deit.train.engine
@@ -17,7 +17,6 @@ import deit.train.run
 from deit.errors import UserError
 from deit.train.checkpoint import read_checkpoint
 from deit.train.moments import load_optimizer
-from deit.train.optim import build_optimizer
 from deit.train.reporting import Reporter
 from deit.train.stopping import request_stop
 
@@ -300,7 +299,7 @@ def test_the_state_of_another_optimizer_is_refused(theirs, ours):
     """Also where the checkpoint does not say which one it was."""
 
     def build(opt):
-        return build_optimizer(torch.nn.Linear(3, 4), opt=opt, lr=0.1)
+        return optimizer_for(torch.nn.Linear(3, 4), opt=opt, lr=0.1)
 
     saved = build(theirs)
     for group in saved.param_groups:

@@ -9,6 +9,7 @@ import random
 import socket
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from deit.errors import one_line_errors
 from deit.main import main
 from deit.train.args import parse_args
+from deit.train.optim import build_optimizer
 from deit.train.stopping import forget_stop
 
 CLASSES = 3
@@ -153,3 +156,9 @@ def run_processes(
             process.join()
         results[rank] = (process.exitcode, log.read_text() if log.exists() else "")
     return [results[rank] for rank in range(len(processes))]
+
+
+def optimizer_for(model: nn.Module, lr: float = 0.1, **options: Any) -> torch.optim.Optimizer:
+    """The optimizer of these options, by default AdamW without weight decay."""
+    defaults = vars(parse_args([])) | {"weight_decay": 0.0}
+    return build_optimizer(model, Namespace(**(defaults | options)), lr)

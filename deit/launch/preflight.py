@@ -94,8 +94,8 @@ def _check_network(spec: JobSpec, args: Namespace, classes: int) -> None:
     import torch
 
     from deit.train.build import build_model, train_transform_of
+    from deit.train.optim import build_optimizer
     from deit.train.run import LAST
-    from deit.train.training import optimizer_of
 
     train_transform_of(args)
     names = {"--model": args.model}
@@ -109,7 +109,7 @@ def _check_network(spec: JobSpec, args: Namespace, classes: int) -> None:
     with torch.device("meta"):
         model, _ = build_model(args, classes)
         if not args.eval:
-            optimizer_of(args, model, args.lr)
+            build_optimizer(model, args, args.lr)
 
 
 def _check_packages(args: Namespace) -> None:

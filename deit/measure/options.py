@@ -26,6 +26,7 @@ from deit.train.args import parse_args as training_options
 from deit.train.build import model_arguments, set_precision
 from deit.train.checkpoint import read_checkpoint
 from deit.train.distributed import choose_device
+from deit.train.engine import lower_precision
 from deit.train.loading import build_as_trained
 
 __all__ = ["make_settings", "parse_args"]
@@ -153,19 +154,15 @@ def make_settings(args: Namespace) -> Settings:
     training = training_options([])
     training.threads = args.threads
     set_precision(training, device)
-    name = args.dtype
-    if name is None:
-        # as in training: float16 on GPUs that only emulate bfloat16
-        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        name = ("float16" if emulated else "bfloat16") if args.amp else "float32"
+    dtype = lower_precision(device) if args.amp else torch.float32
+    if args.dtype is not None:
+        dtype = getattr(torch, args.dtype)
     arguments = dict(args.arguments)
     if args.symmetrized_asym_feats:
         arguments[SYMMETRIZED] = True
     return Settings(
         device,
-        getattr(torch, name),
+        dtype,
         args.amp,
         args.compile_mode if args.compile else None,
         args.compile_blocks,

@@ -38,6 +38,13 @@ class NonFiniteLossError(UserError):
         self.update = update
 
 
+def lower_precision(device: torch.device) -> torch.dtype:
+    """What to autocast to on a device: bfloat16, or float16 on GPUs that only emulate that."""
+    # Emulated bfloat16, on cards before Ampere, is slower than float32.
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulated else torch.bfloat16
+
+
 class Precision:
     """Automatic mixed precision: where to autocast to what, and the scaler that float16 needs.
 
@@ -55,11 +62,7 @@ class Precision:
         """For `--use-amp` and `--amp-dtype` (auto, bfloat16, float16). CPUs compute in float32."""
         if not use_amp or device.type != "cuda":
             return cls(device, None)
-        if name == "auto":
-            # Emulated bfloat16, on cards before Ampere, is slower than float32.
-            real = torch.cuda.is_bf16_supported(including_emulation=False)
-            name = "bfloat16" if real else "float16"
-        return cls(device, getattr(torch, name))
+        return cls(device, lower_precision(device) if name == "auto" else getattr(torch, name))
 
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(

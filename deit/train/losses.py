@@ -80,8 +80,6 @@ class DistillationLoss(TrainingLoss):
         self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float
     ) -> None:
         super().__init__(base)
-        if kind not in ("soft", "hard"):
-            raise UserError(f"unknown kind of distillation {kind!r}: soft or hard")
         self.teacher = teacher
         self.kind = kind
         self.alpha = alpha
@@ -93,8 +91,6 @@ class DistillationLoss(TrainingLoss):
         return self
 
     def forward(self, outputs: Outputs, targets: Tensor, images: Tensor | None = None) -> Tensor:
-        if images is None:
-            raise TypeError("distillation needs the images: criterion(outputs, targets, images)")
         logits, distilled = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
         distilled = distilled.float()
         with torch.no_grad():
@@ -134,16 +130,7 @@ def build_criterion(
     Args:
         mixup: whether targets are dense.
         teacher: see `DistillationLoss`.
-
-    Raises:
-        UserError: `bce_loss` with smoothed targets, or distillation with `cosub` or without
-            teacher.
     """
-    if args.bce_loss and args.smoothing:
-        raise UserError(
-            f"label smoothing {args.smoothing:g} puts all targets above 0: binarised, every class "
-            "would be one; use smoothing 0 with the BCE loss"
-        )
     if args.bce_loss or args.cosub:
         threshold = 0.0 if args.bce_loss else None
         base: nn.Module = BinaryCrossEntropy(args.smoothing, target_threshold=threshold)
@@ -156,8 +143,4 @@ def build_criterion(
     kind = args.distillation_type
     if kind == "none":
         return CosubLoss(base) if args.cosub else TrainingLoss(base)
-    if args.cosub:
-        raise UserError("cosub and distillation cannot be combined")
-    if teacher is None:
-        raise UserError(f"{kind} distillation needs a teacher")
     return DistillationLoss(base, teacher, kind, args.distillation_alpha, args.distillation_tau)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Any
@@ -122,53 +123,36 @@ def freeze_shift(model: nn.Module) -> str:
     return "" if shifts else "--freeze-shift has no effect: this network has no such shift"
 
 
-def build_optimizer(
-    model: nn.Module,
-    *,
-    opt: str = "adamw",
-    lr: float,
-    weight_decay: float = 0.0,
-    eps: float | None = None,
-    betas: Collection[float] | None = None,
-    momentum: float = 0.9,
-    layer_decay: float = 1.0,
-    decay_as_compiled: bool = False,
-) -> Optimizer:
-    """timm's optimizer `opt` over `parameter_groups(model, ...)`.
+def build_optimizer(model: nn.Module, args: Namespace, lr: float) -> Optimizer:
+    """The optimizer that the options `args` ask for, timm's `args.opt`.
 
     Adam and AdamW are torch's fused ones where the network is on a GPU. `fusedlamb` is apex's where
     that is installed and the network is on a GPU and not sharded, else timm's `lamb`, which makes
     the same updates. The log says which. What an optimizer has no use for (betas, eps, momentum) is
     ignored.
 
-    Args:
-        eps, betas: None for the optimizer's own.
-
     Raises:
         UserError: an unknown optimizer, or one that does not take these settings.
     """
-    groups = parameter_groups(model, weight_decay, layer_decay, decay_as_compiled)
-    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-    if eps is not None:
-        settings["eps"] = eps
-    if betas is not None:
-        settings["betas"] = tuple(betas)
-    name = opt.lower()
-    known = list_optimizers()
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.decay_as_compiled)
+    settings = {"lr": lr, "weight_decay": args.weight_decay, "eps": args.opt_eps}
+    name, known = args.opt.lower(), list_optimizers()
     inner = name.removeprefix("lookahead_")
     if inner not in known:
-        raise UserError(f"unknown optimizer {opt!r}{suggest(name, known)}")
-    info = get_optimizer_info(inner)
+        raise UserError(f"unknown optimizer {args.opt!r}{suggest(name, known)}")
+    if args.opt_betas is not None:
+        info, count = get_optimizer_info(inner), len(args.opt_betas)
+        if info.has_betas and count != info.num_betas:
+            raise UserError(f"optimizer {args.opt!r} takes {info.num_betas} betas, got {count}")
+        settings["betas"] = tuple(args.opt_betas)
     if inner in _FUSED and _on_gpu(groups):
         settings["fused"] = True
-    if betas is not None and info.has_betas and len(betas) != info.num_betas:
-        raise UserError(f"optimizer {opt!r} takes {info.num_betas} betas, got {len(betas)}")
     try:
         if name == "fusedlamb":
             return _apex_lamb(groups, settings) or Lamb(groups, **settings)
-        return create_optimizer_v2(groups, opt=name, momentum=momentum, **settings)
+        return create_optimizer_v2(groups, opt=name, momentum=args.momentum, **settings)
     except Exception as error:  # timm asserts, imports and raises whatever the optimizer does
-        raise UserError(f"optimizer {opt!r} cannot be built: {one_line(error)}") from error
+        raise UserError(f"optimizer {args.opt!r} cannot be built: {one_line(error)}") from error
 
 
 def _apex_lamb(groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer | None:

@@ -50,21 +50,6 @@ from deit.train.teacher import build_teacher
 REPEATS = 3
 
 
-def optimizer_of(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer that the options name. UserError for a name or values that it does not take."""
-    return build_optimizer(
-        model,
-        opt=args.opt,
-        lr=lr,
-        weight_decay=args.weight_decay,
-        eps=args.opt_eps,
-        betas=args.opt_betas,
-        momentum=args.momentum,
-        layer_decay=args.layer_decay,
-        decay_as_compiled=args.decay_as_compiled,
-    )
-
-
 def peak_lr(args: Namespace, images: int) -> float:
     """The learning rate after the warm-up, for updates of so many images."""
     return args.lr if args.unscale_lr else scaled_lr(args.lr, images)
@@ -74,7 +59,7 @@ def build_state(
     args: Namespace, networks: ModelBundle, processes: DistContext, updates: int, images: int
 ) -> TrainingState:
     """Optimizer, schedule and the rest of what changes, at the start of a training."""
-    optimizer = optimizer_of(args, networks.model, peak_lr(args, images))
+    optimizer = build_optimizer(networks.model, args, peak_lr(args, images))
     check_second_order(optimizer, args, processes)
     return TrainingState(
         model=networks.model,

@@ -12,6 +12,7 @@ import torch
 
 from deit.equivariance import tolerance_of
 from deit.train.compilation import compile_network
+from deit.train.engine import lower_precision
 
 __all__ = ["DTYPES", "Settings"]
 
@@ -41,10 +42,7 @@ class Settings:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What features are rounded to."""
-        if not self.amp:
-            return self.dtype
-        float16 = self.device.type == "cuda" and not torch.cuda.is_bf16_supported()
-        return torch.float16 if float16 else torch.bfloat16
+        return lower_precision(self.device) if self.amp else self.dtype
 
     @property
     def arithmetic(self) -> str:
