@@ -49,11 +49,10 @@ def build_dataset(
 ) -> ImageDataset:
     """The images of one split: `dataset[i]` is `(transform(RGB PIL image), class index)`.
 
-    `name` is one of DATA_SETS in any case. Without `root`, IMNET (the default) is the bundled
-    sample and FASHION is Debian's package if it is installed. `zip_archive` reads IMNET from
-    archives, `download` lets torchvision fetch CIFAR and FASHION into `root`. `class_folders` is a
-    folder with a folder a class, read in place of <root>/<split>. The result has `num_classes` and
-    `class_names`.
+    `split` is train or val, `name` one of DATA_SETS in any case. Without `root`, IMNET (the
+    default) is the bundled sample and FASHION is Debian's package if it is installed. `zip_archive`
+    reads IMNET from archives, `download` lets torchvision fetch CIFAR and FASHION into `root`.
+    `class_folders` is a folder with a folder a class, read in place of <root>/<split>.
 
     Raises UserError for an unknown name and for missing, empty or damaged data.
     """
@@ -146,9 +145,8 @@ def _class_folders(root: Path, split: str) -> FileImages:
             f"no class folders in {folder}: it needs one folder a class and holds "
             f"{_contents(folder)}"
         )
-    return FileImages(
-        folder, *sort_out(((path, path) for path in files), classes, folder, repeated)
-    )
+    paths = ((path, path) for path in files)
+    return FileImages(folder, *sort_out(paths, classes, folder, repeated))
 
 
 def _find_archive(root: Path, split: str) -> Path:
