@@ -28,7 +28,7 @@ if __package__ in (None, ""):
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from deit.data.workers import is_worker_death, worker_death
+from deit.data.workers import worker_death
 from deit.errors import UserError, run_command
 from deit.train.args import parse_args
 from deit.train.build import set_precision
@@ -97,9 +97,10 @@ def train(run: Run) -> None:
     except UserError as error:
         raise UserError(f"{error}; {run.last_state()}") from error
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if not is_worker_death(error):
+        death = worker_death(error)
+        if death is None:
             raise
-        raise UserError(f"{worker_death(error)}; {run.last_state()}") from error
+        raise UserError(f"{death}; {run.last_state()}") from error
     finally:
         reporter.stop()
     run.agreement.finish()

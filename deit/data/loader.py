@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from deit.data.batches import BatchDataset, RawBatch, WorkerError, erase
 from deit.data.images import ImageDataset
 from deit.data.stream import ResumableBatchSampler
-from deit.data.workers import end_workers, is_worker_death, start_pass, worker_death
+from deit.data.workers import end_workers, start_pass, worker_death
 from deit.errors import UserError
 
 
@@ -70,10 +70,10 @@ class DeviceLoader:
                     raise UserError(batch.message)
                 yield batch
         except Exception as error:
-            failure = worker_death(error) if is_worker_death(error) else None
+            death = worker_death(error)
             self.close()
-            if failure is not None:
-                raise failure from error
+            if death is not None:
+                raise death from error
             raise
 
     def _on_device(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -55,26 +55,23 @@ def end_workers(loader: DataLoader) -> None:
                 worker.join()
 
 
-def is_worker_death(error: BaseException) -> bool:
-    """Whether `error` says that a worker was killed.
+def worker_death(error: BaseException) -> UserError | None:
+    """What to tell if `error` says that a worker was killed, else None.
 
     Torch reports it from a SIGCHLD handler, so that it can come up in the middle of any statement
     of the main process, not only in the loader. A main process that was just receiving a batch
-    finds the connection closed before that.
+    finds the connection closed before that. No report of torch's can come after this call.
     """
+    told = str(error)
     if isinstance(error, (ConnectionError, EOFError)):
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        return any("multiprocessing" in Path(file).parts for file in files)
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-
-
-def worker_death(error: BaseException) -> UserError:
-    """The one line to print for it. No report of torch's can come after this call."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if not isinstance(error, RuntimeError):
-        error = f"DataLoader worker (pid unknown) is gone: {error}."
+        if not any("multiprocessing" in Path(file).parts for file in files):
+            return None
+        told = f"DataLoader worker (pid unknown) is gone: {error}."
+    elif not (isinstance(error, RuntimeError) and told.startswith("DataLoader worker (pid")):
+        return None
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return UserError(
-        f"{error} Often the machine ran out of memory (fewer --num-workers help) or shared memory "
+        f"{told} Often the machine ran out of memory (fewer --num-workers help) or shared memory "
         "(in a container: a larger /dev/shm)."
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deit.data.workers import is_worker_death, worker_death
+from deit.data.workers import worker_death
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -60,8 +60,8 @@ def test_a_connection_that_a_worker_closed_counts_as_its_death():
     there.close()
     with pytest.raises(EOFError) as closed:
         here.recv()
-    assert is_worker_death(closed.value)
-    assert not is_worker_death(ConnectionResetError("of some other connection"))
+    assert worker_death(ConnectionResetError("of some other connection")) is None
+    assert worker_death(RuntimeError("of some other kind")) is None
     before = signal.getsignal(signal.SIGCHLD)
     try:
         assert str(worker_death(closed.value)).startswith("DataLoader worker (pid unknown)")
