@@ -229,10 +229,10 @@ class Rep:
         moved = []
         for part, irrep in zip(parts, self.group.irreps, strict=True):
             components = _pieces(part, [self.multiplicity(irrep)] * irrep.dim, dim)
-            rows = [
-                sum(c * x for c, x in zip(row, components, strict=True))
-                for row in irrep.matrices[g]
-            ]
+            rows = []
+            for row in irrep.matrices[g]:
+                first, *others = (c * x for c, x in zip(row, components, strict=True))
+                rows.append(sum(others, first))
             moved.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim))
         return tuple(moved)
 

@@ -48,7 +48,7 @@ class GELU(nn.Module):
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # same shapes
         group = self.rep.group
-        pieces = []
+        pieces: list[Tensor] = []
         for part, irrep in zip(x, group.irreps, strict=True):
             pieces.extend(part.chunk(irrep.dim**2, -1) if irrep.dim > 1 else [part])
         copies = [self.act(copy) for copy in group.mix(pieces, inverse=True, gain=1 / self.scale)]

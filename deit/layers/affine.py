@@ -48,7 +48,7 @@ class Affine(nn.Module):
         self.across = across
         self.shift = shift
         self.init_value = init_value
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         for irrep in self.rep.group.irreps:
             width = self.rep.multiplicity(irrep)
             self.register_parameter(

@@ -7,6 +7,8 @@ so the group leaves them alone, and it acts on the values as on the features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import use_fused_attn as fused_attn_is_available
@@ -61,7 +63,7 @@ class Attention(nn.Module):
                 "the attention mixer weighs the logits, which fused attention never forms: "
                 "use either use_attn_mixer or use_fused_attn"
             )
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.fused_attn = (
@@ -95,8 +97,8 @@ class Attention(nn.Module):
                 part = part.unflatten(-1, (irrep.dim, 3, self.num_heads, -1))
                 heads.append(part.movedim(2, 4).flatten(-2))
         # by number: symbolic tracers cannot iterate over the result of unbind
-        heads = torch.cat(heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return heads[0], heads[1], heads[2]
+        q_k_v = torch.cat(heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return q_k_v[0], q_k_v[1], q_k_v[2]
 
     def merge_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, heads, N, C/heads) to the parts of (B, N, C)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block as TimmBlock
@@ -53,7 +53,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = dict(group=group, device=device, dtype=dtype)
+        options: dict[str, Any] = dict(group=group, device=device, dtype=dtype)
         self.norm1 = LayerNorm(dim, **options)
         self.attn = Attention(
             dim,
@@ -87,6 +87,10 @@ class OrdinaryBlock(TimmBlock):
         use_fused_attn: as in `Attention`; None leaves the choice to timm.
     """
 
+    attn: Any  # with `fused_attn`
+    gamma_1: nn.Parameter  # None without LayerScale
+    gamma_2: nn.Parameter
+
     def __init__(
         self,
         dim: int,
@@ -95,13 +99,13 @@ class OrdinaryBlock(TimmBlock):
         *,
         qkv_bias: bool = True,
         init_values: float | None = 1e-4,
-        norm_layer: Callable[..., nn.Module] = OrdinaryLayerNorm,
+        norm_layer: Any = OrdinaryLayerNorm,
         use_fused_attn: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer, **kwargs, **dd
         )

@@ -10,12 +10,14 @@ mirror: both irreps have dimension one, and the sign of the mirror is all that i
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from deit.groups import FLOP, Rep
+from deit.groups import FLOP, Irrep, Rep
 from deit.layers import tracing
 from deit.layers.fixed import FixedBuffers
 
@@ -36,6 +38,8 @@ class MirrorKernel(FixedBuffers):
     The layers below call it for the whole kernel and the bias.
     """
 
+    zero_center: Tensor
+
     def __init__(
         self,
         out_channels: int,
@@ -47,7 +51,7 @@ class MirrorKernel(FixedBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.sign = sign
         self._set_whole(torch.empty(out_channels, in_channels, *kernel_size, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
@@ -134,7 +138,7 @@ class MirrorConv2d(nn.Module):
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.scale = scale
         # not keyed by irreps: torch 2.6 cannot compile look-ups by tuples
-        self.names = {sigma.name: [] for sigma in FLOP.irreps}
+        self.names: dict[str, list[str]] = {sigma.name: [] for sigma in FLOP.irreps}
         for rho, sigma in PARTS:
             if not in_rep.multiplicity(rho):
                 continue
@@ -166,13 +170,13 @@ class MirrorConv2d(nn.Module):
         return torch.cat(rows, 0), bias
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.in_rep.free:
-            x = torch.cat(x, -1).permute(0, 3, 1, 2)
-        tracing.check_stride(x.shape[-1], self.kernel_size[1], self.stride[1], self.padding[1])
+        image = torch.cat(tuple(x), -1).permute(0, 3, 1, 2) if self.in_rep.free else cast(Tensor, x)
+        width = image.shape[-1]
+        tracing.check_stride(width, self.kernel_size[1], self.stride[1], self.padding[1])
         kernel, bias = self.kernel()
         if self.scale != 1.0:  # on the weights, which are smaller than the output
             kernel, bias = kernel * self.scale, None if bias is None else bias * self.scale
-        y = F.conv2d(x, kernel, bias, self.stride, self.padding)
+        y = F.conv2d(image, kernel, bias, self.stride, self.padding)
         return tuple(self.out_rep.split(y.permute(0, 2, 3, 1)))
 
 
@@ -186,6 +190,11 @@ class MirrorDepthwiseConv2d(nn.Module):
     Raises:
         ValueError: if `channels` is no multiple of 4 or `kernel_size` is even.
     """
+
+    sym_to_sym: MirrorKernel
+    sym_to_asym: MirrorKernel
+    asym_to_sym: MirrorKernel
+    asym_to_asym: MirrorKernel
 
     def __init__(
         self,
@@ -238,6 +247,6 @@ class MirrorDepthwiseConv2d(nn.Module):
         return y.permute(0, 2, 3, 1)
 
 
-def _sign(rho, sigma) -> int:
+def _sign(rho: Irrep, sigma: Irrep) -> int:
     """The product of the mirror's signs in two irreps of flopping."""
     return int(rho.matrices[1][0][0] * sigma.matrices[1][0][0])

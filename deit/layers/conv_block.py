@@ -48,7 +48,7 @@ class ConvBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
         self.dwconv = MirrorDepthwiseConv2d(dim, kernel_size, **dd)
         self.norm = LayerNorm(dim, **dd)
@@ -58,7 +58,7 @@ class ConvBlock(nn.Module):
         self.gamma = LayerScale(dim, init_value, **dd) if init_value > 0 else None
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         y = self.pwconv2(self.act(self.pwconv1(self.norm(self.dwconv(x)))))
         if self.gamma is not None:
             y = self.gamma(y)
@@ -90,7 +90,7 @@ class OrdinaryConvBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
         self.init_value = init_value
         self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)

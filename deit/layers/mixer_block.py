@@ -19,6 +19,7 @@ Source: arXiv:2502.05169, section 4; ResMLP, arXiv:2105.03404.
 from __future__ import annotations
 
 from math import sqrt
+from typing import Any
 
 import torch
 from timm.layers import DropPath as TensorDropPath
@@ -62,7 +63,7 @@ class MixerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.tokens = tokens
         self.norm1 = Affine(channels, across=tokens, **dd)
         self.attn = Linear(tokens, tokens, invariant=True, prefix="lin", **dd)
@@ -83,12 +84,12 @@ class MixerBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path)
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = add(x, self.drop_path1(self.gamma_1(self.mix(self.norm1(x)))))
         y = self.from_places(self.mlp(self.to_places(self.norm2(x))))
         return add(x, self.drop_path2(self.gamma_2(y)))
 
-    def mix(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def mix(self, x: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """`attn` over the tokens, on sums and differences of the channels."""
         (ss, sa), (as_, aa) = (self.tokens.split(part, 1) for part in x)
         symmetric = torch.cat([ss + as_, ss - as_], -1)
@@ -154,7 +155,7 @@ class OrdinaryMixerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.init_values = init_values
         self.norm1 = norm_layer(dim, **dd)
         self.attn = nn.Linear(seq_len, seq_len, **dd)

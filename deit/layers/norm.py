@@ -44,14 +44,15 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # same shapes and dtypes
         group = self.rep.group
-        centred, variances = [], []
+        centred: list[Tensor] = []
+        variances: list[Tensor] = []
         for part, irrep in zip(x, group.irreps, strict=True):
             # as torch's own layer norm, half precision is for storage: the moments need float32
             part = self.centre(tracing.widen(part), irrep.dim)
             centred.append(part)
             mean = part.square().mean(-1, keepdim=True)
             variances.append(mean if irrep.dim == 1 else mean * irrep.dim**2)
-        rstd = torch.rsqrt((sum(variances) + self.eps) / group.order)
+        rstd = torch.rsqrt((sum(variances[1:], variances[0]) + self.eps) / group.order)
         scaled = self.scaling(tuple(part * rstd for part in centred))
         return tuple(y.to(part.dtype) for y, part in zip(scaled, x, strict=True))
 

@@ -8,6 +8,7 @@ leaves the middle alone; without a middle, tokens i and i + N/2 are mirror image
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -117,11 +118,11 @@ class PositionEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.half = dim // 2
+        half = dim // 2
         left, middle, _ = grid.blocks
-        dd = {"device": device, "dtype": dtype}
-        self.register_parameter("0", nn.Parameter(torch.empty(1, left + middle, self.half, **dd)))
-        self.register_parameter("1", nn.Parameter(torch.empty(1, left, self.half, **dd)))
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.register_parameter("0", nn.Parameter(torch.empty(1, left + middle, half, **dd)))
+        self.register_parameter("1", nn.Parameter(torch.empty(1, left, half, **dd)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -191,11 +192,9 @@ class PrefixToken(FixedBuffers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.half = dim // 2
-        self.register_parameter(
-            "0", nn.Parameter(torch.empty(1, count, self.half, device=device, dtype=dtype))
-        )
-        zeros = torch.zeros(1, count, self.half, device="cpu", dtype=dtype)
+        size = (1, count, dim // 2)
+        self.register_parameter("0", nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
+        zeros = torch.zeros(size, device="cpu", dtype=dtype)
         self.register_fixed("1", zeros, "zero, as equivariance demands", device)
         self.reset_parameters()
 

@@ -64,8 +64,9 @@ def check_sizes(**sizes: int | tuple[int, int]) -> None:
 def reset_layers(model: nn.Module) -> None:
     """Let every layer write its initial parameters and buffers again, as in its constructor."""
     for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def scale_classifier(head: nn.Module, scale: float) -> None:
         head.bias.mul_(scale)
 
 
-class ClassifierMethods:
+class ClassifierMethods(nn.Module):
     """timm's methods about the classifier `head`, for networks with `head_hidden_size`."""
 
     head: nn.Module
@@ -111,7 +112,7 @@ class ClassifierMethods:
         self.head.apply(init_linear).train(self.training)
 
 
-class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
+class PooledClassifier(ClassifierMethods, Scriptable):
     """The common part of the families; a subclass builds the layers and says how to run them.
 
     Its constructor calls `_init_head` when stem, blocks and `feature_info` (an entry for each step)
@@ -200,7 +201,7 @@ class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
 
     def prune_intermediate_layers(
         self,
-        indices: int | Sequence[int] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
@@ -255,7 +256,7 @@ class PooledClassifier(ClassifierMethods, Scriptable, nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",

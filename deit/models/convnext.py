@@ -64,7 +64,8 @@ class _ConvNeXt(PooledClassifier):
                 "no antisymmetric part"
             )
         if img_size is not None and equivariant:
-            tracing.check_total_stride(*to_2tuple(img_size), total_stride)
+            height, width = to_2tuple(img_size)
+            tracing.check_total_stride(height, width, total_stride)
         self.in_chans = in_chans
         self.equivariant = equivariant
         self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
@@ -159,7 +160,8 @@ class IsotropicConvNeXt(_ConvNeXt):
         check_sizes(patch_size=patch_size, num_classes=num_classes)
         super().__init__(in_chans, img_size, equivariant, use_symmetrized_asym_feats, patch_size[1])
         check_sizes(embed_dim=embed_dim, depth=depth)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.stem: nn.Module
         if equivariant:
             colours = Rep(FLOP, free=0, fixed=in_chans)
             self.stem = MirrorConv2d(
@@ -260,7 +262,7 @@ class ConvNeXt(_ConvNeXt):
             )
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             check_sizes(**{f"depths[{i}]": depth, f"dims[{i}]": dim})
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()
         self.feature_info = []
@@ -322,7 +324,7 @@ class ConvNeXt(_ConvNeXt):
         steps = []
         for i, stage in enumerate(self.stages):
             # called whole, for hooks and wrappers, unless each block is recomputed by itself
-            modules = list(stage) if self.grad_checkpointing else [stage]
+            modules = list(stage.children()) if self.grad_checkpointing else [stage]
             steps.append([self.downsample_layers[i], *modules] if i > 0 else modules)
         return steps
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["HOSTED", "hosted_cfg", "resmlp_filter_fn", "vit_filter_fn"]
 
@@ -37,16 +37,17 @@ def hosted_cfg(name: str) -> dict[str, Any]:
     """The fields of a pretrained configuration that say where the weights of `name` are."""
     if name not in HOSTED:
         return {}
-    return {"hf_hub_id": get_pretrained_cfg(HOSTED[name]).hf_hub_id}
+    cfg = get_pretrained_cfg(HOSTED[name])
+    return {} if cfg is None else {"hf_hub_id": cfg.hf_hub_id}
 
 
-def vit_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def vit_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Published or timm's keys to ours; positions and patches of other sizes are resampled."""
     state_dict = state_dict.get("model", state_dict)
     return timm_filter_fn(_rename(state_dict, VIT_KEYS), model)
 
 
-def resmlp_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def resmlp_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, Tensor]:
     """Published or timm's keys and shapes to ours.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ class ParallelBlock(OrdinaryBlock):
     mlp1, gamma_2_1).
     """
 
+    gamma_1_1: nn.Parameter
+    gamma_2_1: nn.Parameter
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         second = OrdinaryBlock(*args, **kwargs)
@@ -32,8 +35,9 @@ class ParallelBlock(OrdinaryBlock):
     def reset_parameters(self) -> None:
         """LayerScale's initial value; the submodules reset themselves."""
         super().reset_parameters()
-        for gamma in (self.gamma_1_1, self.gamma_2_1) if self.init_values is not None else ():
-            nn.init.constant_(gamma, self.init_values)
+        if self.init_values is not None:
+            nn.init.constant_(self.gamma_1_1, self.init_values)
+            nn.init.constant_(self.gamma_2_1, self.init_values)
 
     def forward(self, x: Tensor, **attn_options: Any) -> Tensor:  # (B, N, C)
         first = self._scale(self.gamma_1, self.attn(self.norm1(x), **attn_options))
@@ -66,7 +70,7 @@ class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
         head_init_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        def block(**options: Any) -> nn.Module:
+        def block(**options: Any) -> OrdinaryBlock:
             options.update(
                 init_values=init_scale, drop_path=drop_path_rate, use_fused_attn=use_fused_attn
             )
@@ -74,7 +78,10 @@ class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
 
         check_sizes(**{name: kwargs[name] for name in SIZE_ARGUMENTS if name in kwargs})
         super().__init__(
-            block_fn=block, norm_layer=OrdinaryLayerNorm, no_embed_class=True, **kwargs
+            block_fn=cast("type[nn.Module]", block),
+            norm_layer=OrdinaryLayerNorm,
+            no_embed_class=True,
+            **kwargs,
         )
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)

@@ -17,7 +17,9 @@ try:
     from timm.models._input import update_model_input_size as record_input_size
 except ImportError:  # older timm rebuilds no network from its record
 
-    def record_input_size(model: nn.Module, img_size: Any, **model_args: Any) -> None:
+    def record_input_size(  # type: ignore[misc]
+        model: nn.Module, img_size: Any, **model_args: Any
+    ) -> None:
         """Nothing to record."""
 
 
@@ -67,7 +69,7 @@ def register_sizes(
         filter_fn: translates a checkpoint for a given model, by timm's convention.
         out_indices: what `features_only=True` returns by default.
     """
-    namespace = sys.modules[module]
+    namespace: Any = sys.modules[module]
     cfgs = getattr(namespace, "default_cfgs", {})
     namespace.default_cfgs = {
         **cfgs,

@@ -19,7 +19,7 @@ Source: arXiv:2502.05169, section 4; ResMLP, arXiv:2105.03404.
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.mlp_mixer import MlpMixer
@@ -93,7 +93,7 @@ class ResMLP(PooledClassifier):
         super().__init__()
         check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
         check_sizes(patch_size=patch_size, num_classes=num_classes)
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.embed_dim = embed_dim
         self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
@@ -195,12 +195,12 @@ class OrdinaryResMLP(Scriptable, MlpMixer):
         super().__init__(
             num_blocks=depth,
             mlp_ratio=mlp_ratio,
-            block_layer=partial(OrdinaryMixerBlock, init_values=init_scale),
+            block_layer=cast(Any, partial(OrdinaryMixerBlock, init_values=init_scale)),
             norm_layer=OrdinaryAffine,
             **kwargs,
         )
         # timm's constructor has just registered it under its own name
-        self.patch_embed = self._modules.pop("stem")
+        self.patch_embed: Any = self._modules.pop("stem")
         scale_classifier(self.head, head_init_scale)
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
 __all__ = ["Scriptable"]
@@ -16,4 +19,4 @@ class Scriptable:
 
     def __prepare_scriptable__(self) -> GraphModule:
         """torch's hook: what to script in place of this network, in the mode that it is in."""
-        return symbolic_trace(self)
+        return symbolic_trace(cast(nn.Module, self))

@@ -58,7 +58,7 @@ __all__ = ["OrdinaryVisionTransformer", "VisionTransformer", "checkpoint_filter_
 BRIDGES = {"regular": RegularBridge, "invariant": InvariantBridge}
 
 
-class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
+class VisionTransformer(ClassifierMethods, Scriptable):
     """A vision transformer whose first blocks are equivariant under flopping.
 
     Args:
@@ -81,6 +81,8 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     Raises:
         ValueError: for sizes that do not divide and options that exclude each other.
     """
+
+    norm: nn.Module
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
                 "use_symmetrized_asym_feats needs equivariant features at the head: "
                 f"after the bridge {bridge!r} there is no antisymmetric part"
             )
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.embed_dim = embed_dim
@@ -143,7 +145,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
         self.pos_embed = PositionEmbedding(embed_dim, self.patch_embed.grid, **dd)
         self.pos_drop = Dropout(pos_drop_rate)
 
-        shared = dict(
+        shared: dict[str, Any] = dict(
             qkv_bias=qkv_bias,
             init_values=init_scale,
             proj_drop=proj_drop_rate,
@@ -326,7 +328,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -371,7 +373,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
     def get_intermediate_layers(
         self,
         x: Tensor,
-        n: int | Sequence[int] = 1,
+        n: int | list[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -388,7 +390,7 @@ class VisionTransformer(ClassifierMethods, Scriptable, nn.Module):
 
     def prune_intermediate_layers(
         self,
-        indices: int | Sequence[int] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
@@ -461,7 +463,7 @@ PARALLEL_SIZES = {
 FAMILIES = {"d2_deit": None, "hybrid_deit": "regular", "d2_inv_early_deit": "invariant"}
 
 
-def _row(size: tuple[int, int, int, int]) -> dict[str, int]:
+def _row(size: tuple[int, int, int, int]) -> dict[str, Any]:
     return dict(zip(("embed_dim", "depth", "num_heads", "patch_size"), size, strict=True))
 
 
