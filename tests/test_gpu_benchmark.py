@@ -31,7 +31,7 @@ def started():
         script, *options = words
         with log.open("w") as file, contextlib.redirect_stdout(file):
             assert COMMANDS[script](options) == 0
-        return None
+        return
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "execute", execute)
