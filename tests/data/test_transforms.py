@@ -58,38 +58,50 @@ class TestThreeAugment:
         assert 0.1 <= min(radii) < 0.2
         assert 1.9 < max(radii) <= 2.0
 
-    def test_comes_after_crop_and_flip_and_before_jitter(self):
-        steps = train_transform(64, three_augment=True, color_jitter=0.3).transforms
-        assert [type(step).__name__ for step in steps] == [
-            "RandomResizedCropAndInterpolation",
-            "RandomHorizontalFlip",
-            "RandomChoice",
-            "ColorJitter",
-            "PILToTensor",
-        ]
-        assert steps[0].scale == (0.08, 1.0)
-        assert "bicubic" in repr(steps[0])
-        assert steps[3].brightness == steps[3].contrast == steps[3].saturation == (0.7, 1.3)
-        assert steps[3].hue is None
 
-    def test_stays_with_the_resized_crop_for_small_images(self):
-        steps = train_transform(32, three_augment=True).transforms
-        assert type(steps[0]).__name__ == "RandomResizedCropAndInterpolation"
-
-    def test_src(self):
-        steps = train_transform(64, three_augment=True, simple_crop=True, color_jitter=0).transforms
-        names = [type(step).__name__ for step in steps]
-        assert names == [
-            "Resize",
-            "RandomCrop",
-            "RandomHorizontalFlip",
-            "RandomChoice",
-            "PILToTensor",
-        ]
-        assert (steps[1].padding, steps[1].padding_mode) == (4, "reflect")
+STEPS = {
+    "resized crop": "RandomResizedCropAndInterpolation",
+    "resize": "Resize",
+    "crop": "RandomCrop",
+    "flip": "RandomHorizontalFlip",
+    "three": "RandomChoice",
+    "auto": "RandAugment",
+    "jitter": "ColorJitter",
+}
 
 
 class TestTrain:
+    @pytest.mark.parametrize(
+        ("size", "options", "steps"),
+        [
+            (33, {}, "resized crop, flip, auto"),
+            (32, {}, "resize, crop, flip, auto"),  # small images keep most of what they show
+            (64, {"auto_augment": None}, "resized crop, flip, jitter"),
+            (64, {"auto_augment": None, "color_jitter": 0.0}, "resized crop, flip"),
+            (64, {"auto_augment": None, "hflip": 0.0}, "resized crop, jitter"),
+            (64, {"three_augment": True}, "resized crop, flip, three, jitter"),
+            (32, {"three_augment": True}, "resized crop, flip, three, jitter"),
+            (64, {"three_augment": True, "hflip": 0.0}, "resized crop, three, jitter"),
+            (64, {"three_augment": True, "color_jitter": 0.0}, "resized crop, flip, three"),
+            (64, {"three_augment": True, "simple_crop": True}, "resize, crop, flip, three, jitter"),
+        ],
+    )
+    def test_steps_and_their_order(self, size, options, steps):
+        *names, last = [type(step).__name__ for step in train_transform(size, **options).transforms]
+        assert names == [STEPS[step] for step in steps.split(", ")]
+        assert last.endswith("PILToTensor")
+
+    def test_options_of_the_steps(self):
+        crop, flip, _, jitter, _ = train_transform(64, three_augment=True, hflip=1.0).transforms
+        assert crop.scale == (0.08, 1.0)
+        assert "bicubic" in repr(crop)
+        assert flip.p == 1.0
+        assert jitter.brightness == jitter.contrast == jitter.saturation == (0.7, 1.3)
+        assert jitter.hue is None
+        assert train_transform(64, hflip=1.0).transforms[1].p == 1.0
+        _, simple, *_ = train_transform(64, three_augment=True, simple_crop=True).transforms
+        assert (simple.padding, simple.padding_mode) == (4, "reflect")
+
     @pytest.mark.parametrize("size", [28, 32, 64])
     @pytest.mark.parametrize("three_augment", [False, True])
     @pytest.mark.parametrize("simple_crop", [False, True])
@@ -122,11 +134,6 @@ class TestTrain:
                 results.append(transform(photo))
             assert torch.equal(*results), seed
 
-    def test_small_inputs_keep_most_of_the_image(self, photo):
-        names = [type(step).__name__ for step in train_transform(32).transforms[:2]]
-        assert names == ["Resize", "RandomCrop"]
-        assert type(train_transform(33).transforms[0]).__name__ != "Resize"
-
     def test_posterize_to_nothing_is_black(self, photo):
         # magnitude 10 and `inc` leave zero bits
         transform = train_transform(64, auto_augment="rand-m10-n30-p1-inc1")
@@ -137,24 +144,6 @@ class TestTrain:
         posterize.magnitude = 5
         expected = ImageOps.posterize(photo, 2)
         assert posterize(photo).tobytes() == expected.tobytes()
-
-    @pytest.mark.parametrize("three_augment", [False, True])
-    def test_flip_can_be_switched_off(self, photo, three_augment):
-        options = {"auto_augment": "", "three_augment": three_augment}
-        for hflip, expected in ((0.0, 0), (1.0, 1)):
-            steps = train_transform(64, hflip=hflip, **options).transforms
-            flips = [step for step in steps if isinstance(step, tv.RandomHorizontalFlip)]
-            assert len(flips) == expected
-            assert all(step.p == hflip for step in flips)
-
-    def test_jitter_only_without_auto_augment(self):
-        def has_jitter(**options):
-            steps = train_transform(64, **options).transforms
-            return any(isinstance(step, tv.ColorJitter) for step in steps)
-
-        assert has_jitter(auto_augment=None, color_jitter=0.4)
-        assert not has_jitter(auto_augment=None, color_jitter=0.0)
-        assert not has_jitter(auto_augment="rand-m9", color_jitter=0.4)
 
     @pytest.mark.parametrize("wrong", ["rubbish", "rand-m9-q3", "3-m9"])
     def test_wrong_auto_augment(self, wrong):
