@@ -209,42 +209,34 @@ def test_two_nodes_with_two_processes_each_train(undisturbed: Job):
     assert largest_difference(first["model"], job.checkpoint()["model"]) > 1e-4
 
 
-def test_signal_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
-    job = submit(wait=True)
-    job.wait_for_mid_epoch()
+def signal_it(job: Job) -> None:
     job.cluster.command("scancel", "--signal=USR2", job.id)
-    job.wait_for_end()
-    assert job.restarts() == 1
-    (step,) = job.stops()
-    assert EARLY <= step < UPDATES
-    assert f"going on at epoch 2, step {step}" in job.log
-    assert_same_training(job, undisturbed)
 
 
-def test_time_out_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
-    job = submit("--signal-delay", "110", wait=True)
-    job.wait_for_mid_epoch()
+def let_its_time_run_out(job: Job) -> None:
     # Slurm looks at time limits, which are whole minutes, every half minute.
     minutes = math.ceil((job.seconds() + 50) / 60)
     job.cluster.command("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     job.wait_until(lambda: job.restarts() == 1, "requeue at the time limit", 120)
     job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
-    job.wait_for_end()
-    (step,) = job.stops()
-    assert EARLY <= step < UPDATES
-    assert_same_training(job, undisturbed)
 
 
-def test_preemption_saves_in_mid_epoch_and_requeues(submit, undisturbed: Job):
-    job = submit(wait=True)
-    job.wait_for_mid_epoch()
+def evict_it(job: Job) -> None:
     urgent = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true"]
     job.cluster.command(*urgent)
     job.wait_until(lambda: job.restarts() == 1, "requeue in favour of the urgent job", 120)
+
+
+@pytest.mark.parametrize("strike", [signal_it, let_its_time_run_out, evict_it])
+def test_a_struck_job_saves_in_mid_epoch_and_requeues(strike, submit, undisturbed: Job):
+    job = submit("--signal-delay", "110", wait=True)
+    job.wait_for_mid_epoch()
+    strike(job)
     job.wait_for_end()
     assert job.restarts() == 1
     (step,) = job.stops()
     assert EARLY <= step < UPDATES
+    assert f"going on at epoch 2, step {step}" in job.log
     assert_same_training(job, undisturbed)
 
 
