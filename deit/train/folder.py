@@ -22,7 +22,7 @@ from typing import Any
 
 from deit.errors import UserError
 
-__all__ = ["BEST", "EPOCH_COPY", "LAST", "LOCK", "claim", "clear", "results_in"]
+__all__ = ["BEST", "EPOCH_COPY", "LAST", "LOCK", "check_unused", "claim", "clear"]
 
 LAST = "checkpoint.pth"
 BEST = "best_checkpoint{}.pth"
@@ -35,15 +35,6 @@ _JOBS_THAT_WRITE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # A process cannot lock out itself: the folders in which it trains already.
 _held: set[Path] = set()
-
-
-def results_in(folder: Path) -> list[str]:
-    """The names of what a training in `folder` has left that another would replace."""
-    found = {path.name for pattern in _CHECKPOINTS for path in folder.glob(pattern)}
-    log = folder / "log.txt"
-    if log.exists() and log.stat().st_size:
-        found.add(log.name)
-    return sorted(found)
 
 
 def clear(folder: Path) -> None:
@@ -63,14 +54,16 @@ def clear(folder: Path) -> None:
 
 def check_unused(folder: Path, resume: str) -> None:
     """Raise UserError if a training that starts with `--resume RESUME` would replace results."""
-    found = results_in(folder)
+    found = sorted({path.name for pattern in _CHECKPOINTS for path in folder.glob(pattern)})
     if resume == "auto":
         if LAST in found:
             return
-        # A log without a checkpoint is what a training has that was killed while it first saved.
-        found = [name for name in found if name.endswith(".pth")]
     elif resume and Path(resume).expanduser().resolve().parent == folder.resolve():
         return
+    else:
+        # With --resume auto a log alone is what a training has that was killed in its first save.
+        log = folder / "log.txt"
+        found += [log.name] if log.exists() and log.stat().st_size else []
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         go_on = "" if resume else "--resume auto goes on with it, "

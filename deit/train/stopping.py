@@ -111,12 +111,10 @@ class StopAgreement:
             if _reason is not None:
                 raise Stopped(_reason)
             return
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-            if self._flag.item():
-                request_stop("asked for in another process")
-                raise Stopped(_reason)
+        self.finish()
+        if self._flag.item():
+            request_stop("asked for in another process")
+            raise Stopped(_reason)
         self._flag.fill_(_reason is not None)
         self._work = dist.all_reduce(
             self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True
