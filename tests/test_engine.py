@@ -16,6 +16,7 @@ from deit.train.engine import (
     TrainStep,
     describe,
     evaluate,
+    lower_precision,
     train_one_epoch,
 )
 from deit.train.losses import TrainingLoss
@@ -232,6 +233,14 @@ def test_evaluation(pad):
     assert scores.acc5 == 100
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     assert describe(scores).startswith(f"* Acc@1 {scores.acc1:.3f} Acc@5 100.000 loss ")
+
+
+@pytest.mark.parametrize(("real", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_bfloat16_where_the_gpu_computes_in_it(real, dtype, monkeypatch):
+    emulates = lambda including_emulation=True: real or including_emulation  # noqa: E731
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", emulates)
+    assert lower_precision(torch.device("cuda")) == dtype
+    assert lower_precision(CPU) == torch.bfloat16
 
 
 def test_precision():
