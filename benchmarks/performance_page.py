@@ -1,4 +1,4 @@
-"""Tables and figures of docs/performance.md, from the files in benchmarks/results.
+"""Tables and figures of docs/performance.md and the README, from the files in benchmarks/results.
 
     python benchmarks/performance_page.py
 
@@ -27,6 +27,7 @@ from deit.saving import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
 MODES = ("inference, compiled", "training, compiled", "inference, eager", "training, eager")
 RUNTIMES = {"onnx": "ONNX Runtime", "eager": "PyTorch, eager", "compiled": "PyTorch, compiled"}
 # that are timed in every runtime, in this order
@@ -167,21 +168,33 @@ def deploy_conditions(known: Mapping[str, Any]) -> str:
     )
 
 
+def short_table(known: Mapping[str, Any]) -> str:
+    """The README's: fewer columns, and that of ONNX Runtime."""
+    found, deployed = ratios(), deploy_ratios(known)
+    order = [*MODELS, *sorted(set(found) - set(MODELS))]
+    columns = ("flops", *MODES[:3], RUNTIMES["onnx"])
+    rows = cells({name: {**deployed.get(name, {}), **found[name]} for name in order}, columns)
+    return markdown(["network", "FLOPs", *MODES[:3], "ONNX Runtime, folded"], rows)
+
+
+def put(path: Path, name: str, text: str) -> None:
+    """Write `text` between the marks of that name in a page."""
+    block = f"<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->"
+    page = path.read_text(encoding="utf-8")
+    pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+    page, count = re.subn(pattern, lambda _: block, page, flags=re.DOTALL)
+    if count != 1:
+        raise UserError(f"{path} has {count} places for {name!r}, expected one")
+    write_text(path, page)
+
+
 def write_page() -> None:
-    """The tables between their marks in docs/performance.md, and the figures."""
+    """The tables between their marks in docs/performance.md and in the README, and the figures."""
     known = json.loads((RESULTS / "deploy.json").read_text(encoding="utf-8"))
-    page = PAGE.read_text(encoding="utf-8")
-    for name, text in {
-        "measured": table(),
-        "conditions": conditions() + ".",
-        "deploy": f"{deploy_conditions(known)}.\n\n{deploy_table(known)}",
-    }.items():
-        block = f"<!-- {name} -->\n\n{text}\n\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
-        page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
-        if count != 1:
-            raise UserError(f"{PAGE} has {count} places for {name!r}, expected one")
-    write_text(PAGE, page)
+    put(PAGE, "measured", table())
+    put(PAGE, "conditions", conditions() + ".")
+    put(PAGE, "deploy", f"{deploy_conditions(known)}.\n\n{deploy_table(known)}")
+    put(README, "times", short_table(known))
     save(bars(ratios(), MODES, conditions(), flops=True), ROOT / "assets" / "throughput.png")
     figure = bars(deploy_ratios(known), list(RUNTIMES.values()), deploy_conditions(known))
     save(figure, ROOT / "assets" / "deploy.png")

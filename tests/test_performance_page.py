@@ -1,4 +1,4 @@
-"""The table of docs/performance.md is that of the committed result files."""
+"""The tables of docs/performance.md and of the README are those of the committed result files."""
 
 import json
 
@@ -13,6 +13,9 @@ def test_the_table_comes_from_the_result_files():
     known = json.loads((performance_page.RESULTS / "deploy.json").read_text(encoding="utf-8"))
     assert performance_page.deploy_table(known) in page
     assert performance_page.deploy_conditions(known) in page
+    assert performance_page.short_table(known) in performance_page.README.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_every_result_names_its_conditions():
