@@ -179,16 +179,19 @@ def _is_alive(owner: dict[str, Any], without_locks: bool) -> bool:
     job = owner.get("slurm_job")
     if job is None or not shutil.which("squeue"):
         return True
-    return job != os.environ.get("SLURM_JOB_ID") and _job_state(job) in _JOBS_THAT_WRITE
+    return job != os.environ.get("SLURM_JOB_ID") and any(
+        state in _JOBS_THAT_WRITE for state in _job_states(job)
+    )
 
 
-def _job_state(job: str) -> str:
-    """Slurm's state of the job; empty where it does not know it, or does not answer."""
+def _job_states(job: str) -> list[str]:
+    """Slurm's states of the job's tasks; none where it does not know it, or does not answer."""
     command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return []
+    return done.stdout.split()
 
 
 def _in_use(path: Path, owner: dict[str, Any]) -> str:
