@@ -15,7 +15,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from benchmarks.performance_page import (
 )
 from deit.cli import CommandLine, OptionGroup, number
 from deit.deploy import fold
+from deit.deploy.files import OnnxNetwork, Runner, write_onnx
 from deit.errors import UserError, one_line_errors
 from deit.measure.bench_model import prepare_compiler, release
 from deit.measure.hardware import describe, versions
@@ -84,61 +86,25 @@ def networks(name: str, runtime: str) -> dict[str, nn.Module]:
     return found | {"folded": fold(model, "onnx" if runtime == "onnx" else "torch")}
 
 
-def export(model: nn.Module, images: Tensor, path: Path) -> int:
-    """Write an ONNX file for any batch size, unless it is there; its bytes, weights included."""
-    if not path.exists():
-        batch = torch.export.Dim("batch", min=1, max=512)
-        torch.onnx.export(
-            model,
-            (images,),
-            str(path),
-            dynamo=True,
-            input_names=["images"],
-            dynamic_shapes=({0: batch},),
-            verbose=False,
-        )
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
-
-
-def onnx_steps(
-    name: str, images: Tensor, threads: int, folder: Path
-) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
-    """What runs each network in ONNX Runtime, and the sizes of their files."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError("onnxruntime is not installed: omit onnx from --runtimes") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    steps, sizes = {}, {}
-    for kind, model in networks(name, "onnx").items():
-        path = folder / f"{name}.{kind}.onnx"
-        sizes[kind] = export(model, images, path)
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        feed = {"images": images.numpy()}
-        steps[kind] = lambda session=session, feed=feed: session.run(None, feed)
-    return steps, sizes
-
-
-def torch_steps(name: str, images: Tensor, compiled: bool) -> dict[str, Callable[[], object]]:
-    """What runs each network in PyTorch."""
-    steps = {}
-    for kind, model in networks(name, "torch").items():
-        forward = torch.compile(model) if compiled else model
-        steps[kind] = lambda forward=forward: forward(images)
-    return steps
+def runner(model: nn.Module, runtime: str, images: Tensor, path: Path, threads: int) -> Runner:
+    """The network in a runtime; that of ONNX reads `path`, which is written unless it is there."""
+    if runtime == "onnx":
+        if not path.exists():
+            write_onnx(model, images, path, {}, dynamic=True, opset=None)
+        return OnnxNetwork(path, threads=threads)
+    return torch.compile(model) if runtime == "compiled" else model
 
 
 @torch.no_grad()
 def measure(name: str, runtime: str, args: Any, folder: Path) -> dict[str, Any]:
     """Seconds of a batch for each network, and under what conditions."""
     images = torch.randn(args.batch_size, 3, 224, 224)
-    sizes: dict[str, int] = {}
-    if runtime == "onnx":
-        steps, sizes = onnx_steps(name, images, args.threads, folder)
-    else:
-        steps = torch_steps(name, images, runtime == "compiled")
+    steps, sizes = {}, {}
+    for kind, model in networks(name, runtime).items():
+        path = folder / f"{name}.{kind}.onnx"
+        steps[kind] = partial(runner(model, runtime, images, path, args.threads), images)
+        if runtime == "onnx":  # weights too, where they lie beside
+            sizes[kind] = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
     for step in steps.values():
         step()
         step()
