@@ -16,10 +16,10 @@ import sys
 import torch
 
 from deit.errors import one_line_errors
-from deit.verify.breaks import BREAKS, apply_break
 from deit.verify.check import check
 from deit.verify.cli import main
 from deit.verify.layers import LAYER_CASES
+from deit.verify.mutations import MUTATIONS, apply_mutation
 from deit.verify.networks import DEFAULT
 from deit.verify.settings import DTYPES, Settings
 
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc) -> None:
         "layer": LAYER_CASES,
         "dtype": list(DTYPES),
         "network": [case for case in DEFAULT if max(case.img_size) < 224],
-        "broken": BREAKS,
+        "broken": MUTATIONS,
     }
     for name in metafunc.fixturenames:
         if name in cases:
@@ -46,7 +46,7 @@ def test_network(network):
 
 
 def test_broken_layer_is_found_and_located(broken):
-    assert apply_break(broken, Settings(torch.float32)).failures == []
+    assert apply_mutation(broken, Settings(torch.float32)).failures == []
 
 
 if __name__ == "__main__":

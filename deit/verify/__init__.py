@@ -8,7 +8,7 @@ this package. Errors and tolerances are those of `deit.equivariance`.
     check      the check of one layer or network: features, output, gradients, ordinary twin
     layers     one case for each variant of each layer
     networks   the networks, and how they are made
-    breaks     layers broken on purpose, which must be found
+    mutations  layers broken on purpose, which must be found
     samples    natural and random images, and features made from them
     settings   in which arithmetic, with how many images
     report     tables

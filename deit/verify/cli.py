@@ -15,7 +15,7 @@ from torch import nn
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_value, number
 from deit.equivariance import worst
 from deit.errors import UserError, one_line
-from deit.verify import breaks
+from deit.verify import mutations
 from deit.verify.check import Case, Result, check
 from deit.verify.checkpoints import network_of
 from deit.verify.layers import LAYER_CASES
@@ -274,12 +274,12 @@ def _self_test(settings: Settings) -> Table:
         Column("error", 8),
     ]
     with Table(f"Self-test in {settings.arithmetic}", columns) as table:
-        for case in breaks.INTACT:
-            event = breaks.intact_failure(case, settings)
+        for case in mutations.INTACT:
+            event = mutations.intact_failure(case, settings)
             found = [] if event is None else [f"{event} fails although nothing is broken"]
             table.row(["nothing", str(case), "-", str(event or "nothing"), "-"], found)
-        for each in breaks.BREAKS:
-            result = breaks.apply_break(each, settings)
+        for each in mutations.MUTATIONS:
+            result = mutations.apply_mutation(each, settings)
             kind = "network" if each.kind is nn.Module else each.kind.__name__
             where = each.where or ("network" if each.case.is_network else str(each.case))
             table.row(

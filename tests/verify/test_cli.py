@@ -13,8 +13,8 @@ import torch
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError, one_line_errors
 from deit.verify import cli
-from deit.verify.breaks import BREAKS, VIT, Break
 from deit.verify.layers import LAYER_CASES
+from deit.verify.mutations import MUTATIONS, VIT, Mutation
 from deit.verify.networks import NetworkCase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,8 +116,8 @@ def test_the_script_runs_without_install(tmp_path):
 
 def test_the_self_test_lists_what_it_broke_and_found(monkeypatch, capsys):
     """Each break itself is tried in test_equivariance.py."""
-    monkeypatch.setattr(cli.breaks, "BREAKS", BREAKS[:2])
-    monkeypatch.setattr(cli.breaks, "INTACT", (VIT,))
+    monkeypatch.setattr(cli.mutations, "MUTATIONS", MUTATIONS[:2])
+    monkeypatch.setattr(cli.mutations, "INTACT", (VIT,))
     assert run("--self-test", "--dtype", "float32") == 0
     output = capsys.readouterr().out
     assert "all 3 checks held" in output
@@ -128,10 +128,10 @@ def test_a_self_test_fails_where_a_break_is_not_found_or_located_elsewhere(monke
     def break_another(block):
         block.mlp.forward = lambda x: x[::-1]
 
-    harmless = Break(torch.nn.Module, "nothing", VIT, "blocks.1", lambda layer: None)
-    elsewhere = Break(torch.nn.Module, "the layer inside", VIT, "blocks.1", break_another)
-    monkeypatch.setattr(cli.breaks, "BREAKS", (harmless, elsewhere))
-    monkeypatch.setattr(cli.breaks, "INTACT", ())
+    harmless = Mutation(torch.nn.Module, "nothing", VIT, "blocks.1", lambda layer: None)
+    elsewhere = Mutation(torch.nn.Module, "the layer inside", VIT, "blocks.1", break_another)
+    monkeypatch.setattr(cli.mutations, "MUTATIONS", (harmless, elsewhere))
+    monkeypatch.setattr(cli.mutations, "INTACT", ())
     assert run("--self-test", "--dtype", "float64") == 1
     output = capsys.readouterr().out
     assert "FAILED: network: nothing: not noticed" in output

@@ -12,9 +12,17 @@ from deit import layers as L
 from deit.equivariance import randomize_
 from deit.groups import OCTIC
 from deit.models.twins import twin_of
-from deit.verify.breaks import BREAKS, EARLY, HYBRID, INTACT, VIT, WrongBackward, apply_break
 from deit.verify.check import check, gradient_errors, is_far_off
 from deit.verify.layers import LAYER_CASES
+from deit.verify.mutations import (
+    EARLY,
+    HYBRID,
+    INTACT,
+    MUTATIONS,
+    VIT,
+    WrongBackward,
+    apply_mutation,
+)
 from deit.verify.networks import DEFAULT, choose, known_networks
 from deit.verify.rules import swap
 from deit.verify.settings import Settings
@@ -35,7 +43,7 @@ def kinds() -> set[type[nn.Module]]:
 
 def test_every_kind_of_layer_has_a_case_and_is_broken_once():
     """A new layer must get a case and a break, or be named above."""
-    assert {each.kind for each in BREAKS} >= kinds()
+    assert {each.kind for each in MUTATIONS} >= kinds()
     built = {type(m) for case in LAYER_CASES for m in case.build().modules()}
     assert built >= kinds() - {L.OrdinaryBlock}
     assert {case.name for case in LAYER_CASES if case.group is OCTIC} == {
@@ -168,9 +176,9 @@ class PackedLinear(nn.Module):
 
 
 def test_a_break_that_breaks_nothing_is_reported():
-    harmless = replace(BREAKS[0], apply=lambda layer: None)
-    assert apply_break(harmless, FLOAT32).failures == ["not noticed"]
-    assert apply_break(replace(harmless, in_training=True), FLOAT32).failures == ["not noticed"]
+    harmless = replace(MUTATIONS[0], apply=lambda layer: None)
+    assert apply_mutation(harmless, FLOAT32).failures == ["not noticed"]
+    assert apply_mutation(replace(harmless, in_training=True), FLOAT32).failures == ["not noticed"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from deit.verify.networks import NetworkCase
 from deit.verify.settings import Settings
 from deit.verify.trace import Event
 
-__all__ = ["BREAKS", "INTACT", "Break", "BreakResult", "apply_break", "intact_failure"]
+__all__ = ["INTACT", "MUTATIONS", "Mutation", "MutationResult", "apply_mutation", "intact_failure"]
 
 SMALL = (64, 96)
 VIT = NetworkCase("d2_deit_tiny_patch16_LS", "2 blocks", {"depth": 2}, SMALL)
@@ -43,7 +43,7 @@ INTACT = (VIT, MEAN, HYBRID, EARLY, RESMLP, ISOTROPIC, CONVNEXT)
 
 
 @dataclass(frozen=True)
-class Break:
+class Mutation:
     """`apply` breaks the layer `where` of a case, which is of type `kind`, in place.
 
     `in_training`: the forward pass in inference is right, and no layer can be named.
@@ -61,7 +61,7 @@ class Break:
 
 
 @dataclass(frozen=True)
-class BreakResult:
+class MutationResult:
     """`found`: the first event that fails, or what training shows; None if nothing does."""
 
     found: Event | str | None
@@ -69,7 +69,7 @@ class BreakResult:
     failures: list[str]
 
 
-def apply_break(broken: Break, settings: Settings) -> BreakResult:
+def apply_mutation(broken: Mutation, settings: Settings) -> MutationResult:
     """Break a layer and look for it."""
     network = randomize_(broken.case.build(), settings.seed)
     layer = network.get_submodule(broken.where)
@@ -81,11 +81,11 @@ def apply_break(broken: Break, settings: Settings) -> BreakResult:
     if event is not None:
         blamed = event.culprit == broken.where and not broken.in_training
         wrong = [] if blamed else [f"broken is {where}, blamed is {event}"]
-        return BreakResult(event, event.measurement.error, wrong)
+        return MutationResult(event, event.measurement.error, wrong)
     in_training = [failure for failure in result.failures if failure.startswith("gradients")]
     if broken.in_training and in_training:
-        return BreakResult(in_training[0].split(":")[0], result.gradient, [])
-    return BreakResult(None, None, ["not noticed"])
+        return MutationResult(in_training[0].split(":")[0], result.gradient, [])
+    return MutationResult(None, None, ["not noticed"])
 
 
 def intact_failure(case: Case, settings: Settings) -> Event | None:
@@ -227,66 +227,72 @@ def _drops_tokens(block: L.Block) -> None:
     _instead(_mask_of_tokens)(block.drop_path1)
 
 
-BREAKS = (
-    Break(L.PatchEmbed, "kernel not mirrored", VIT, "patch_embed",
-          _kernel(_random, "kernel")),
-    Break(L.PatchEmbed, "right half of the tokens not mirrored", VIT, "patch_embed", _row_major),
-    Break(L.PositionEmbedding, "not symmetric", VIT, "pos_embed", _after(_by_place)),
-    Break(L.PrefixToken, "antisymmetric half not zero", VIT, "cls_token", _after(_shifted)),
-    Break(L.LayerNorm, "one mean for both halves", VIT, "blocks.1.norm1", _common_mean),
-    Break(L.Affine, "shift on the antisymmetric half", VIT, "blocks.1.norm2.scaling",
-          _after(_shifted)),
-    Break(L.Linear, "bias on the antisymmetric half", VIT, "blocks.1.attn.qkv", _asymmetric_bias),
-    Break(L.Linear, "irreps swapped", VIT, "blocks.1.attn.proj", _before(_exchanged)),
-    Break(L.Linear, "wrong without gradients", VIT, "blocks.1.mlp.fc1",
-          _last(lambda a: a if torch.is_grad_enabled() else a + 0.1)),
-    Break(L.Linear, "wrong with gradients", _layer_case("Linear", ""), "",
-          _last(lambda a: a + 0.5 if torch.is_grad_enabled() else a), in_training=True),
-    Break(L.Linear, "antisymmetric half dead", VIT, "blocks.1.mlp.fc2", _last(lambda a: 0 * a)),
-    Break(L.Attention, "logits of q_s and k_a", VIT, "blocks.1.attn",
-          _after(_crossed, "split_heads")),
-    Break(L.Attention, "logits of q_s and k_a, mixer", _layer_case("Attention", "mixer"), "",
-          _after(_crossed, "split_heads")),
-    Break(L.GELU, "applied to the halves", VIT, "blocks.1.mlp.act",
-          _instead(lambda gelu, x: tuple(map(gelu.act, x)))),
-    Break(L.GELU, "not a number", VIT, "blocks.1.mlp.act", _last(lambda a: a * float("nan"))),
-    Break(L.Mlp, "halves exchanged", VIT, "blocks.1.mlp", _before(_exchanged)),
-    Break(L.Block, "halves exchanged", VIT, "blocks.1", _before(_exchanged)),
-    Break(L.Block, "tokens dropped by themselves", _layer_case("Block", "stochastic depth"), "",
-          _drops_tokens, in_training=True),
-    Break(L.LayerNorm, "wrong backward pass", _layer_case("LayerNorm", ""), "",
-          _last(WrongBackward.apply), in_training=True),
-    Break(nn.Module, "mean over the left half", MEAN, "",
-          _instead(lambda _, x: x[:, : x.shape[1] // 2].mean(1), "pool")),
-    Break(L.RegularBridge, "left out", HYBRID, "bridge", _instead(lambda _, x: torch.cat(x, -1))),
-    Break(L.InvariantBridge, "left out", EARLY, "bridge", _instead(lambda _, x: torch.cat(x, -1))),
-    Break(L.OrdinaryBlock, "output depends on the place", EARLY, "blocks.2", _after(_by_place)),
-    Break(L.Linear, "over tokens: irreps swapped on half of the channels", RESMLP, "blocks.1.attn",
-          _before(_half_exchanged)),
-    Break(L.Linear, "bias on all four parts", RESMLP, "blocks.1.mlp.fc1", _after(_by_place)),
-    Break(L.Linear, "shift on the antisymmetric half of a middle column",
-          _layer_case("MixerBlock", "decomposed tokens, odd"), "mlp.fc1",
-          lambda linear: setattr(linear, "unshifted", None)),
-    Break(L.Affine, "shift on all four parts", RESMLP, "blocks.1.norm1", _after(_shifted)),
-    Break(L.GELU, "applied to the four parts", RESMLP, "blocks.1.mlp.act", _instead(_act_on_sums)),
-    Break(L.LayerScale, "with a shift", RESMLP, "blocks.1.gamma_1", _after(_shifted)),
-    Break(L.MixerBlock, "halves exchanged", RESMLP, "blocks.1", _before(_exchanged)),
-    Break(L.MirrorConv2d, "bias on the antisymmetric half", ISOTROPIC, "stem",
-          _after(lambda both: (both[0], both[1] + _noise(both[1])), "kernel")),
-    Break(L.MirrorDepthwiseConv2d, "kernels exchanged", ISOTROPIC, "blocks.1.dwconv",
-          lambda conv: _instead(lambda conv, inputs, kernels: type(conv)._convolve(
-              conv, inputs, kernels[::-1]), "_convolve")(conv)),
-    Break(L.MirrorKernel, "not mirrored", ISOTROPIC, "blocks.1.dwconv.sym_to_sym",
-          _kernel(_random)),
-    Break(L.MirrorKernel, "centre column of an antisymmetric one not zero", ISOTROPIC,
-          "blocks.1.dwconv.asym_to_sym", _filled_centre),
-    Break(L.MirrorKernel, "wrong sign, odd width", _layer_case("MirrorConv2d", "3x3, padded"),
-          "asym_to_sym", _kernel(torch.abs)),
-    Break(L.ConvBlock, "halves exchanged", ISOTROPIC, "blocks.1", _before(_exchanged)),
-    Break(L.MirrorConv2d, "kernel not mirrored", CONVNEXT, "downsample_layers.1.1",
-          _kernel(_random, "kernel")),
-    Break(L.MirrorKernel, "symmetric from s to a", CONVNEXT, "downsample_layers.2.1.sym_to_asym",
-          _kernel(lambda kernel: torch.cat([kernel[..., :1], kernel[..., :1]], -1))),
-    Break(L.PatchEmbed, "tokens of an odd grid not mirrored", _layer_case("PatchEmbed", "odd grid"),
-          "", _row_major),
+MUTATIONS = (
+    Mutation(L.PatchEmbed, "kernel not mirrored", VIT, "patch_embed",
+             _kernel(_random, "kernel")),
+    Mutation(L.PatchEmbed, "right half of the tokens not mirrored", VIT, "patch_embed", _row_major),
+    Mutation(L.PositionEmbedding, "not symmetric", VIT, "pos_embed", _after(_by_place)),
+    Mutation(L.PrefixToken, "antisymmetric half not zero", VIT, "cls_token", _after(_shifted)),
+    Mutation(L.LayerNorm, "one mean for both halves", VIT, "blocks.1.norm1", _common_mean),
+    Mutation(L.Affine, "shift on the antisymmetric half", VIT, "blocks.1.norm2.scaling",
+             _after(_shifted)),
+    Mutation(L.Linear, "bias on the antisymmetric half", VIT, "blocks.1.attn.qkv",
+             _asymmetric_bias),
+    Mutation(L.Linear, "irreps swapped", VIT, "blocks.1.attn.proj", _before(_exchanged)),
+    Mutation(L.Linear, "wrong without gradients", VIT, "blocks.1.mlp.fc1",
+             _last(lambda a: a if torch.is_grad_enabled() else a + 0.1)),
+    Mutation(L.Linear, "wrong with gradients", _layer_case("Linear", ""), "",
+             _last(lambda a: a + 0.5 if torch.is_grad_enabled() else a), in_training=True),
+    Mutation(L.Linear, "antisymmetric half dead", VIT, "blocks.1.mlp.fc2", _last(lambda a: 0 * a)),
+    Mutation(L.Attention, "logits of q_s and k_a", VIT, "blocks.1.attn",
+             _after(_crossed, "split_heads")),
+    Mutation(L.Attention, "logits of q_s and k_a, mixer", _layer_case("Attention", "mixer"), "",
+             _after(_crossed, "split_heads")),
+    Mutation(L.GELU, "applied to the halves", VIT, "blocks.1.mlp.act",
+             _instead(lambda gelu, x: tuple(map(gelu.act, x)))),
+    Mutation(L.GELU, "not a number", VIT, "blocks.1.mlp.act", _last(lambda a: a * float("nan"))),
+    Mutation(L.Mlp, "halves exchanged", VIT, "blocks.1.mlp", _before(_exchanged)),
+    Mutation(L.Block, "halves exchanged", VIT, "blocks.1", _before(_exchanged)),
+    Mutation(L.Block, "tokens dropped by themselves", _layer_case("Block", "stochastic depth"), "",
+             _drops_tokens, in_training=True),
+    Mutation(L.LayerNorm, "wrong backward pass", _layer_case("LayerNorm", ""), "",
+             _last(WrongBackward.apply), in_training=True),
+    Mutation(nn.Module, "mean over the left half", MEAN, "",
+             _instead(lambda _, x: x[:, : x.shape[1] // 2].mean(1), "pool")),
+    Mutation(L.RegularBridge, "left out", HYBRID, "bridge",
+             _instead(lambda _, x: torch.cat(x, -1))),
+    Mutation(L.InvariantBridge, "left out", EARLY, "bridge",
+             _instead(lambda _, x: torch.cat(x, -1))),
+    Mutation(L.OrdinaryBlock, "output depends on the place", EARLY, "blocks.2", _after(_by_place)),
+    Mutation(L.Linear, "over tokens: irreps swapped on half of the channels", RESMLP,
+             "blocks.1.attn",
+             _before(_half_exchanged)),
+    Mutation(L.Linear, "bias on all four parts", RESMLP, "blocks.1.mlp.fc1", _after(_by_place)),
+    Mutation(L.Linear, "shift on the antisymmetric half of a middle column",
+             _layer_case("MixerBlock", "decomposed tokens, odd"), "mlp.fc1",
+             lambda linear: setattr(linear, "unshifted", None)),
+    Mutation(L.Affine, "shift on all four parts", RESMLP, "blocks.1.norm1", _after(_shifted)),
+    Mutation(L.GELU, "applied to the four parts", RESMLP, "blocks.1.mlp.act",
+             _instead(_act_on_sums)),
+    Mutation(L.LayerScale, "with a shift", RESMLP, "blocks.1.gamma_1", _after(_shifted)),
+    Mutation(L.MixerBlock, "halves exchanged", RESMLP, "blocks.1", _before(_exchanged)),
+    Mutation(L.MirrorConv2d, "bias on the antisymmetric half", ISOTROPIC, "stem",
+             _after(lambda both: (both[0], both[1] + _noise(both[1])), "kernel")),
+    Mutation(L.MirrorDepthwiseConv2d, "kernels exchanged", ISOTROPIC, "blocks.1.dwconv",
+             lambda conv: _instead(lambda conv, inputs, kernels: type(conv)._convolve(
+                 conv, inputs, kernels[::-1]), "_convolve")(conv)),
+    Mutation(L.MirrorKernel, "not mirrored", ISOTROPIC, "blocks.1.dwconv.sym_to_sym",
+             _kernel(_random)),
+    Mutation(L.MirrorKernel, "centre column of an antisymmetric one not zero", ISOTROPIC,
+             "blocks.1.dwconv.asym_to_sym", _filled_centre),
+    Mutation(L.MirrorKernel, "wrong sign, odd width", _layer_case("MirrorConv2d", "3x3, padded"),
+             "asym_to_sym", _kernel(torch.abs)),
+    Mutation(L.ConvBlock, "halves exchanged", ISOTROPIC, "blocks.1", _before(_exchanged)),
+    Mutation(L.MirrorConv2d, "kernel not mirrored", CONVNEXT, "downsample_layers.1.1",
+             _kernel(_random, "kernel")),
+    Mutation(L.MirrorKernel, "symmetric from s to a", CONVNEXT, "downsample_layers.2.1.sym_to_asym",
+             _kernel(lambda kernel: torch.cat([kernel[..., :1], kernel[..., :1]], -1))),
+    Mutation(L.PatchEmbed, "tokens of an odd grid not mirrored",
+             _layer_case("PatchEmbed", "odd grid"),
+             "", _row_major),
 )  # fmt: skip
