@@ -87,16 +87,7 @@ class Progress:
 _PLACE = frozenset(
     {"resume", "resume_weights_only", "output_dir", "overwrite", "start_epoch", "eval", "dist_eval"}
     | {"device", "threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_interval"}
-    | {
-        "dist_timeout",
-        "log_dir",
-        "save_freq",
-        "save_ckpt",
-        "save_ckpt_num",
-        "auto_resume",
-        "wandb",
-        "wandb_ckpt",
-    }
+    | {"log_dir", "save_freq", "save_ckpt", "save_ckpt_num", "auto_resume", "wandb", "wandb_ckpt"}
     | {"project", "job_dir", "flop_eval", "kernels", "download", "dist_timeout"}
 )
 
