@@ -94,8 +94,14 @@ class _Counter(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         found, name = self.count, func.overloadpacket.__name__.rstrip("_")
+        if not (name in KNOWN or func.is_view):
+            with self:  # into pieces of known cost, as einsum
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        output = func(*args, **kwargs)
         if name in MATMULS:
             matmul = MATMULS[name](output, *args)
             found.matmuls.append(matmul)
@@ -157,3 +163,4 @@ MATMULS: dict[str, Callable[..., MatMul]] = {
     "mm": _dense,
     "scaled_dot_product_attention": _attention,
 }
+KNOWN = MATMULS.keys() | PER_OUTPUT.keys() | PER_INPUT.keys() | NORMS.keys() | FREE
