@@ -94,17 +94,16 @@ def load_weights(
     report.adapted = [n for n in fitted if n in state and fitted[n].shape != state[n].shape]
     report.loaded = len(fitted)
     wrong = {n: f"{_size(found[n])} and not {_size(own[n])}" for n in left if n in found}
-    name = type(model).__name__
+    name, hint = type(model).__name__, f"; {hint}" if hint else ""
     problem = _misfit(report, wrong, len(own), name) if adapt else _inexact(report, wrong, name)
     if problem:
         if not adapt and checkpoint.model_name:
             problem += f"; it was saved from model {checkpoint.model_name!r}"
-        problem += f"; {hint}" if hint else ""
-        raise UserError(f"checkpoint {source!r} {problem}")
+        raise UserError(f"checkpoint {source!r} {problem}{hint}")
     try:
         model.load_state_dict(fitted, strict=False)
     except (RuntimeError, ValueError) as error:  # a network's own checks, such as token order
-        raise UserError(f"checkpoint {source!r} does not fit: {one_line(error)}") from error
+        raise UserError(f"checkpoint {source!r} does not fit: {one_line(error)}{hint}") from error
     return report
 
 
