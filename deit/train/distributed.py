@@ -211,10 +211,11 @@ def connect(info: RankInfo, device: torch.device, timeout: timedelta) -> Iterato
         raise
     except (RuntimeError, ConnectionError) as error:
         text = one_line(error)
-        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", text, re.I):
+        broken = re.search("gloo|NCCL|pair closure|connection (closed|reset)", text, re.I)
+        if not isinstance(error, dist.DistError) and not broken:
             raise
         # A process that hangs may be the one that serves the store.
-        if "imed out" not in text and _count(told, "any", 0) > 0:
+        if not re.search("timed out|timeout", text, re.I) and _count(told, "any", 0) > 0:
             raise SystemExit(EXIT_USER_ERROR) from None
         print(
             f"error: rank {info.rank} lost the connection to another process, which may have "
