@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.onnx and (args.model or args.model_kwargs or args.model_ema_eval):
         raise UserError("--model, --model-kwargs and --model-ema-eval are for a --checkpoint: "
                         "an ONNX file is what it is")  # fmt: skip
+    if str(args.checkpoint).endswith(".onnx"):
+        raise UserError(f"{args.checkpoint!r} is no checkpoint: give it by --onnx")
     paths, left_out = find_photos(args.sources)
     if left_out:
         print(f"note    {_shown(left_out)}", file=sys.stderr)

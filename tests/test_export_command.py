@@ -225,6 +225,7 @@ def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch):
         (["--format", "torch-export", "--output", "x.pt2", "--opset", "18"], "--opset is of ONNX"),
         (["--format", "torch-export", "--output", "no/x.pt2"], "there is no folder"),
         ([*PT2, "--model-kwargs", "in_chans=1"], "takes images of 1 channels here"),
+        ([*ONNX, "--opset", "99"], "--opset 99 cannot be written, opset 18 can"),
         ([*PT2, "--quantize", "dynamic"], "--quantize is of ONNX"),
         ([*ONNX, "--quantize", "static"], "give --calibrate FOLDER, or use --quantize dynamic"),
         ([*ONNX, "--calibrate", "."], "--calibrate is for --quantize static"),

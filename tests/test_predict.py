@@ -224,6 +224,8 @@ def test_wrong_input(checkpoint, folder, tmp_path):
         main([str(folder)])
     with pytest.raises(UserError, match="there is no file or folder 'nowhere'"):
         main(["nowhere", "--checkpoint", checkpoint])
+    with pytest.raises(UserError, match=r"'a\.onnx' is no checkpoint: give it by --onnx"):
+        main([str(folder), "--checkpoint", "a.onnx"])
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.TXT").write_text("no image")
     with pytest.raises(UserError, match=r"there are no images in .*1 files .* \(\.txt 1\)"):

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,16 +134,16 @@ def write_onnx(
             network, (example,), dynamo=True, verbose=False, input_names=[INPUT],
             output_names=[OUTPUT], dynamic_shapes=_dynamic(dynamic), opset_version=opset,
         )  # fmt: skip
+        found = program.model.opset_imports.get("")
+        if opset not in (None, found):
+            raise UserError(f"--opset {opset} cannot be written, opset {found} can: omit it")
         program.save(str(path), external_data=size > SINGLE_FILE_BYTES)
-    model = _describe_onnx(path, metadata)
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
-    if opset is not None and opsets.get("") != opset:
-        raise UserError(f"--opset {opset} cannot be written, opset {opsets.get('')} can: omit it")
+    _describe_onnx(path, metadata)
     return OnnxNetwork(path)
 
 
-def _describe_onnx(path: Path, metadata: Mapping[str, str]) -> Any:
-    """Replace a file's metadata, without its weights beside it, and check it; the graph."""
+def _describe_onnx(path: Path, metadata: Mapping[str, str]) -> None:
+    """Replace a file's metadata, without its weights beside it, and check it."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -155,7 +154,6 @@ def _describe_onnx(path: Path, metadata: Mapping[str, str]) -> Any:
     onnx.helper.set_model_props(model, dict(metadata))
     path.write_bytes(model.SerializeToString())
     onnx.checker.check_model(str(path), full_check=True)
-    return model
 
 
 def quantize_onnx(
