@@ -44,7 +44,7 @@ from deit.errors import UserError, one_line_errors
 from deit.measure.bench_model import prepare_compiler, release
 from deit.measure.hardware import describe, versions
 from deit.measure.timing import alternate
-from deit.models.twins import twin_of
+from deit.models.published import twin_of
 from deit.saving import write_text
 
 CPU = torch.device("cpu")

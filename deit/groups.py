@@ -31,8 +31,6 @@ from math import isclose, sqrt
 import torch
 from torch import Tensor
 
-__all__ = ["FLOP", "FLOP_X_FLOP", "OCTIC", "Group", "Irrep", "Rep", "direct_product"]
-
 Matrix = tuple[tuple[float, ...], ...]
 
 
@@ -180,23 +178,6 @@ class Rep:
         """Length of each irrep's block along the axis, in order."""
         return [irrep.dim * self.multiplicity(irrep) for irrep in self.group.irreps]
 
-    @property
-    def _piece_sizes(self) -> list[int]:
-        # both bases are |G| pieces of length `free`, with the fixed entries after the first
-        return [self.free, *([self.fixed] if self.fixed else [])] + [self.free] * (
-            self.group.order - 1
-        )
-
-    @property
-    def is_uniform(self) -> bool:
-        """True if all irreps have dimension one and the same multiplicity, as s and a do."""
-        return self.fixed == 0 and all(irrep.dim == 1 for irrep in self.group.irreps)
-
-    def check(self, size: int, what: str) -> None:
-        """Raise ValueError if an axis of length `size` cannot carry this representation."""
-        if size != self.size:
-            raise ValueError(f"{what} has {size} entries along its axis, expected {self.size}")
-
     def split(self, x: Tensor, dim: int = -1) -> list[Tensor]:
         """The parts of a packed tensor, as views."""
         return _pieces(x, self.sizes, dim)
@@ -215,7 +196,11 @@ class Rep:
         return self._change_basis(x, dim, gain, inverse=False)
 
     def _change_basis(self, x: Tensor, dim: int, gain: float, inverse: bool) -> Tensor:
-        pieces = _pieces(x, self._piece_sizes, dim)
+        # both bases are |G| pieces of length `free`, with the fixed entries after the first
+        sizes = [self.free] * self.group.order
+        if self.fixed:
+            sizes.insert(1, self.fixed)
+        pieces = _pieces(x, sizes, dim)
         fixed = [pieces.pop(1) * gain] if self.fixed else []
         first, *rest = self.group.mix(pieces, inverse, gain)
         return torch.cat([first, *fixed, *rest], dim)

@@ -5,8 +5,6 @@ r+- = (s +- a)/sqrt 2, g+- = GELU(r+-), s' = (g+ + g-)/sqrt 2, a' = (g+ - g-)/sq
 (arXiv:2502.05169, section 3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -15,8 +13,6 @@ from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
 from deit.layers.linear import as_rep
-
-__all__ = ["GELU", "quick_gelu"]
 
 
 def quick_gelu(x: Tensor) -> Tensor:

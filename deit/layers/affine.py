@@ -1,7 +1,4 @@
-"""Channel-wise scale and shift: Affine, LayerScale without the shift, and the ordinary Affine for
-features that have been made invariant."""
-
-from __future__ import annotations
+"""Channel-wise scale and shift of features in parts: Affine, and LayerScale without the shift."""
 
 from typing import Any
 
@@ -11,8 +8,6 @@ from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
 from deit.layers.linear import as_rep
-
-__all__ = ["Affine", "LayerScale", "OrdinaryAffine"]
 
 
 class Affine(nn.Module):
@@ -40,26 +35,22 @@ class Affine(nn.Module):
         group: Group = FLOP,
         across: Rep | None = None,
         init_value: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.rep = as_rep(features, group)
         self.across = across
         self.shift = shift
         self.init_value = init_value
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         for irrep in self.rep.group.irreps:
             width = self.rep.multiplicity(irrep)
-            self.register_parameter(
-                f"alpha_{irrep.name}", nn.Parameter(torch.full((width,), init_value, **dd))
-            )
+            alpha = nn.Parameter(torch.full((width,), init_value, **dd))
+            self.register_parameter(f"alpha_{irrep.name}", alpha)
             if shift and across is not None:
                 if irrep.dim > 1:
                     raise NotImplementedError("a shift on an irrep of more than one dimension")
-                self.register_parameter(
-                    f"beta_{irrep.name}", nn.Parameter(torch.zeros(width, **dd))
-                )
+                beta = nn.Parameter(torch.zeros(width, **dd))
+                self.register_parameter(f"beta_{irrep.name}", beta)
         if shift and across is None:
             self.beta = nn.Parameter(torch.zeros(self.rep.invariant, **dd))
 
@@ -97,28 +88,3 @@ class LayerScale(Affine):
 
     def __init__(self, features: int | Rep, init_value: float = 1e-4, **kwargs: Any) -> None:
         super().__init__(features, shift=False, init_value=init_value, **kwargs)
-
-
-class OrdinaryAffine(nn.Module):
-    """y = alpha * x + beta over the last axis, for invariant or ordinary features.
-
-    Keys: `alpha`, `beta`, (features,), the published shapes; timm's Affine keeps (1, 1, features).
-    """
-
-    def __init__(
-        self,
-        features: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(features, device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.zeros(features, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        """Scale one, shift zero."""
-        nn.init.ones_(self.alpha)
-        nn.init.zeros_(self.beta)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., features), same shape
-        return x * self.alpha + self.beta

@@ -5,8 +5,6 @@ side, q = [q_s, q_a]. The logits q_s.k_s + q_a.k_a are inner products under an o
 so the group leaves them alone, and it acts on the values as on the features.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -17,8 +15,6 @@ from torch import Tensor, nn
 from deit.groups import FLOP, Group
 from deit.layers.drop import Dropout
 from deit.layers.linear import Linear
-
-__all__ = ["Attention"]
 
 
 class Attention(nn.Module):
@@ -49,8 +45,7 @@ class Attention(nn.Module):
         use_fused_attn: bool | None = None,
         use_attn_mixer: bool = False,
         group: Group = FLOP,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         if dim % (num_heads * group.order):
@@ -63,14 +58,11 @@ class Attention(nn.Module):
                 "the attention mixer weighs the logits, which fused attention never forms: "
                 "use either use_attn_mixer or use_fused_attn"
             )
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if use_fused_attn is None:
+            use_fused_attn = not use_attn_mixer and bool(fused_attn_is_available())
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.fused_attn = (
-            not use_attn_mixer and bool(fused_attn_is_available())
-            if use_fused_attn is None
-            else use_fused_attn
-        )
+        self.fused_attn = use_fused_attn
         self.rep, self.head_rep = group.regular(dim), group.regular(dim // num_heads)
         self.qkv = Linear(self.rep, group.regular(3 * dim), qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)

@@ -1,13 +1,9 @@
 """From features in parts to ordinary ones (arXiv:2502.05169, section 4: hybrids)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group
-
-__all__ = ["InvariantBridge", "RegularBridge"]
 
 
 class RegularBridge(nn.Module):
@@ -33,7 +29,7 @@ class InvariantBridge(nn.Module):
     def __init__(self, dim: int, group: Group = FLOP) -> None:
         super().__init__()
         self.rep = group.regular(dim)
-        if not self.rep.is_uniform:
+        if any(irrep.dim > 1 for irrep in group.irreps):
             raise NotImplementedError("the invariants of an irrep of more than one dimension")
 
     def forward(self, x: tuple[Tensor, ...]) -> Tensor:

@@ -8,8 +8,6 @@ The layers here store halves of kernels, which is particular to groups whose onl
 mirror: both irreps have dimension one, and the sign of the mirror is all that is needed of them.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch
@@ -17,11 +15,9 @@ import torch.nn.functional as F
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from deit.groups import FLOP, Irrep, Rep
+from deit.groups import FLOP, Rep
 from deit.layers import tracing
 from deit.layers.fixed import FixedBuffers
-
-__all__ = ["MirrorConv2d", "MirrorDepthwiseConv2d", "MirrorKernel"]
 
 SYM, ASYM = FLOP.irreps
 # the order in which both layers list their parts: (from, to)
@@ -47,11 +43,9 @@ class MirrorKernel(FixedBuffers):
         kernel_size: tuple[int, int],
         sign: int,
         bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.sign = sign
         self._set_whole(torch.empty(out_channels, in_channels, *kernel_size, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
@@ -130,8 +124,7 @@ class MirrorConv2d(nn.Module):
         bias: bool = True,
         *,
         scale: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.in_rep, self.out_rep = in_rep, FLOP.regular(out_channels)
@@ -144,15 +137,9 @@ class MirrorConv2d(nn.Module):
                 continue
             name = (f"{rho.name}_to_" if in_rep.free else "proj_") + sigma.name
             self.names[sigma.name].append(name)
-            kernel = MirrorKernel(
-                self.out_rep.multiplicity(sigma),
-                in_rep.multiplicity(rho),
-                kernel_size,
-                sign=_sign(rho, sigma),
-                bias=bias and rho.is_trivial and sigma.is_trivial,
-                device=device,
-                dtype=dtype,
-            )
+            sizes = (self.out_rep.multiplicity(sigma), in_rep.multiplicity(rho))
+            shift = bias and rho is sigma is SYM
+            kernel = MirrorKernel(*sizes, kernel_size, 1 if rho is sigma else -1, shift, **dd)
             self.add_module(name, kernel)
 
     def kernel(self) -> tuple[Tensor, Tensor | None]:
@@ -201,8 +188,7 @@ class MirrorDepthwiseConv2d(nn.Module):
         channels: int,
         kernel_size: int = 7,
         bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         if channels % 4:
@@ -215,15 +201,8 @@ class MirrorDepthwiseConv2d(nn.Module):
         self.channels = channels
         self.padding = kernel_size // 2
         for rho, sigma in PARTS:
-            kernel = MirrorKernel(
-                channels // 4,
-                1,
-                (kernel_size, kernel_size),
-                sign=_sign(rho, sigma),
-                bias=bias and sigma.is_trivial,
-                device=device,
-                dtype=dtype,
-            )
+            size, shift = (kernel_size, kernel_size), bias and sigma is SYM
+            kernel = MirrorKernel(channels // 4, 1, size, 1 if rho is sigma else -1, shift, **dd)
             self.add_module(f"{rho.name}_to_{sigma.name}", kernel)
 
     def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -245,8 +224,3 @@ class MirrorDepthwiseConv2d(nn.Module):
             groups=self.channels // 2,
         )
         return y.permute(0, 2, 3, 1)
-
-
-def _sign(rho: Irrep, sigma: Irrep) -> int:
-    """The product of the mirror's signs in two irreps of flopping."""
-    return int(rho.matrices[1][0][0] * sigma.matrices[1][0][0])

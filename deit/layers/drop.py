@@ -1,12 +1,8 @@
 """Dropout and stochastic depth of features in parts."""
 
-from __future__ import annotations
-
 import torch
 from timm.layers import DropPath as TensorDropPath
 from torch import Tensor, nn
-
-__all__ = ["DropPath", "Dropout"]
 
 
 class Dropout(nn.Dropout):

@@ -1,11 +1,7 @@
 """Buffers that follow from the architecture: kept in the state dict, checked when loaded."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
-
-__all__ = ["FixedBuffers"]
 
 
 class FixedBuffers(nn.Module):

@@ -4,16 +4,13 @@ By Schur's lemma a linear map that commutes with the group mixes no irreps: for 
 y_s = W_sym x_s + b and y_a = W_asym x_a, half the multiply-adds of a dense map.
 """
 
-from __future__ import annotations
-
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deit.groups import FLOP, Group, Rep
-
-__all__ = ["Linear", "as_rep"]
 
 
 def as_rep(features: int | Rep, group: Group = FLOP) -> Rep:
@@ -69,10 +66,11 @@ class Linear(nn.Module):
         for irrep in self.group.irreps:
             sizes = (self.in_rep.multiplicity(irrep), self.out_rep.multiplicity(irrep))
             shift = bias and (invariant or irrep.is_trivial)
-            self.add_module(f"{prefix}_{irrep.name}", nn.Linear(*sizes, bias=shift, **dd))
-        if pointwise:
-            self.register_state_dict_post_hook(_show_as_convolutions)
-            self.register_load_state_dict_pre_hook(_read_convolutions)
+            block = nn.Linear(*sizes, bias=shift, **dd)
+            if pointwise:
+                block.register_state_dict_post_hook(_show_as_convolution)
+                block.register_load_state_dict_pre_hook(_read_convolution)
+            self.add_module(f"{prefix}_{irrep.name}", block)
 
     def blocks(self) -> list[nn.Module]:
         """The irreps' blocks, in order."""
@@ -110,21 +108,16 @@ def _shift_other_rows(block: nn.Module, part: Tensor, start: int, count: int) ->
     return torch.cat([y.narrow(-2, 0, start), rows, y.narrow(-2, after, end - after)], -2)
 
 
-def _weight_keys(module: Linear, prefix: str) -> list[str]:
-    return [f"{prefix}{module.prefix}_{irrep.name}.weight" for irrep in module.group.irreps]
+def _show_as_convolution(block: nn.Linear, state: dict, prefix: str, metadata: Any) -> None:
+    weight = state.get(f"{prefix}weight")
+    # with keep_vars=True callers, such as torch.jit.trace, look for the parameters themselves
+    if weight is not None and not isinstance(weight, nn.Parameter):
+        # quantised tensors know no such indexing, and keep their shape
+        with suppress(NotImplementedError):
+            state[f"{prefix}weight"] = weight[..., None, None]
 
 
-def _show_as_convolutions(module: Linear, state: dict, prefix: str, metadata: Any) -> None:
-    for key in _weight_keys(module, prefix):
-        # with keep_vars=True callers, such as torch.jit.trace, look for the parameters themselves
-        if key in state and state[key].ndim == 2 and not isinstance(state[key], nn.Parameter):
-            try:
-                state[key] = state[key][..., None, None]
-            except NotImplementedError:  # quantised tensors keep their shape
-                continue
-
-
-def _read_convolutions(module: Linear, state: dict, prefix: str, *_: Any) -> None:
-    for key in _weight_keys(module, prefix):
-        if key in state and state[key].ndim == 4:
-            state[key] = state[key].flatten(1)
+def _read_convolution(block: nn.Linear, state: dict, prefix: str, *_: Any) -> None:
+    weight = state.get(f"{prefix}weight")
+    if weight is not None and weight.ndim == 4:
+        state[f"{prefix}weight"] = weight.flatten(1)

@@ -1,4 +1,4 @@
-"""Blocks of multi-layer perceptrons over tokens and channels: the equivariant and the ordinary one.
+"""The block of perceptrons over tokens and over channels, on features in parts.
 
 In ResMLP tokens are decomposed as channels are: a part (B, N, C/2) holds its symmetric tokens
 first, then its antisymmetric ones. With channel irrep first the four kinds of entries are ss and sa
@@ -16,25 +16,19 @@ those of a, which therefore have no shift.
 Source: arXiv:2502.05169, section 4; ResMLP, arXiv:2105.03404.
 """
 
-from __future__ import annotations
-
 from math import sqrt
 from typing import Any
 
 import torch
-from timm.layers import DropPath as TensorDropPath
-from timm.layers import Mlp as OrdinaryMlp
 from torch import Tensor, nn
 
 from deit.groups import Rep
 from deit.layers.activation import quick_gelu
-from deit.layers.affine import Affine, LayerScale, OrdinaryAffine
+from deit.layers.affine import Affine, LayerScale
 from deit.layers.block import add
 from deit.layers.drop import DropPath
 from deit.layers.linear import Linear
 from deit.layers.mlp import Mlp
-
-__all__ = ["MixerBlock", "OrdinaryMixerBlock"]
 
 
 class MixerBlock(nn.Module):
@@ -59,11 +53,9 @@ class MixerBlock(nn.Module):
         init_values: float = 1e-4,
         drop: float = 0.0,
         drop_path: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.tokens = tokens
         self.norm1 = Affine(channels, across=tokens, **dd)
         self.attn = Linear(tokens, tokens, invariant=True, prefix="lin", **dd)
@@ -128,48 +120,3 @@ def _means(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Half the sum and half the difference of two tensors."""
     first, second = pair
     return (first + second) * 0.5, (first - second) * 0.5
-
-
-class OrdinaryMixerBlock(nn.Module):
-    """timm's ResBlock under the published keys; serves as `block_layer` of timm's MlpMixer.
-
-    Args:
-        dim, seq_len: C and N.
-        init_values: initial LayerScale.
-        drop, drop_path: as in `MixerBlock`.
-        mlp_layer, norm_layer, act_layer: timm's; the defaults are those of ResMLP.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        seq_len: int,
-        mlp_ratio: float = 4.0,
-        mlp_layer: type[nn.Module] = OrdinaryMlp,
-        norm_layer: type[nn.Module] = OrdinaryAffine,
-        act_layer: type[nn.Module] = nn.GELU,
-        init_values: float = 1e-4,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.init_values = init_values
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = nn.Linear(seq_len, seq_len, **dd)
-        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values, **dd))
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop, **dd)
-        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values, **dd))
-        self.drop_path = TensorDropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def reset_parameters(self) -> None:
-        """LayerScale's initial value; the submodules reset themselves."""
-        nn.init.constant_(self.gamma_1, self.init_values)
-        nn.init.constant_(self.gamma_2, self.init_values)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, C)
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x).mT).mT)
-        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))

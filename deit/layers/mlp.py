@@ -1,7 +1,5 @@
 """The two-layer perceptron of transformer and MLP blocks, on features in parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +10,6 @@ from deit.groups import FLOP, Group, Rep
 from deit.layers.activation import GELU
 from deit.layers.drop import Dropout
 from deit.layers.linear import Linear, as_rep
-
-__all__ = ["Mlp"]
 
 
 class Mlp(nn.Module):

@@ -5,7 +5,7 @@ deviation, which the group leaves alone; for flopping sigma^2 = (var s + var a +
 acts on every irrep, the shift on the trivial one.
 """
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from deit.groups import FLOP, Group, Rep
 from deit.layers import tracing
 from deit.layers.affine import Affine
 from deit.layers.linear import as_rep
-
-__all__ = ["LayerNorm"]
 
 
 class LayerNorm(nn.Module):
@@ -32,15 +30,14 @@ class LayerNorm(nn.Module):
         eps: float = 1e-6,
         *,
         group: Group = FLOP,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.rep = as_rep(features, group)
         if self.rep.fixed:
             raise ValueError("LayerNorm is defined on whole copies of the regular representation")
         self.eps = eps
-        self.scaling = Affine(self.rep, device=device, dtype=dtype)
+        self.scaling = Affine(self.rep, **dd)
 
     def forward(self, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # same shapes and dtypes
         group = self.rep.group

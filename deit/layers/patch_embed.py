@@ -1,20 +1,15 @@
 """Patch embedding: an image to tokens (arXiv:2502.05169, section 3)."""
 
-from __future__ import annotations
-
-from itertools import chain
 from math import sqrt
+from typing import Any
 
-import torch
 from timm.layers import to_2tuple
 from torch import Tensor
 
 from deit.groups import FLOP, Rep
 from deit.layers import tracing
-from deit.layers.conv import MirrorConv2d
+from deit.layers.conv import MirrorConv2d, MirrorKernel
 from deit.layers.tokens import MirrorGrid
-
-__all__ = ["PatchEmbed"]
 
 
 class PatchEmbed(MirrorConv2d):
@@ -39,14 +34,11 @@ class PatchEmbed(MirrorConv2d):
         *,
         scale: float = sqrt(0.5),
         strict_img_size: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ) -> None:
         patch_size = to_2tuple(patch_size)
         colours = Rep(FLOP, free=0, fixed=in_chans)
-        super().__init__(
-            colours, embed_dim, patch_size, patch_size, scale=scale, device=device, dtype=dtype
-        )
+        super().__init__(colours, embed_dim, patch_size, patch_size, scale=scale, **dd)
         self.patch_size = patch_size
         self.strict_img_size = strict_img_size
         self.img_size = to_2tuple(img_size)
@@ -72,8 +64,9 @@ class PatchEmbed(MirrorConv2d):
             raise
         if self.patch_size != old[0]:
             self.kernel_size = self.stride = self.patch_size
-            for name in chain.from_iterable(self.names.values()):
-                getattr(self, name).resize(self.patch_size)
+            for layer in self.children():
+                if isinstance(layer, MirrorKernel):
+                    layer.resize(self.patch_size)
 
     def grid_for(self, height: int, width: int) -> MirrorGrid:
         """The token grid of an image; raises ValueError if the patches do not tile it."""

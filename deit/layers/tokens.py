@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from deit.groups import FLOP, Rep
 from deit.layers.fixed import FixedBuffers
 
-__all__ = ["MirrorGrid", "MirrorHalves", "MirrorOrder", "PositionEmbedding", "PrefixToken"]
-
 
 @dataclass(frozen=True)
 class MirrorGrid:
@@ -109,18 +107,11 @@ class PositionEmbedding(nn.Module):
     added to a on the left and subtracted on the right. On the middle column a gets nothing.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        grid: MirrorGrid,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, grid: MirrorGrid, **dd: Any) -> None:
         super().__init__()
         self.grid = grid
         half = dim // 2
         left, middle, _ = grid.blocks
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_parameter("0", nn.Parameter(torch.empty(1, left + middle, half, **dd)))
         self.register_parameter("1", nn.Parameter(torch.empty(1, left, half, **dd)))
         self.reset_parameters()
@@ -184,18 +175,12 @@ class PrefixToken(FixedBuffers):
     Flopping maps such a token to itself, so its antisymmetric half must vanish.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        count: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, dim: int, count: int = 1, **dd: Any) -> None:
         super().__init__()
-        size = (1, count, dim // 2)
-        self.register_parameter("0", nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
-        zeros = torch.zeros(size, device="cpu", dtype=dtype)
-        self.register_fixed("1", zeros, "zero, as equivariance demands", device)
+        sym = nn.Parameter(torch.empty(1, count, dim // 2, **dd))
+        self.register_parameter("0", sym)
+        zeros = torch.zeros(sym.shape, device="cpu", dtype=sym.dtype)
+        self.register_fixed("1", zeros, "zero, as equivariance demands", sym.device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -6,13 +6,9 @@ decide at run time. They are written so that TorchScript compiles them too. Call
 of this module, `tracing.widen(x)`, because that is where a tracer puts their stand-ins.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.fx import wrap
-
-__all__ = ["check_image_size", "check_images", "check_stride", "check_total_stride", "widen"]
 
 
 @wrap

@@ -22,7 +22,7 @@ from deit.measure.plot import draw
 from deit.measure.profiling import profile
 from deit.measure.roofline import PeakRates, measure_peak_rates
 from deit.measure.tables import Overview, as_csv, as_json, print_comparisons
-from deit.models.twins import PUBLISHED
+from deit.models.published import PUBLISHED
 from deit.saving import write_text
 
 __all__ = ["main"]

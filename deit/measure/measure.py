@@ -12,7 +12,7 @@ from deit.measure.hardware import available_memory
 from deit.measure.networks import FOLDED, SYMMETRIZED, has_asym_feats, on_meta
 from deit.measure.roofline import Bound, PeakRates, bound
 from deit.measure.timing import alternate
-from deit.models.twins import twin_of
+from deit.models.published import twin_of
 
 __all__ = ["Result", "count", "first_batch", "measure"]
 

@@ -16,7 +16,7 @@ import deit.models
 from deit.deploy import fold
 from deit.errors import UserError, one_line, suggest
 from deit.models.inputs import check_image_size
-from deit.models.twins import twin_of
+from deit.models.published import twin_of
 
 __all__ = [
     "Comparison",

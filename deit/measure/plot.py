@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deit.errors import UserError
 from deit.measure.measure import Result
-from deit.models.twins import PUBLISHED, twin_of
+from deit.models.published import PUBLISHED, twin_of
 from deit.saving import atomic_path
 
 if TYPE_CHECKING:

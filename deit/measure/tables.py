@@ -14,7 +14,7 @@ from rich.text import Text
 
 from deit.measure.measure import Result
 from deit.measure.roofline import Bound
-from deit.models.twins import PUBLISHED
+from deit.models.published import PUBLISHED
 
 __all__ = ["Overview", "as_csv", "as_json", "print_comparisons"]
 

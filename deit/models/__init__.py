@@ -1,8 +1,8 @@
 """All networks; importing this package registers them with timm."""
 
 from deit.models.convnext import ConvNeXt, IsotropicConvNeXt
-from deit.models.ordinary_vit import OrdinaryVisionTransformer
-from deit.models.resmlp import OrdinaryResMLP, ResMLP
+from deit.models.ordinary import OrdinaryResMLP, OrdinaryVisionTransformer
+from deit.models.resmlp import ResMLP
 from deit.models.vit import VisionTransformer
 
 __all__ = [

@@ -1,37 +1,24 @@
-"""Networks that classify pooled invariant features: what the families of perceptrons and of
-convolutions share, which is most of timm's model interface.
+"""What the families share, which is most of timm's model interface.
 
-They run a stem and a number of steps (blocks, or stages of blocks), keep what flopping leaves
-alone, pool it, normalise it and classify it. A transformer's class token is normalised before, and
-needs none of this.
+A network embeds an image, runs a number of steps (blocks, or stages of blocks), keeps what flopping
+leaves alone, pools it and classifies it. A family says how in a few methods.
 """
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.layers import to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.fx import GraphModule, symbolic_trace
 
-from deit.models.scripting import Scriptable
+from deit.groups import FLOP
 
-__all__ = [
-    "SIZE_ARGUMENTS",
-    "ClassifierMethods",
-    "Feature",
-    "Pool",
-    "PooledClassifier",
-    "check_sizes",
-    "init_linear",
-    "pack",
-    "reset_layers",
-    "scale_classifier",
-]
-
-Pool = Literal["", "avg"]
+Pool = Literal["", "token", "avg"]
+Size = int | tuple[int, int]  # of a square, or (height, width)
 Feature = Tensor | tuple[Tensor, ...]  # between layers: parts, or one tensor where it is ordinary
 
 
@@ -40,33 +27,25 @@ def pack(x: Feature) -> Tensor:
     return torch.cat(x, -1) if isinstance(x, tuple) else x
 
 
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal, 0.02, for the weight of a linear layer; zero for its bias."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def init_linear(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> None:
+    """Truncated normal, 0.02, for the weight of a layer of these kinds; zero for its bias."""
+    if isinstance(module, kinds):
+        layer = cast(nn.Linear, module)
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
-# arguments of ordinary networks that timm takes without a look
-SIZE_ARGUMENTS = ("in_chans", "embed_dim", "depth", "num_heads", "patch_size", "num_classes")
+LEAST = dict.fromkeys(
+    ("in_chans", "embed_dim", "depth", "num_heads", "patch_size", "depths", "dims"), 1
+) | {"num_classes": 0}
 
 
-def check_sizes(**sizes: int | tuple[int, int]) -> None:
-    """Raise ValueError unless all sizes of a network are positive; `num_classes` may be 0."""
-    for name, size in sizes.items():
-        least = 0 if name == "num_classes" else 1
-        if min(to_2tuple(size)) < least:
-            raise ValueError(f"{name} must be at least {least}, not {size}")
-
-
-@torch.no_grad()
-def reset_layers(model: nn.Module) -> None:
-    """Let every layer write its initial parameters and buffers again, as in its constructor."""
-    for module in model.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
+def check_sizes(**sizes: Any) -> None:
+    """Raise ValueError if one of a network's arguments is a size and less than `LEAST` says."""
+    for name, least in LEAST.items():
+        if name in sizes and min(to_2tuple(sizes[name])) < least:
+            raise ValueError(f"{name} must be at least {least}, not {sizes[name]}")
 
 
 @torch.no_grad()
@@ -77,25 +56,146 @@ def scale_classifier(head: nn.Module, scale: float) -> None:
         head.bias.mul_(scale)
 
 
-class ClassifierMethods(nn.Module):
-    """timm's methods about the classifier `head`, for networks with `head_hidden_size`."""
+def groups_by_depth(stem: str) -> dict[str, Any]:
+    """For timm's `group_matcher`: a pattern for the first layers, then blocks, then the norm."""
+    return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
+
+class Scriptable:
+    """A network that `torch.jit.script` compiles from its traced graph.
+
+    TorchScript reads a layer's source, and knows neither groups nor representations. They are all
+    decided when a network is made, so symbolic tracing leaves plain tensor operations.
+    """
+
+    def __prepare_scriptable__(self) -> GraphModule:
+        """torch's hook: what to script in place of this network, in the mode that it is in."""
+        return symbolic_trace(cast(nn.Module, self))
+
+
+class Classifier(Scriptable, nn.Module):
+    """A network of steps and a head.
+
+    The constructor of a family builds stem and steps, describes each step in `feature_info`, calls
+    `_set_channels`, builds the norm, and calls `_init_head`.
+    """
+
+    blocks: nn.Sequential
+    norm: nn.Module
     head: nn.Module
-    head_hidden_size: int
+    feature_info: list[dict[str, Any]]  # an entry for each step
+    num_features: int  # channels of `forward_features`
+    head_hidden_size: int  # channels that are classified
+    use_symmetrized_asym_feats: bool
+    equivariant: bool = True  # to the end
+    grad_checkpointing: bool = False
 
-    def _check_pool(self, pool: str) -> str:
-        """`pool`, or a ValueError if the network cannot pool so."""
+    # what a family says
+
+    pools: tuple[str, ...] = ("avg", "")
+    norm_of_head: bool = True  # of pooled features
+    stem_keys: str = r"^patch_embed"
+    drawn: tuple[type[nn.Module], ...] = (nn.Linear,)  # layers that start as `init_linear` says
+
+    def _embed(self, images: Tensor) -> Feature:
+        """(B, in_chans, H, W) to the features that the steps work on."""
         raise NotImplementedError
+
+    def _steps(self) -> list[list[nn.Module]]:
+        """The modules to run in each step. Features can be taken after each step."""
+        return [[block] for block in self.blocks]
+
+    def _truncate(self, steps: int) -> None:
+        """Drop all but the first steps."""
+        self.blocks = self.blocks[:steps]
+
+    def _to_map(self, x: Feature) -> Tensor:
+        """Features to an ordinary image of packed channels, (B, C, H, W)."""
+        raise NotImplementedError
+
+    def _finish(self, x: Feature) -> Tensor:
+        """Features after the last step to what `forward_features` gives."""
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Those to invariants (B, head_hidden_size), or without pooling with more axes between."""
+        raise NotImplementedError
+
+    # construction
+
+    @staticmethod
+    def _describe(
+        module: str, channels: int, reduction: int, symmetric: int | None
+    ) -> dict[str, Any]:
+        """What `feature_info` says of a step: its maps have `symmetric` channels that flopping
+        leaves alone, then those that it negates. None if nothing is promised."""
+        return {
+            "module": module,
+            "num_chs": channels,
+            "reduction": reduction,
+            "symmetric_channels": symmetric,
+        }
+
+    def _set_channels(self, channels: int) -> None:
+        """Classify features of so many channels: of equivariant ones those that are invariant."""
+        half = self.equivariant and not self.use_symmetrized_asym_feats
+        self.head_hidden_size = FLOP.regular(channels).invariant if half else channels
+        self.num_features = self.head_hidden_size
+
+    def _init_head(
+        self, num_classes: int, global_pool: str, drop_rate: float, init_scale: float, **dd: Any
+    ) -> None:
+        """Build what comes after the norm and initialise the network."""
+        self.num_classes = num_classes
+        self.global_pool = self._check_pool(global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self._classifier(num_classes, **dd)
+        self.head_init_scale = init_scale
+        self.init_weights(needs_reset=False)
 
     def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
         if num_classes <= 0:
             return nn.Identity()
         return nn.Linear(self.head_hidden_size, num_classes, **dd)
 
+    def _check_pool(self, pool: str) -> str:
+        """`pool`, or a ValueError if the network cannot pool so."""
+        if pool not in self.pools:
+            known = ", ".join(repr(own) for own in self.pools[:-1])
+            raise ValueError(
+                f"global_pool {pool!r} is not equivariant or not known: use {known}, or '' for none"
+            )
+        return pool
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Truncated normal, 0.02, for the layers of `drawn`; the rest by its own rule.
+
+        `needs_reset` is as in timm: False if the layers have just initialised themselves.
+        """
+        if needs_reset:
+            with torch.no_grad():
+                for module in self.modules():
+                    if reset := getattr(module, "reset_parameters", None):
+                        reset()
+        self.apply(lambda module: init_linear(module, self.drawn))
+        scale_classifier(self.head, self.head_init_scale)
+
+    # timm's interface
+
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass to save memory."""
         self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay beyond those of one dimension: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth, for layer-wise learning rates."""
+        return groups_by_depth(self.stem_keys)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -111,94 +211,6 @@ class ClassifierMethods(nn.Module):
         self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
         self.head.apply(init_linear).train(self.training)
 
-
-class PooledClassifier(ClassifierMethods, Scriptable):
-    """The common part of the families; a subclass builds the layers and says how to run them.
-
-    Its constructor calls `_init_head` when stem, blocks and `feature_info` (an entry for each step)
-    exist.
-    """
-
-    norm: nn.Module
-    num_features: int  # channels of `forward_features`
-    head_hidden_size: int  # channels that are classified
-    feature_info: list[dict[str, Any]]
-
-    # what a family says
-
-    def _embed(self, images: Tensor) -> Feature:
-        """(B, in_chans, H, W) to the features that the steps work on."""
-        raise NotImplementedError
-
-    def _steps(self) -> list[list[nn.Module]]:
-        """The modules to run in each step. Features can be taken after each step."""
-        raise NotImplementedError
-
-    def _truncate(self, steps: int) -> None:
-        """Drop all but the first steps."""
-        raise NotImplementedError
-
-    def _to_map(self, x: Feature) -> Tensor:
-        """Features to an ordinary image of packed channels, (B, C, H, W)."""
-        raise NotImplementedError
-
-    def _set_channels(self, channels: int) -> None:
-        """Classify features of so many channels: sets `num_features`, `head_hidden_size`."""
-        raise NotImplementedError
-
-    def _finish(self, x: Feature) -> Tensor:
-        """Features after the last step to what `forward_features` gives."""
-        raise NotImplementedError
-
-    def _pool(self, x: Tensor) -> Tensor:
-        """Those to invariants (B, head_hidden_size), or without pooling with more axes between."""
-        raise NotImplementedError
-
-    # construction
-
-    def _init_head(
-        self,
-        norm_layer: Any,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
-        head_init_scale: float,
-        **dd: Any,
-    ) -> None:
-        self._set_channels(self.feature_info[-1]["num_chs"])
-        self.num_classes = num_classes
-        self.global_pool = self._check_pool(global_pool)
-        self.head_init_scale = head_init_scale
-        self.grad_checkpointing = False
-        self.norm = norm_layer(self.head_hidden_size, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._classifier(num_classes, **dd)
-        self.init_weights(needs_reset=False)
-
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise by the family's rule; `head_init_scale` is a factor on the classifier.
-
-        `needs_reset` is as in timm: False if the layers have just initialised themselves.
-        """
-        if needs_reset:
-            reset_layers(self)
-        self.apply(self._init_module)
-        scale_classifier(self.head, self.head_init_scale)
-
-    _init_module = staticmethod(init_linear)
-
-    def _check_pool(self, pool: str) -> str:
-        if pool not in ("", "avg"):
-            raise ValueError(f"global_pool {pool!r} is not known: use 'avg', or '' for none")
-        return pool
-
-    # timm's interface
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beyond those of one dimension: none."""
-        return set()
-
     def prune_intermediate_layers(
         self,
         indices: int | list[int] = 1,
@@ -207,14 +219,15 @@ class PooledClassifier(ClassifierMethods, Scriptable):
     ) -> list[int]:
         """Drop the steps behind the last one wanted; returns the kept indices.
 
-        The norm belongs to the head, and both go too if they were made for a dropped step.
+        A norm of pooled features belongs to the head. Both go too if they were made for a step of
+        other channels.
         """
         take, last = feature_take_indices(len(self._steps()), indices)
         self._truncate(last + 1)
         width = self.head_hidden_size
         self._set_channels(self.feature_info[last]["num_chs"])
         prune_head = prune_head or self.head_hidden_size != width
-        if prune_norm or prune_head:
+        if prune_norm or (prune_head and self.norm_of_head):
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
@@ -237,6 +250,15 @@ class PooledClassifier(ClassifierMethods, Scriptable):
                 taken.append(x)
         return x, taken
 
+    def _run_and_take(
+        self, images: Tensor, indices: int | list[int] | None, stop_early: bool, output_fmt: str
+    ) -> tuple[Feature, list[Feature]]:
+        """`_run` by the arguments of `forward_intermediates`."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is not known: use 'NCHW' or 'NLC'")
+        take, last = feature_take_indices(len(self._steps()), indices)
+        return self._run(images, take, last + 1 if stop_early else None)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to features before pooling, with `num_features` channels."""
         x, _ = self._run(x)
@@ -247,7 +269,7 @@ class PooledClassifier(ClassifierMethods, Scriptable):
 
         Without pooling each place is classified, (B, ..., num_classes).
         """
-        x = self.head_drop(self.norm(self._pool(x)))
+        x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
@@ -267,10 +289,7 @@ class PooledClassifier(ClassifierMethods, Scriptable):
         Maps are (B, C, H, W) or tokens (B, N, C), left to right. `norm` changes nothing: the norm
         belongs to the pooled features. The final features are those of `forward_features`.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is not known: use 'NCHW' or 'NLC'")
-        take, last = feature_take_indices(len(self._steps()), indices)
-        x, taken = self._run(x, take, last + 1 if stop_early else None)
+        x, taken = self._run_and_take(x, indices, stop_early, output_fmt)
         maps = [self._to_map(y) for y in taken]
         if output_fmt == "NLC":
             maps = [y.flatten(2).mT for y in maps]

@@ -18,6 +18,7 @@ Source: arXiv:2502.05169, section 4; ConvNeXt, arXiv:2201.03545.
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from collections.abc import Sequence
+from itertools import islice
 from math import sqrt
 from typing import Any
 
@@ -36,28 +37,25 @@ from deit.layers import (
     OrdinaryLayerNorm,
     tracing,
 )
-from deit.models.base import Feature, Pool, PooledClassifier, check_sizes, pack
+from deit.models.base import Classifier, Feature, Pool, Size, check_sizes, pack
 from deit.models.published import adapt_state
 from deit.models.registry import register_sizes
 
-__all__ = ["ConvNeXt", "IsotropicConvNeXt"]
 
-STEM_SCALE = sqrt(0.5)  # gives kernels built from halves the scale of ordinary ones
+class _ConvNeXt(Classifier):
+    """What both have in common: channels are last, and means are normalised and classified."""
 
-
-class _ConvNeXt(PooledClassifier):
-    """What both have in common: channels are last, and the norm is a LayerNorm."""
+    drawn = (nn.Linear, nn.Conv2d, MirrorKernel)
 
     def __init__(
         self,
         in_chans: int,
-        img_size: int | tuple[int, int] | None,
+        img_size: Size | None,
         equivariant: bool,
         use_symmetrized_asym_feats: bool,
         total_stride: int,
     ) -> None:
         super().__init__()
-        check_sizes(in_chans=in_chans)
         if use_symmetrized_asym_feats and not equivariant:
             raise ValueError(
                 "use_symmetrized_asym_feats needs equivariant features: an ordinary network has "
@@ -69,6 +67,19 @@ class _ConvNeXt(PooledClassifier):
         self.in_chans = in_chans
         self.equivariant = equivariant
         self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
+
+    def _make_stem(self, dim: int, patch_size: tuple[int, int], **dd: Any) -> nn.Module:
+        """A convolution whose stride is its size."""
+        if not self.equivariant:
+            return nn.Conv2d(self.in_chans, dim, patch_size, patch_size, **dd)
+        # the factor gives kernels built from halves the scale of ordinary ones
+        colours = Rep(FLOP, free=0, fixed=self.in_chans)
+        return MirrorConv2d(colours, dim, patch_size, patch_size, scale=sqrt(0.5), **dd)
+
+    def _set_channels(self, channels: int) -> None:
+        super()._set_channels(channels)
+        self.num_features = channels
+        self.invariants = InvariantBridge(channels) if self.use_symmetrized_asym_feats else None
 
     def _embed(self, images: Tensor) -> Feature:
         tracing.check_images(images, self.in_chans)
@@ -84,21 +95,16 @@ class _ConvNeXt(PooledClassifier):
     def _to_map(self, x: Feature) -> Tensor:
         return pack(x).permute(0, 3, 1, 2)
 
-    def _set_channels(self, channels: int) -> None:
-        self.invariants = InvariantBridge(channels) if self.use_symmetrized_asym_feats else None
-        own = FLOP.regular(channels).invariant if self.equivariant else channels
-        self.num_features = channels
-        self.head_hidden_size = channels if self.use_symmetrized_asym_feats else own
-
     def _finish(self, x: Feature) -> Tensor:
         return self._to_map(x)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) to normalised invariants (B, C'), or without pooling (B, H, W, C')."""
         x = x.permute(0, 2, 3, 1)
         if self.invariants is not None:
-            x = self.invariants(tuple(x.chunk(2, -1)))
+            x = self.invariants(tuple(self.invariants.rep.split(x)))
         x = x[..., : self.head_hidden_size]
-        return x.mean((1, 2)) if self.global_pool == "avg" else x
+        return self.norm(x.mean((1, 2)) if self.global_pool == "avg" else x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Maps (B, C, H, W) to logits (B, num_classes), or to the invariants that are classified.
@@ -107,14 +113,6 @@ class _ConvNeXt(PooledClassifier):
         """
         x = super().forward_head(x, pre_logits)
         return x if self.global_pool else x.permute(0, 3, 1, 2)
-
-    @staticmethod
-    def _init_module(module: nn.Module) -> None:
-        """Truncated normal, 0.02, for linear maps and convolutions; zero biases."""
-        if isinstance(module, (nn.Linear, nn.Conv2d, MirrorKernel)):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 class IsotropicConvNeXt(_ConvNeXt):
@@ -135,9 +133,11 @@ class IsotropicConvNeXt(_ConvNeXt):
         ValueError: for sizes that do not divide and options that exclude each other.
     """
 
+    stem_keys = r"^stem"
+
     def __init__(
         self,
-        patch_size: int | tuple[int, int] = 16,
+        patch_size: Size = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: Pool = "avg",
@@ -147,7 +147,7 @@ class IsotropicConvNeXt(_ConvNeXt):
         mlp_ratio: float = 4.0,
         *,
         equivariant: bool = True,
-        img_size: int | tuple[int, int] | None = None,
+        img_size: Size | None = None,
         layer_scale_init_value: float = 0.0,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -156,65 +156,33 @@ class IsotropicConvNeXt(_ConvNeXt):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        patch_size = to_2tuple(patch_size)
+        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
         check_sizes(patch_size=patch_size, num_classes=num_classes)
+        patch_size = to_2tuple(patch_size)
         super().__init__(in_chans, img_size, equivariant, use_symmetrized_asym_feats, patch_size[1])
-        check_sizes(embed_dim=embed_dim, depth=depth)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.stem: nn.Module
-        if equivariant:
-            colours = Rep(FLOP, free=0, fixed=in_chans)
-            self.stem = MirrorConv2d(
-                colours, embed_dim, patch_size, patch_size, scale=STEM_SCALE, **dd
-            )
-        else:
-            self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, **dd)
+        self.stem = self._make_stem(embed_dim, patch_size, **dd)
         block = ConvBlock if equivariant else OrdinaryConvBlock
+        scale = layer_scale_init_value
         self.blocks = nn.Sequential(
             *(
-                block(
-                    embed_dim,
-                    kernel_size,
-                    mlp_ratio,
-                    init_value=layer_scale_init_value,
-                    drop_path=rate,
-                    **dd,
-                )
+                block(embed_dim, kernel_size, mlp_ratio, init_value=scale, drop_path=rate, **dd)
                 for rate in _rising(drop_path_rate, depth)
             )
         )
+        symmetric = embed_dim // 2 if equivariant else None
         self.feature_info = [
-            {
-                "module": f"blocks.{i}",
-                "num_chs": embed_dim,
-                "reduction": patch_size[1],
-                "symmetric_channels": embed_dim // 2 if equivariant else None,
-            }
-            for i in range(depth)
+            self._describe(f"blocks.{i}", embed_dim, patch_size[1], symmetric) for i in range(depth)
         ]
-        self._init_head(
-            OrdinaryLayerNorm, num_classes, global_pool, drop_rate, head_init_scale, **dd
-        )
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates."""
-        return {
-            "stem": r"^stem",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        self._set_channels(embed_dim)
+        self.norm = OrdinaryLayerNorm(self.head_hidden_size, **dd)
+        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
 
     def _stem(self, images: Tensor) -> Feature:
         x = self.stem(images)
         if self.equivariant:
             return tuple(part.contiguous() for part in x)
         return x.permute(0, 2, 3, 1).contiguous()
-
-    def _steps(self) -> list[list[nn.Module]]:
-        return [[block] for block in self.blocks]
-
-    def _truncate(self, steps: int) -> None:
-        self.blocks = self.blocks[:steps]
 
 
 class ConvNeXt(_ConvNeXt):
@@ -235,14 +203,14 @@ class ConvNeXt(_ConvNeXt):
         self,
         depths: Sequence[int] = (3, 3, 9, 3),
         dims: Sequence[int] = (96, 192, 384, 768),
-        patch_size: int | tuple[int, int] = 4,
+        patch_size: Size = 4,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: Pool = "avg",
         kernel_size: int = 7,
         mlp_ratio: float = 4.0,
         *,
-        img_size: int | tuple[int, int] | None = None,
+        img_size: Size | None = None,
         layer_scale_init_value: float = 1e-6,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -251,57 +219,39 @@ class ConvNeXt(_ConvNeXt):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        patch_size = to_2tuple(patch_size)
-        check_sizes(patch_size=patch_size, num_classes=num_classes)
-        total_stride = patch_size[1] * 2 ** (len(depths) - 1)
-        super().__init__(in_chans, img_size, True, use_symmetrized_asym_feats, total_stride)
         if len(depths) != len(dims) or not depths:
             raise ValueError(
                 f"each stage has its depth and its width: depths {tuple(depths)} and dims "
                 f"{tuple(dims)} must be equally many, and at least one"
             )
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            check_sizes(**{f"depths[{i}]": depth, f"dims[{i}]": dim})
+        check_sizes(in_chans=in_chans, depths=depths, dims=dims)
+        check_sizes(patch_size=patch_size, num_classes=num_classes)
+        patch_size = to_2tuple(patch_size)
+        strides = [patch_size[1] * 2**i for i in range(len(depths))]
+        super().__init__(in_chans, img_size, True, use_symmetrized_asym_feats, strides[-1])
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()
         self.feature_info = []
+        scale = layer_scale_init_value
         rates = iter(_rising(drop_path_rate, sum(depths)))
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             if i == 0:
-                colours = Rep(FLOP, free=0, fixed=in_chans)
-                conv = MirrorConv2d(colours, dim, patch_size, patch_size, scale=STEM_SCALE, **dd)
-                downsample = nn.Sequential(conv, LayerNorm(dim, **dd))
+                layers = [self._make_stem(dim, patch_size, **dd), LayerNorm(dim, **dd)]
             else:
-                conv = MirrorConv2d(FLOP.regular(dims[i - 1]), dim, (2, 2), (2, 2), **dd)
-                downsample = nn.Sequential(LayerNorm(dims[i - 1], **dd), conv)
-            self.downsample_layers.append(downsample)
-            self.stages.append(
-                nn.Sequential(
-                    *(
-                        ConvBlock(
-                            dim,
-                            kernel_size,
-                            mlp_ratio,
-                            init_value=layer_scale_init_value,
-                            drop_path=next(rates),
-                            **dd,
-                        )
-                        for _ in range(depth)
-                    )
-                )
+                before = FLOP.regular(dims[i - 1])
+                conv = MirrorConv2d(before, dim, (2, 2), (2, 2), **dd)
+                layers = [LayerNorm(before, **dd), conv]
+            self.downsample_layers.append(nn.Sequential(*layers))
+            blocks = (
+                ConvBlock(dim, kernel_size, mlp_ratio, init_value=scale, drop_path=rate, **dd)
+                for rate in islice(rates, depth)
             )
-            self.feature_info.append(
-                {
-                    "module": f"stages.{i}",
-                    "num_chs": dim,
-                    "reduction": patch_size[1] * 2**i,
-                    "symmetric_channels": dim // 2,
-                }
-            )
-        self._init_head(
-            OrdinaryLayerNorm, num_classes, global_pool, drop_rate, head_init_scale, **dd
-        )
+            self.stages.append(nn.Sequential(*blocks))
+            self.feature_info.append(self._describe(f"stages.{i}", dim, strides[i], dim // 2))
+        self._set_channels(dims[-1])
+        self.norm = OrdinaryLayerNorm(self.head_hidden_size, **dd)
+        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -338,15 +288,17 @@ def _rising(rate: float, count: int) -> list[float]:
     return [rate * i / max(count - 1, 1) for i in range(count)]
 
 
-# name: depth, embed_dim
-ISOTROPIC_SIZES = {"small": (18, 384), "base": (18, 768), "large": (36, 1024)}
-# name: depths, dims
+ISOTROPIC_SIZES = {
+    "small": dict(depth=18, embed_dim=384),
+    "base": dict(depth=18, embed_dim=768),
+    "large": dict(depth=36, embed_dim=1024),
+}
 SIZES = {
-    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
-    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
-    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
-    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
-    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+    "tiny": dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    "small": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
+    "base": dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    "xlarge": dict(depths=(3, 3, 27, 3), dims=(256, 512, 1024, 2048)),
 }
 
 for _family, _equivariant in {"d2_convnext_isotropic": True, "convnext_isotropic": False}.items():
@@ -354,8 +306,8 @@ for _family, _equivariant in {"d2_convnext_isotropic": True, "convnext_isotropic
         __name__,
         IsotropicConvNeXt,
         {
-            f"{_family}_{name}": {"depth": depth, "embed_dim": dim, "equivariant": _equivariant}
-            for name, (depth, dim) in ISOTROPIC_SIZES.items()
+            f"{_family}_{name}": {**size, "equivariant": _equivariant}
+            for name, size in ISOTROPIC_SIZES.items()
         },
         cfg={
             "first_conv": ("stem.proj_sym", "stem.proj_asym") if _equivariant else "stem",
@@ -367,10 +319,7 @@ for _family, _equivariant in {"d2_convnext_isotropic": True, "convnext_isotropic
 register_sizes(
     __name__,
     ConvNeXt,
-    {
-        f"d2_convnext_{name}": {"depths": depths, "dims": dims}
-        for name, (depths, dims) in SIZES.items()
-    },
+    {f"d2_convnext_{name}": size for name, size in SIZES.items()},
     cfg={
         "first_conv": ("downsample_layers.0.0.proj_sym", "downsample_layers.0.0.proj_asym"),
         "pool_size": (7, 7),

@@ -1,14 +1,10 @@
 """Whether a network takes images of a size, found out before anything long begins."""
 
-from __future__ import annotations
-
 import torch
 from timm.layers import to_2tuple
 from torch import nn
 
 from deit.errors import UserError, one_line
-
-__all__ = ["check_image_size", "input_channels"]
 
 
 def input_channels(model: nn.Module) -> int:

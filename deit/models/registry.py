@@ -1,40 +1,45 @@
 """Registering rows of size tables with timm."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from torch import nn
 
 from deit.errors import one_line
-from deit.models.hub import HOSTED, hosted_cfg
 
-try:
-    from timm.models._input import update_model_input_size as record_input_size
-except ImportError:  # older timm rebuilds no network from its record
-
-    def record_input_size(  # type: ignore[misc]
-        model: nn.Module, img_size: Any, **model_args: Any
-    ) -> None:
-        """Nothing to record."""
-
-
-__all__ = ["record_input_size", "register_sizes"]
-
+# our name: timm's, whose hosted weights are those of the same ordinary network; the first are of
+# DeiT III (arXiv:2204.07118)
+HOSTED = {
+    "deit_small_patch16_LS": "deit3_small_patch16_224.fb_in1k",
+    "deit_medium_patch16_LS": "deit3_medium_patch16_224.fb_in1k",
+    "deit_base_patch16_LS": "deit3_base_patch16_224.fb_in1k",
+    "deit_large_patch16_LS": "deit3_large_patch16_224.fb_in1k",
+    "deit_huge_patch14_LS": "deit3_huge_patch14_224.fb_in1k",
+    "resmlp_12": "resmlp_12_224.fb_in1k",
+    "resmlp_24": "resmlp_24_224.fb_in1k",
+    "resmlp_36": "resmlp_36_224.fb_in1k",
+    "resmlpB_24": "resmlp_big_24_224.fb_in1k",
+}
 # both families of names are in use for the initial LayerScale; timm says `init_values`
 LAYER_SCALE_NAMES = ("init_scale", "layer_scale_init_value", "init_values")
 
 
-def default_cfg(img_size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    """timm's description of a network's inputs, as in DeiT III; without hosted weights."""
+def default_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """timm's description of a network: its inputs as in DeiT III, and where hosted weights are."""
+    hosted = get_pretrained_cfg(HOSTED[name]) if name in HOSTED else None
     return {
         "url": "",
+        **({} if hosted is None else {"hf_hub_id": hosted.hf_hub_id}),
         "num_classes": 1000,
-        "input_size": (3, img_size, img_size),
+        "input_size": (3, 224, 224),
         "pool_size": None,
         "crop_pct": 1.0,
         "interpolation": "bicubic",
@@ -73,7 +78,7 @@ def register_sizes(
     cfgs = getattr(namespace, "default_cfgs", {})
     namespace.default_cfgs = {
         **cfgs,
-        **generate_default_cfgs({name: default_cfg(**cfg, **hosted_cfg(name)) for name in sizes}),
+        **generate_default_cfgs({name: default_cfg(name, **cfg) for name in sizes}),
     }
     for name, row in sizes.items():
         entry = _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices)

@@ -1,4 +1,4 @@
-"""Perceptrons over tokens and channels (ResMLP): equivariant, and their ordinary twins.
+"""Equivariant perceptrons over tokens and channels (ResMLP).
 
 Mixing tokens is a linear map too, so the token axis is decomposed as the channels are. Inside the
 network features are parts s and a of (B, N, C/2), each with its symmetric tokens first, then its
@@ -18,40 +18,18 @@ Source: arXiv:2502.05169, section 4; ResMLP, arXiv:2105.03404.
 """
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from deit.groups import FLOP
-from deit.layers import (
-    MirrorHalves,
-    MixerBlock,
-    OrdinaryAffine,
-    OrdinaryMixerBlock,
-    PatchEmbed,
-    tracing,
-)
-from deit.models.base import (
-    SIZE_ARGUMENTS,
-    Feature,
-    Pool,
-    PooledClassifier,
-    check_sizes,
-    init_linear,
-    pack,
-    scale_classifier,
-)
-from deit.models.hub import resmlp_filter_fn
+from deit.layers import MirrorHalves, MixerBlock, OrdinaryAffine, PatchEmbed, tracing
+from deit.models.base import Classifier, Feature, Pool, Size, check_sizes, pack
 from deit.models.registry import register_sizes
-from deit.models.scripting import Scriptable
-
-__all__ = ["OrdinaryResMLP", "ResMLP"]
 
 
-class ResMLP(PooledClassifier):
+class ResMLP(Classifier):
     """A ResMLP that is equivariant under flopping.
 
     Args:
@@ -72,8 +50,8 @@ class ResMLP(PooledClassifier):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
+        img_size: Size = 224,
+        patch_size: Size = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: Pool = "avg",
@@ -117,44 +95,23 @@ class ResMLP(PooledClassifier):
                 for _ in range(depth)
             )
         )
+        reduction = max(self.patch_embed.patch_size)
         self.feature_info = [
-            {
-                "module": f"blocks.{i}",
-                "num_chs": embed_dim,
-                "reduction": self.patch_embed.feat_ratio(),
-                "symmetric_channels": channels.invariant,
-            }
+            self._describe(f"blocks.{i}", embed_dim, reduction, channels.invariant)
             for i in range(depth)
         ]
-        self._init_head(OrdinaryAffine, num_classes, global_pool, drop_rate, head_init_scale, **dd)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates."""
-        return {
-            "stem": r"^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        self._set_channels(embed_dim)
+        self.norm = OrdinaryAffine(self.head_hidden_size, **dd)
+        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
 
     def _embed(self, images: Tensor) -> Feature:
         """Images to parts with decomposed tokens, (B, N, C/2)."""
         tracing.check_images(images, self.in_chans)
         return tuple(self.tokens.from_regular(part, 1) for part in self.patch_embed(images))
 
-    def _steps(self) -> list[list[nn.Module]]:
-        return [[block] for block in self.blocks]
-
-    def _truncate(self, steps: int) -> None:
-        self.blocks = self.blocks[:steps]
-
     def _to_map(self, x: Feature) -> Tensor:
         image = self.patch_embed.grid.to_image_order(self.tokens.to_regular(pack(x), 1))
         return image.permute(0, 3, 1, 2).contiguous()
-
-    def _set_channels(self, channels: int) -> None:
-        own = FLOP.regular(channels).invariant
-        self.num_features = channels if self.use_symmetrized_asym_feats else own
-        self.head_hidden_size = self.num_features
 
     def _finish(self, x: Feature) -> Tensor:
         """Parts with decomposed tokens to (B, N, num_features).
@@ -167,107 +124,25 @@ class ResMLP(PooledClassifier):
             return y
         return torch.cat([y, torch.cat([as_, sa], 1).abs()], -1)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, C) or without pooling the same shape, normalised."""
         # before the norm, which is affine here and commutes with a mean
-        return x.mean(1) if self.global_pool == "avg" else x
+        return self.norm(x.mean(1) if self.global_pool == "avg" else x)
 
 
-class OrdinaryResMLP(Scriptable, MlpMixer):
-    """timm's MlpMixer as ResMLP uses it, with the published keys and initialisation.
-
-    Args:
-        init_scale: initial LayerScale.
-        depth: number of blocks.
-        head_init_scale: factor on the classifier's initial weights.
-        kwargs: timm's.
-    """
-
-    def __init__(
-        self,
-        *,
-        init_scale: float = 1e-4,
-        depth: int = 12,
-        mlp_ratio: float = 4.0,
-        head_init_scale: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
-        check_sizes(depth=depth, **{k: kwargs[k] for k in SIZE_ARGUMENTS if k in kwargs})
-        super().__init__(
-            num_blocks=depth,
-            mlp_ratio=mlp_ratio,
-            block_layer=cast(Any, partial(OrdinaryMixerBlock, init_values=init_scale)),
-            norm_layer=OrdinaryAffine,
-            **kwargs,
-        )
-        # timm's constructor has just registered it under its own name
-        self.patch_embed: Any = self._modules.pop("stem")
-        scale_classifier(self.head, head_init_scale)
-
-    @property
-    def stem(self) -> nn.Module:
-        """timm's name of `patch_embed`."""
-        return self.patch_embed
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to normalised tokens, (B, in_chans, H, W) -> (B, N, C)."""
-        tracing.check_images(x, self.patch_embed.proj.in_channels)
-        return super().forward_features(x)
-
-    def init_weights(self, nlhb: bool = False) -> None:
-        """As in `ResMLP`, not timm's; `nlhb` (a bias of -log classes) is refused."""
-        if nlhb:
-            raise ValueError("nlhb=True is timm's initialisation; the published one has no bias")
-        self.apply(init_linear)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates."""
-        return ResMLP.group_matcher(self, coarse)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay beyond those of one dimension: none."""
-        return set()
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
-        """Replace the classifier; 0 classes for none. `global_pool` changes the pooling."""
-        super().reset_classifier(num_classes, global_pool)
-        self.head.apply(init_linear)
-
-
-# name: embed_dim, depth, init_scale
 SIZES = {
-    "12": (384, 12, 0.1),
-    "24": (384, 24, 1e-5),
-    "B_24": (768, 24, 1e-6),
-    "L_24": (1280, 24, 1e-6),
+    "12": dict(embed_dim=384, depth=12, init_scale=0.1),
+    "24": dict(embed_dim=384, depth=24, init_scale=1e-5),
+    "B_24": dict(embed_dim=768, depth=24, init_scale=1e-6),
+    "L_24": dict(embed_dim=1280, depth=24, init_scale=1e-6),
 }
-ORDINARY_SIZES = {
-    "resmlp_12": SIZES["12"],
-    "resmlp_24": SIZES["24"],
-    "resmlp_36": (384, 36, 1e-6),
-    "resmlpB_24": SIZES["B_24"],
-    "resmlpL_24": SIZES["L_24"],
-}
-
-
-def _row(size: tuple[int, int, float]) -> dict[str, Any]:
-    return dict(zip(("embed_dim", "depth", "init_scale"), size, strict=True))
-
 
 register_sizes(
     __name__,
     ResMLP,
-    {f"resmlp_equi_d2_{name}": _row(size) for name, size in SIZES.items()},
+    {f"resmlp_equi_d2_{name}": size for name, size in SIZES.items()},
     cfg={
         "first_conv": ("patch_embed.proj_sym", "patch_embed.proj_asym"),
         "fixed_input_size": True,
     },
-)
-register_sizes(
-    __name__,
-    OrdinaryResMLP,
-    {name: _row(size) for name, size in ORDINARY_SIZES.items()},
-    cfg={"first_conv": "patch_embed.proj", "fixed_input_size": True},
-    filter_fn=resmlp_filter_fn,
 )

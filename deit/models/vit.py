@@ -1,6 +1,6 @@
-"""Vision transformers (DeiT III): equivariant, hybrid, invariant-early, and their ordinary twins.
+"""Vision transformers (DeiT III): equivariant, hybrid and invariant-early.
 
-One class builds the first three: so many equivariant blocks, then a bridge, then ordinary blocks.
+One class builds all three: so many equivariant blocks, then a bridge, then ordinary blocks.
 Equivariant features are parts s and a of (B, N, C/2), with tokens in mirror order; whatever leaves
 the network as a map or as tokens is packed, [s | a], and in the ordinary order, row-major and left
 to right. Flopping the image flips it, and acts on its channels as follows.
@@ -14,12 +14,10 @@ Source: arXiv:2502.05169, section 4; DeiT III, arXiv:2204.07118.
 """
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from deit.groups import FLOP
@@ -39,26 +37,13 @@ from deit.layers import (
     tracing,
 )
 from deit.layers.tokens import resample
-from deit.models.base import (
-    ClassifierMethods,
-    Feature,
-    check_sizes,
-    init_linear,
-    pack,
-    reset_layers,
-    scale_classifier,
-)
-from deit.models.hub import vit_filter_fn
-from deit.models.ordinary_vit import OrdinaryVisionTransformer
-from deit.models.registry import record_input_size, register_sizes
-from deit.models.scripting import Scriptable
-
-__all__ = ["OrdinaryVisionTransformer", "VisionTransformer", "checkpoint_filter_fn"]
+from deit.models.base import Classifier, Feature, Pool, Size, check_sizes, pack
+from deit.models.registry import register_sizes
 
 BRIDGES = {"regular": RegularBridge, "invariant": InvariantBridge}
 
 
-class VisionTransformer(ClassifierMethods, Scriptable):
+class VisionTransformer(Classifier):
     """A vision transformer whose first blocks are equivariant under flopping.
 
     Args:
@@ -82,15 +67,17 @@ class VisionTransformer(ClassifierMethods, Scriptable):
         ValueError: for sizes that do not divide and options that exclude each other.
     """
 
-    norm: nn.Module
+    pools = ("token", "avg", "")
+    norm_of_head = False
+    stem_keys = r"^cls_token|^reg_token|^pos_embed|^patch_embed"
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
+        img_size: Size = 224,
+        patch_size: Size = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Literal["", "token", "avg"] = "token",
+        global_pool: Pool = "token",
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -124,17 +111,15 @@ class VisionTransformer(ClassifierMethods, Scriptable):
                 f"after the bridge {bridge!r} there is no antisymmetric part"
             )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.embed_dim = embed_dim
         self.has_class_token = class_token
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.dynamic_img_size = dynamic_img_size
-        self.grad_checkpointing = False
-        self.head_init_scale = head_init_scale
+        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
+        self.equivariant = bridge is None
         self.equivariant_depth = _depth_of_bridge(bridge, break_layer, depth)
-        self.global_pool = self._check_pool(global_pool)
 
         self.patch_embed = PatchEmbed(
             img_size, patch_size, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
@@ -163,69 +148,28 @@ class VisionTransformer(ClassifierMethods, Scriptable):
             )
         )
         self.bridge = None if bridge is None else BRIDGES[bridge](embed_dim)
-        norm_layer = LayerNorm if bridge is None else OrdinaryLayerNorm
-        self.norm = norm_layer(embed_dim, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-
-        all_channels = bridge is not None or use_symmetrized_asym_feats
-        width = embed_dim if all_channels else FLOP.regular(embed_dim).invariant
-        self.num_features = self.head_hidden_size = width
+        symmetric = [FLOP.regular(embed_dim).invariant] * self.equivariant_depth
+        after = embed_dim if bridge == "invariant" else None
+        self.feature_info = [
+            self._describe(f"blocks.{i}", embed_dim, max(self.patch_embed.patch_size), count)
+            for i, count in enumerate(symmetric + [after] * (depth - self.equivariant_depth))
+        ]
+        self._set_channels(embed_dim)
+        self.norm = (LayerNorm if bridge is None else OrdinaryLayerNorm)(embed_dim, **dd)
         self.invariants = InvariantBridge(embed_dim) if use_symmetrized_asym_feats else None
-        self.head = self._classifier(num_classes, **dd)
-        self.feature_info = [self._describe(i, bridge) for i in range(depth)]
-        self.init_weights(needs_reset=False)
-
-    def _describe(self, block: int, bridge: str | None) -> dict[str, Any]:
-        """What `feature_info` says of a block."""
-        symmetric = self.embed_dim if bridge == "invariant" else None
-        return {
-            "module": f"blocks.{block}",
-            "num_chs": self.embed_dim,
-            "reduction": self.patch_embed.feat_ratio(),
-            "symmetric_channels": self.embed_dim // 2
-            if block < self.equivariant_depth
-            else symmetric,
-        }
+        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
 
     def _check_pool(self, pool: str) -> str:
-        if pool not in ("", "token", "avg"):
-            raise ValueError(
-                f"global_pool {pool!r} is not equivariant or not known: use 'token', 'avg' or ''"
-            )
         if pool == "token" and not self.has_class_token:
             raise ValueError("global_pool 'token' needs class_token=True; use 'avg' without one")
-        return pool
-
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Truncated normal, 0.02, for linear weights; zero biases; the rest by its own rule.
-
-        `needs_reset` is as in timm: False if the layers have just initialised themselves.
-        """
-        if needs_reset:
-            reset_layers(self)
-        self.apply(init_linear)
-        scale_classifier(self.head, self.head_init_scale)
-
-    # timm's interface
+        return super()._check_pool(pool)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay beyond those of one dimension."""
         return {"pos_embed.0", "pos_embed.1", "cls_token.0", "reg_token.0"}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth, for layer-wise learning rates."""
-        return {
-            "stem": r"^cls_token|^reg_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
-    def set_input_size(
-        self,
-        img_size: int | tuple[int, int] | None = None,
-        patch_size: int | tuple[int, int] | None = None,
-    ) -> None:
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Change the image or the patch size for good: position embedding and patch kernels are
         resampled, and stay exactly equivariant.
 
@@ -239,8 +183,16 @@ class VisionTransformer(ClassifierMethods, Scriptable):
             self.patch_embed.flatten_and_permute = MirrorOrder(grid, device)
             self.pos_embed.set_grid(grid)
         for info in self.feature_info:
-            info["reduction"] = self.patch_embed.feat_ratio()
-        record_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+            info["reduction"] = max(self.patch_embed.patch_size)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+    # forward
+
+    def _grid(self, images: Tensor) -> MirrorGrid:
+        if not self.dynamic_img_size:
+            return self.patch_embed.grid
+        tracing.check_images(images, self.in_chans)
+        return self.patch_embed.grid_for(images.shape[-2], images.shape[-1])
 
     def _embed(self, images: Tensor) -> Feature:
         """Patches with their positions after the prefix tokens, parts (B, prefix + N, C/2)."""
@@ -254,37 +206,21 @@ class VisionTransformer(ClassifierMethods, Scriptable):
             x = [torch.cat(own, 1) for own in zip(*prefix, x, strict=True)]
         return self.pos_drop(tuple(x))
 
-    def _grid(self, images: Tensor) -> MirrorGrid:
-        if not self.dynamic_img_size:
-            return self.patch_embed.grid
-        tracing.check_images(images, self.in_chans)
-        return self.patch_embed.grid_for(images.shape[-2], images.shape[-1])
+    def _steps(self) -> list[list[nn.Module]]:
+        steps = super()._steps()
+        if self.bridge is not None and self.equivariant_depth < len(steps):
+            steps[self.equivariant_depth].insert(0, self.bridge)
+        return steps
 
-    def _run(
-        self, x: Feature, take: Sequence[int] = (), stop: int | None = None
-    ) -> tuple[Feature, list[Feature]]:
-        """Blocks before number `stop`, the bridge in its place; also what those in `take` give."""
-        taken = []
-        # no slice of self.blocks: symbolic tracers know no container but that
-        for i, block in enumerate(self.blocks):
-            if i == stop:
-                break
-            if i == self.equivariant_depth and self.bridge is not None:
-                x = self.bridge(x)
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-            if i in take:
-                taken.append(x)
-        return x, taken
-
-    def _normalize(self, x: Feature, depth: int) -> Feature:
-        """The final norm after so many blocks, and the bridge if that is still ahead."""
-        if self.bridge is not None and depth <= self.equivariant_depth:
+    def _normalize(self, x: Feature) -> Feature:
+        """The final norm, and the bridge if that is still ahead."""
+        if self.bridge is not None and isinstance(x, tuple):
             x = self.bridge(x)
         return self.norm(x)
 
-    def _finish(self, x: Feature, depth: int) -> Tensor:
-        """Tokens after so many blocks to the invariant features that are classified."""
-        x = self._normalize(x, depth)
+    def _finish(self, x: Feature) -> Tensor:
+        """Tokens after the last block to the invariant features that are classified."""
+        x = self._normalize(x)
         x = pack(x) if self.invariants is None else self.invariants(x)
         return x[..., : self.num_features]
 
@@ -299,8 +235,7 @@ class VisionTransformer(ClassifierMethods, Scriptable):
         (B, in_chans, H, W) -> (B, prefix + N, num_features)
         """
         grid = self._grid(x)
-        x, _ = self._run(self._embed(x))
-        return self._to_image_order(self._finish(x, len(self.blocks)), grid)
+        return self._to_image_order(super().forward_features(x), grid)
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, prefix + N, C) to (B, C), or all tokens if pooling is off."""
@@ -310,17 +245,12 @@ class VisionTransformer(ClassifierMethods, Scriptable):
             return x[:, self.num_prefix_tokens :].mean(1)
         return x
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits (B, num_classes), or to the features before the classifier."""
-        x = self.head_drop(self.pool(x))
-        return x if pre_logits else self.head(x)
-
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
         images = x
-        x, _ = self._run(self._embed(images))
+        x, _ = self._run(images)
         if self.global_pool == "token":  # the head sees no other token, so no other is normalised
             x = tuple(part[:, :1] for part in x) if isinstance(x, tuple) else x[:, :1]
-        x = self._finish(x, len(self.blocks))
+        x = self._finish(x)
         if not self.global_pool:  # only then the order of the tokens is seen outside
             x = self._to_image_order(x, self._grid(images))
         return self.forward_head(x)
@@ -342,16 +272,10 @@ class VisionTransformer(ClassifierMethods, Scriptable):
         `norm` passes intermediates from before the bridge through it, because the norm stands
         behind it. The final features are those of `forward_features`.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is not known: use 'NCHW' or 'NLC'")
-        take, last = feature_take_indices(len(self.blocks), indices)
-        depth = last + 1 if stop_early else len(self.blocks)
         grid = self._grid(x)
-        x, taken = self._run(self._embed(x), take, depth)
+        x, taken = self._run_and_take(x, indices, stop_early, output_fmt)
         if norm:
-            taken = [
-                self._normalize(y, i + 1) for y, i in zip(taken, sorted(set(take)), strict=True)
-            ]
+            taken = [self._normalize(y) for y in taken]
         taken = [self._to_image_order(pack(y), grid) for y in taken]
         prefixes = [y[:, : self.num_prefix_tokens] for y in taken]
         maps = [y[:, self.num_prefix_tokens :] for y in taken]
@@ -365,10 +289,8 @@ class VisionTransformer(ClassifierMethods, Scriptable):
                 maps = list(zip(maps, prefixes, strict=True))
         if intermediates_only:
             return result if output_dict else maps
-        features = self._to_image_order(self._finish(x, depth), grid)
-        if output_dict:
-            return {**result, "image_features": features}
-        return features, maps
+        features = self._to_image_order(self._finish(x), grid)
+        return {**result, "image_features": features} if output_dict else (features, maps)
 
     def get_intermediate_layers(
         self,
@@ -379,45 +301,24 @@ class VisionTransformer(ClassifierMethods, Scriptable):
         norm: bool = False,
     ) -> Any:
         """Intermediates by the interface of DINO; `n` as `indices` of forward_intermediates."""
+        output_fmt = "NCHW" if reshape else "NLC"
         return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
+            x, n, return_prefix_tokens, norm, output_fmt=output_fmt, intermediates_only=True
         )
-
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the blocks behind the last one wanted; returns the kept indices."""
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
 
 
 def _depth_of_bridge(bridge: str | None, break_layer: int | None, depth: int) -> int:
     """The number of equivariant blocks."""
-    if bridge is None:
-        if break_layer is not None:
-            raise ValueError(
-                "break_layer says where the bridge of a hybrid or invariant-early network stands, "
-                "and this network has none"
-            )
-        return depth
-    if break_layer is None:
-        return depth // 2
-    if not 0 <= break_layer <= depth:
-        raise ValueError(f"break_layer {break_layer} is not among the {depth} blocks: 0 to {depth}")
-    return break_layer
+    if bridge is None and break_layer is not None:
+        raise ValueError(
+            "break_layer says where the bridge of a hybrid or invariant-early network stands, "
+            "and this network has none"
+        )
+    default = depth if bridge is None else depth // 2
+    blocks = default if break_layer is None else break_layer
+    if not 0 <= blocks <= depth:
+        raise ValueError(f"break_layer {blocks} is not among the {depth} blocks: 0 to {depth}")
+    return blocks
 
 
 def checkpoint_filter_fn(
@@ -440,58 +341,28 @@ def checkpoint_filter_fn(
     return state_dict
 
 
-# name: embed_dim, depth, num_heads, patch_size
 SIZES = {
-    "tiny_patch16_LS": (192, 12, 3, 16),
-    "small_patch16_LS": (384, 12, 6, 16),
-    "medium_patch16_LS": (512, 12, 8, 16),
-    "base_patch16_LS": (768, 12, 12, 16),
-    "large_patch16_LS": (1024, 24, 16, 16),
-    "huge_patch14_LS": (1280, 32, 16, 14),
-    "huge_patch14_52_LS": (1280, 52, 16, 14),
-}
-DEEP_SIZES = {
-    "small_patch16_36_LS": (384, 36, 6, 16),
-    "base_patch16_36x1_LS": (768, 36, 12, 16),
-}
-# two parallel branches a block (arXiv:2203.09795)
-PARALLEL_SIZES = {
-    "small_patch16_18x2_LS": (384, 18, 6, 16),
-    "base_patch16_18x2_LS": (768, 18, 12, 16),
-    "huge_patch14_26x2_LS": (1280, 26, 16, 14),
+    "tiny_patch16_LS": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
+    "small_patch16_LS": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
+    "medium_patch16_LS": dict(embed_dim=512, depth=12, num_heads=8, patch_size=16),
+    "base_patch16_LS": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
+    "large_patch16_LS": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
+    "huge_patch14_LS": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+    "huge_patch14_52_LS": dict(embed_dim=1280, depth=52, num_heads=16, patch_size=14),
 }
 FAMILIES = {"d2_deit": None, "hybrid_deit": "regular", "d2_inv_early_deit": "invariant"}
 
-
-def _row(size: tuple[int, int, int, int]) -> dict[str, Any]:
-    return dict(zip(("embed_dim", "depth", "num_heads", "patch_size"), size, strict=True))
-
-
-for _family, _bridge in FAMILIES.items():
-    register_sizes(
-        __name__,
-        VisionTransformer,
-        {f"{_family}_{name}": {**_row(size), "bridge": _bridge} for name, size in SIZES.items()},
-        cfg={
-            "first_conv": ("patch_embed.proj_sym", "patch_embed.proj_asym"),
-            "fixed_input_size": True,
-        },
-        filter_fn=checkpoint_filter_fn,
-    )
-_ordinary = {f"deit_{name}": _row(size) for name, size in {**SIZES, **DEEP_SIZES}.items()} | {
-    f"deit_{name}": {**_row(size), "parallel": True} for name, size in PARALLEL_SIZES.items()
-}
-for _name in (
-    "deit_small_patch16_36",
-    "deit_small_patch16_18x2",
-    "deit_base_patch16_36x1",
-    "deit_base_patch16_18x2",
-):
-    _ordinary[_name] = {**_ordinary[f"{_name}_LS"], "init_scale": None}
 register_sizes(
     __name__,
-    OrdinaryVisionTransformer,
-    _ordinary,
-    cfg={"first_conv": "patch_embed.proj", "fixed_input_size": True},
-    filter_fn=vit_filter_fn,
+    VisionTransformer,
+    {
+        f"{family}_{name}": {**size, "bridge": bridge}
+        for family, bridge in FAMILIES.items()
+        for name, size in SIZES.items()
+    },
+    cfg={
+        "first_conv": ("patch_embed.proj_sym", "patch_embed.proj_asym"),
+        "fixed_input_size": True,
+    },
+    filter_fn=checkpoint_filter_fn,
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError, one_line, suggest
-from deit.models.twins import twin_of
+from deit.models.published import twin_of
 from deit.verify import samples
 from deit.verify.check import Case
 from deit.verify.rules import Rule, packed_map

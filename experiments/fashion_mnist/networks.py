@@ -11,10 +11,14 @@ from timm import create_model, is_model
 from torch import nn
 
 from deit.measure.flops import count_flops
-from deit.models.convnext import IsotropicConvNeXt
+from deit.models import (
+    IsotropicConvNeXt,
+    OrdinaryResMLP,
+    OrdinaryVisionTransformer,
+    ResMLP,
+    VisionTransformer,
+)
 from deit.models.registry import register_sizes
-from deit.models.resmlp import OrdinaryResMLP, ResMLP
-from deit.models.vit import OrdinaryVisionTransformer, VisionTransformer
 
 Family = Literal["vit", "resmlp", "convnext"]
 Kind = Literal["ordinary", "equivariant", "hybrid", "invariant_early"]

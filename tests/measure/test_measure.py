@@ -23,7 +23,7 @@ from deit.measure.networks import (
 )
 from deit.measure.profiling import profile
 from deit.measure.roofline import PeakRates
-from deit.models.twins import PUBLISHED, twin_of
+from deit.models.published import PUBLISHED, twin_of
 
 CPU = Settings(torch.device("cpu"), img_size=32, min_time=0.0)
 RATES = PeakRates(1e11, 1e10)

@@ -23,7 +23,7 @@ from deit.measure.plan import about, estimate
 from deit.measure.plot import draw, make_figure
 from deit.measure.roofline import Bound, PeakRates
 from deit.measure.tables import Overview, as_csv, as_json, print_comparisons
-from deit.models.twins import PUBLISHED
+from deit.models.published import PUBLISHED
 from deit.train.args import parse_args as training_options
 from deit.train.build import set_precision
 

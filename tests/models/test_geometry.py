@@ -123,7 +123,7 @@ def test_without_pooling_flopping_flips_the_tokens(family, num_classes):
 
 @pytest.mark.parametrize("pool", ["max", "avgmax", "map"])
 def test_a_pooling_that_is_not_equivariant_is_refused(pool):
-    with pytest.raises(ValueError, match=f"{pool}.*use 'token', 'avg' or ''"):
+    with pytest.raises(ValueError, match=f"{pool}.*use 'token', 'avg', or ''"):
         create("d2_deit", global_pool=pool)
     with pytest.raises(ValueError, match=pool):
         create("d2_deit").reset_classifier(10, pool)
@@ -329,5 +329,5 @@ def test_sizes_that_make_no_network_are_refused(family):
     if stages:
         with pytest.raises(ValueError, match=r"depths \(\) and dims.*equally many"):
             create(family, depths=())
-        with pytest.raises(ValueError, match=r"depths\[1\] must be at least 1, not 0"):
+        with pytest.raises(ValueError, match=r"depths must be at least 1, not \(1, 0"):
             create(family, depths=(1, 0, 1, 1))

@@ -23,11 +23,15 @@ from deit.layers import (
     PatchEmbed,
 )
 from deit.models.base import init_linear
-from deit.models.convnext import IsotropicConvNeXt
+from deit.models import IsotropicConvNeXt
 
 SEEDS = range(10)
 WIDTH, GRID = 384, MirrorGrid(14, 14)
-init_convnext = IsotropicConvNeXt._init_module
+
+
+def init_convnext(module):
+    init_linear(module, IsotropicConvNeXt.drawn)
+
 
 BLOCKS = {
     "transformer": (

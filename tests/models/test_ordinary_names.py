@@ -5,7 +5,8 @@ import timm
 import torch
 
 from deit.equivariance import randomize_
-from deit.models.hub import HOSTED, resmlp_filter_fn, vit_filter_fn
+from deit.models.ordinary import resmlp_filter_fn, vit_filter_fn
+from deit.models.registry import HOSTED
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
 # name: millions of parameters, of the arithmetic of the architecture

@@ -11,7 +11,7 @@ import deit.models  # noqa: F401 - registers the networks
 from deit import layers as L
 from deit.equivariance import randomize_
 from deit.groups import OCTIC
-from deit.models.twins import twin_of
+from deit.models.published import twin_of
 from deit.verify.check import check, gradient_errors, is_far_off
 from deit.verify.layers import LAYER_CASES
 from deit.verify.mutations import (
