@@ -22,8 +22,8 @@ from deit.layers import (
     OrdinaryMixerBlock,
     PatchEmbed,
 )
-from deit.models.base import init_linear
 from deit.models import IsotropicConvNeXt
+from deit.models.base import init_linear
 
 SEEDS = range(10)
 WIDTH, GRID = 384, MirrorGrid(14, 14)
