@@ -46,6 +46,12 @@ def exchange(x: Pair, dim: int) -> Pair:
     return torch.cat([s1, a1], dim), torch.cat([s2, a2], dim)
 
 
+def halves(x: Tensor, dim: int) -> Pair:
+    """Both halves, each dense in memory: what follows keeps its layout through all blocks."""
+    first, second = x.chunk(2, dim)
+    return first.contiguous(), second.contiguous()
+
+
 class PointwiseMlp(nn.Module):
     """As `PairMlp` with 1x1 convolutions of images (B, C/2, H, W); gives u and v.
 
@@ -103,7 +109,7 @@ class FoldedConvNeXt(nn.Module):
 def fold_steps(model: IsotropicConvNeXt | ConvNeXt, channels_first: bool) -> list[nn.Module]:
     """Stem, blocks and what stands between stages, from images to (u, v)."""
     to_own = [] if channels_first else [Apply(torch.permute, LAST)]
-    end = Apply(torch.chunk, 2, 1 if channels_first else -1)
+    end = Apply(halves, 1 if channels_first else -1)
     if isinstance(model, IsotropicConvNeXt):
         stem = [regrouped(fold_patches(model.stem)), *to_own, end]
         return [*stem, *(fold_block(block, channels_first) for block in model.blocks)]
@@ -170,7 +176,7 @@ def fold_downsample(norm: LayerNorm, conv: MirrorConv2d, channels_first: bool) -
         PairNorm(norm.eps, (True, True), dim),
         Apply(torch.cat, dim),
         layer,
-        Apply(torch.chunk, 2, dim),
+        Apply(halves, dim),
     ]
 
 

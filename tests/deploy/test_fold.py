@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deit.deploy import fold
-from deit.deploy.pair import PairMlp
+from deit.deploy.pair import PairMlp, Residual
 from deit.equivariance import randomize_
 from deit.errors import UserError
 
@@ -156,6 +156,24 @@ def test_chunks(family, monkeypatch):
     assert difference(folded(x), expected) < 1e-13
     assert max(seen) == 5
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", CONVNEXTS)
+def test_maps_are_dense(family, target):
+    """Of strided ones the linear layers would make many small products."""
+    folded = fold(create_random(family), target)
+    dense = []
+    for module in folded.modules():
+        if isinstance(module, Residual):
+            module.register_forward_hook(
+                lambda _, inputs, outputs: dense.extend(
+                    part.is_contiguous() for part in (*inputs[0], *outputs)
+                )
+            )
+    folded(images())
+    assert len(dense) >= 8
+    assert all(dense)
 
 
 @pytest.mark.parametrize("family", FOLDED)
