@@ -16,10 +16,9 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deit.errors import one_line_errors
+from deit.errors import UserError, one_line_errors
 from deit.launch.spec import make_spec
 from deit.launch.status import show_status
-from deit.launch.submit import dry_run, submit
 
 
 def run(argv: Sequence[str]) -> None:
@@ -27,11 +26,18 @@ def run(argv: Sequence[str]) -> None:
     if argv and argv[0] == "status":
         show_status(argv[1:])
         return
-    spec, flags = make_spec(argv)
-    if flags.print_command:
-        for task in range(len(spec.array)):
+    spec = make_spec(argv)
+    if spec.asked.print_command:
+        for task in spec.tasks:
             print(spec.command(task))
-    elif flags.dry_run:
+        return
+    try:
+        from deit.launch.submit import dry_run, submit
+    except ModuleNotFoundError as error:
+        if error.name != "submitit":
+            raise
+        raise UserError("starting jobs needs the package submitit: pip install submitit") from None
+    if spec.asked.dry_run:
         print(dry_run(spec))
     else:
         submit(spec)

@@ -32,7 +32,7 @@ from deit.data import ImageDataset, build_eval_loader
 from deit.errors import one_line_errors
 from deit.train.args import parse_args
 from deit.train.build import build_val_dataset
-from deit.train.reporting import read_log
+from deit.train.folder import read_log
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "runs" / "demo"

@@ -141,11 +141,12 @@ def test_the_lock_of_another_host(tmp_path):
 
 def test_a_job_that_slurm_starts_again_elsewhere_goes_on(tmp_path, monkeypatch):
     """And one that Slurm says may still write is waited for."""
-    squeue = tmp_path / "bin" / "squeue"
-    squeue.parent.mkdir()
-    squeue.write_text('#!/bin/sh\ncase "$*" in *8) echo RUNNING;; *9) echo NODE_FAIL;; esac\n')
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(squeue.parent), prepend=os.pathsep)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    answers = "*8) echo JobState=RUNNING;; *9) echo JobState=NODE_FAIL;;"
+    scontrol.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for job, free in (("7", True), ("8", False), ("9", True), ("6", True)):
         leave_lock(tmp_path, slurm_job=job)

@@ -86,13 +86,13 @@ def test_a_published_line_is_its_recipe(name):
     nodes, rest = LINES[name]
     words = f"--nodes {nodes} --ngpus 4 --model {name} --data-path imagenet {rest}".split()
     script = "convnext" if "convnext" in name else "deit"
-    spec, _ = make_spec([*words, "--published", script, "--job-dir", "x"])
-    typed = vars(parse_args(spec.argv()))
+    spec = make_spec([*words, "--published", script, "--job-dir", "x"])
+    typed = vars(spec.tasks[0].args)
     recipe = load_recipe(name)
     options = recipe.options | {"data_path": "imagenet"}
     wanted = vars(parse_args(options_to_argv(options, get_parser())))
-    assert spec.resources.processes == recipe.gpus
-    assert spec.global_batch() == recipe.global_batch
+    assert spec.processes == recipe.gpus
+    assert spec.global_batch == recipe.global_batch
     different = {key for key in wanted if typed[key] != wanted[key]}
     # LAMB by its other name; fused attention, which ResMLP does not have
     assert different <= {"published", "opt", *(["fused_attn"] if "resmlp" in name else [])}
@@ -131,10 +131,9 @@ def test_every_option_of_the_convnext_script():
 
 def test_options_of_the_published_launchers():
     line = "--use_volta32 --timeout 36 --job_name mine --constraint ib --comment soon --nodes 1"
-    resources = make_spec(line.split())[0].resources
-    assert (resources.constraint, resources.job_name) == ("ib&volta32gb", "mine")
-    assert resources.minutes() == 36 * 60
-    assert make_spec(["--timeout", "0.5"])[0].resources.minutes() == 30
+    asked = make_spec(line.split()).asked
+    assert (asked.constraint, asked.job_name, asked.time) == ("ib&volta32gb", "mine", 36 * 60)
+    assert make_spec(["--timeout", "0.5"]).asked.time == 30
     with pytest.raises(UserError, match="--timeout and --time"):
         make_spec(["--timeout", "3", "--time", "1-0"])
 

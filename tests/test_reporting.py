@@ -13,7 +13,8 @@ from rich.console import Console
 from deit.errors import UserError
 from deit.train.args import parse_args
 from deit.train.distributed import DistContext, RankInfo
-from deit.train.reporting import Reporter, draw_curves, duration, environment, memory_used, read_log
+from deit.train.folder import read_log
+from deit.train.reporting import Reporter, draw_curves, duration, environment, memory_used
 
 CPU = torch.device("cpu")
 RECORD = {

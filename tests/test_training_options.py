@@ -9,7 +9,7 @@ from deit.errors import UserError
 from deit.train.args import parse_args
 from deit.train.build import build_model, mean_and_std, set_precision
 from deit.train.checkpoint import read_checkpoint
-from deit.train.reporting import read_log
+from deit.train.folder import read_log
 
 CUDA = torch.device("cuda")
 

@@ -21,32 +21,31 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+
+from submitit import JobEnvironment
+from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
 from deit.errors import UserError, one_line_errors
-from deit.launch import slurm
+from deit.launch.status import START
+from deit.train import slurm
 
-if TYPE_CHECKING:
-    from submitit import JobEnvironment
-    from submitit.core.utils import DelayedSubmission
-
-START = "--- start"
-"""Begins a start's part of the error log, which a requeued job goes on with."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 # Below the range from which systems hand out ports to outgoing connections.
 _PORTS = (20_000, 32_000)
 
 
-class TrainingJob:
-    """deit/main.py with `argv` as one process of a job; %j in `argv` is the job's id."""
+class TrainingJob(Checkpointable):
+    """deit/main.py with `argv` as one process of a job; %j in `argv` is the job's id.
+
+    `Checkpointable` answers a signal that comes before training has installed its handlers: the
+    job starts again.
+    """
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
 
     def __call__(self) -> None:
-        import submitit
-
-        env = submitit.JobEnvironment()
+        env = JobEnvironment()
         # submitit's local controller makes a folder of the name before %j is filled in.
         with contextlib.suppress(OSError):
             Path(os.environ["SUBMITIT_FOLDER"]).rmdir()  # only if it is empty
@@ -57,17 +56,17 @@ class TrainingJob:
         if status:
             sys.exit(status)
 
-    def checkpoint(self) -> DelayedSubmission:
-        """submitit's hook for a signal before training has installed its handlers: start again."""
-        from submitit.core.utils import DelayedSubmission
-
-        return DelayedSubmission(self)
-
     def _train(self, env: JobEnvironment) -> None:
-        _export_rendezvous(env)
-        from deit.main import main
+        # All processes of a start draw the same port, another start another: sockets may linger,
+        # and a node may run several jobs.
+        start = f"{env.paths.folder} {env.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        os.environ["MASTER_PORT"] = str(random.Random(start).randint(*_PORTS))
+        # The variables that torchrun sets, as `deit.train.distributed` reads them.
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+        from deit.main import main  # torch comes with it
         from deit.train.args import parse_args
-        from deit.train.run import LAST
+        from deit.train.folder import LAST
         from deit.train.stopping import request_stop, stop_reason
 
         def on_signal(number: int, frame: FrameType | None) -> None:
@@ -85,39 +84,23 @@ class TrainingJob:
         for number in STOP_SIGNALS:
             signal.signal(number, on_signal)
         main(args)
-        reason = stop_reason()
-        if reason:
+        if reason := stop_reason():
             _leave(env, reason)
-
-
-def _export_rendezvous(env: JobEnvironment) -> None:
-    """Set the variables that torchrun sets, as `deit.train.distributed` reads them."""
-    from submitit.helpers import TorchDistributedEnvironment
-
-    # All processes of a start draw the same port, another start another: sockets may linger, and
-    # a node may run several jobs.
-    start = f"{env.paths.folder} {env.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    os.environ["MASTER_PORT"] = str(random.Random(start).randint(*_PORTS))
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def _leave(env: JobEnvironment, reason: str) -> None:
     """After a stop: requeue from rank 0 unless the job is meant to end. Leaves the process."""
-    if env.global_rank == 0:
-        if env.cluster == "slurm":
-            _requeue_slurm_job(env.raw_job_id, reason)
-        elif reason != signal.SIGTERM.name:
-            env._requeue(0)  # exits with the code that submitit's local controller restarts on
+    if env.global_rank == 0 and env.cluster == "slurm":
+        job_id = env.job_id  # of an array the task, where the raw one may mean all of its tasks
+        state = next(iter(slurm.job_states(job_id)), None)
+        if state != "RUNNING":
+            outcome = f"not requeued: Slurm says {state}"
+        elif problem := slurm.control("requeue", job_id):
+            raise UserError(f"saved, but could not requeue job {job_id}: {problem}")
+        else:
+            outcome = f"job {job_id} is back in the queue"
+        print(f"stopped ({reason}); {outcome}", flush=True)
+    elif env.global_rank == 0 and reason != signal.SIGTERM.name:
+        env._requeue(0)  # exits with the code that submitit's local controller restarts on
     # Not by returning: submitit would record a finished job.
     sys.exit(0)
-
-
-def _requeue_slurm_job(job_id: str, reason: str) -> None:
-    state = slurm.job_state(job_id)
-    if state != "RUNNING":
-        print(f"stopped ({reason}); not requeued: Slurm says {state}", flush=True)
-        return
-    problem = slurm.control("requeue", job_id)
-    if problem:
-        raise UserError(f"saved, but could not requeue job {job_id}: {problem}")
-    print(f"stopped ({reason}); job {job_id} is back in the queue", flush=True)

@@ -11,37 +11,45 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
+import timm
+import torch
+
+from deit.data import check_same_classes
 from deit.errors import UserError, suggest
 from deit.launch.spec import JobSpec
+from deit.train.build import (
+    build_model,
+    build_train_dataset,
+    build_val_dataset,
+    number_of_classes,
+    train_transform_of,
+)
+from deit.train.distributed import choose_device
+from deit.train.folder import LAST
+from deit.train.optim import build_optimizer
+from deit.train.training import updates_per_epoch
 
 
-def check(spec: JobSpec) -> list[str]:
+def check(spec: JobSpec) -> None:
     """Build what the job will build, without its memory, and look at the files it will read.
 
-    Returns:
-        Remarks: data that are not on this machine, but may be on the nodes of the cluster.
+    Data that are not on this machine may be on the nodes of the cluster: a note says so.
 
     Raises:
         UserError: as the job would, or a folder that cannot be written.
     """
-    if importlib.util.find_spec("submitit") is None:
-        raise UserError("starting jobs needs the package submitit: pip install submitit")
-    notes: list[str] = []
-    classes = 1000
-    for task in range(len(spec.array)):
-        args = spec.args(task)
-        for folder in (spec.job_dir, args.output_dir):
+    for number, task in enumerate(spec.tasks):
+        args = task.args
+        for folder in (spec.asked.job_dir, args.output_dir):
             _check_writable(folder)
         _check_files(args)
-        if task == 0:  # the same data for all
-            classes, notes = _check_data(spec, args)
+        if number == 0:  # the same data for all
+            classes = _check_data(spec, args)
         _check_network(spec, args, classes)
-        _check_packages(args)
-        if spec.local:
-            from deit.train.distributed import choose_device
-
+        if args.wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError("--wandb needs the package wandb: pip install wandb")
+        if spec.asked.local:
             choose_device(args.device, 0)
-    return notes
 
 
 def _check_writable(folder: str) -> None:
@@ -63,40 +71,28 @@ def _check_files(args: Namespace) -> None:
             raise UserError(f"{option} {source}: there is no such file")
 
 
-def _check_data(spec: JobSpec, args: Namespace) -> tuple[int, list[str]]:
-    """The number of classes, where it can be told, and remarks."""
-    from deit.data import check_same_classes
-    from deit.train.build import build_train_dataset, build_val_dataset, number_of_classes
-    from deit.train.training import updates_per_epoch
-
-    here = all(
-        Path(path).expanduser().exists() for path in (args.data_path, args.eval_data_path) if path
-    )
-    if not spec.local and not here:
-        note = f"note    {args.data_path or args.eval_data_path} is not on this machine: "
-        return args.nb_classes or 1000, [note + "the nodes must see it"]
-    if args.download or not (spec.local or args.data_set == "SAMPLE"):
+def _check_data(spec: JobSpec, args: Namespace) -> int:
+    """The number of classes, as far as it can be told."""
+    unknown, local = args.nb_classes or 1000, spec.asked.local
+    paths = [path for path in (args.data_path, args.eval_data_path) if path]
+    if not local and not all(Path(path).expanduser().exists() for path in paths):
+        print(f"note    {paths[0]} is not on this machine: the nodes must see it")
+        return unknown
+    if args.download or not (local or args.data_set == "SAMPLE"):
         # the first is not there yet; the second may be millions of files on a slow file system
-        return args.nb_classes or 1000, []
+        return unknown
     sets = [] if args.disable_eval else [build_val_dataset(args)]
     if not args.eval:
         sets.append(build_train_dataset(args))
-        updates_per_epoch(args, len(sets[-1]), spec.resources.processes)
+        updates_per_epoch(args, len(sets[-1]), spec.processes)
     if len(sets) > 1:
         check_same_classes(sets[1], sets[0])
     if args.resume or args.finetune:  # the checkpoint says how many outputs there are
-        return args.nb_classes or 1000, []
-    return number_of_classes(args, sets[0]), []
+        return unknown
+    return number_of_classes(args, sets[0])
 
 
 def _check_network(spec: JobSpec, args: Namespace, classes: int) -> None:
-    import timm
-    import torch
-
-    from deit.train.build import build_model, train_transform_of
-    from deit.train.optim import build_optimizer
-    from deit.train.run import LAST
-
     train_transform_of(args)
     names = {"--model": args.model}
     if args.distillation_type != "none":
@@ -104,14 +100,9 @@ def _check_network(spec: JobSpec, args: Namespace, classes: int) -> None:
     for option, name in names.items():
         if not timm.is_model(name):
             raise UserError(f"{option}: unknown model {name!r}{suggest(name, timm.list_models())}")
-    if args.resume or args.finetune or (Path(spec.job_dir) / LAST).exists():
+    if args.resume or args.finetune or (Path(spec.asked.job_dir) / LAST).exists():
         return  # what the command line does not say of the network stands in the checkpoint
     with torch.device("meta"):
         model, _ = build_model(args, classes)
         if not args.eval:
             build_optimizer(model, args, args.lr)
-
-
-def _check_packages(args: Namespace) -> None:
-    if args.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb needs the package wandb: pip install wandb")

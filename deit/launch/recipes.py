@@ -76,17 +76,12 @@ def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
     """`options` as arguments for `parser`: {"lr": 3e-3, "compile": True} is --lr 0.003 --compile.
 
-    False is the --no- form where `parser` has one, and otherwise leaves the flag out. Pairs, or a
-    table, are written as key=value.
+    Pairs, or a table, are written as key=value.
 
     Raises:
         UserError: `parser` has no such option.
     """
-    known = {
-        string: action
-        for action in parser._actions  # argparse has no public list of its options
-        for string in action.option_strings
-    }
+    known = parser._option_string_actions  # argparse has no public list of its options
     argv: list[str] = []
     for name, value in options.items():
         spellings = (f"--{name}", f"--{name.replace('_', '-')}")
@@ -94,32 +89,23 @@ def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) ->
         if flag is None:
             names = [string.lstrip("-").replace("-", "_") for string in known]
             raise UserError(f"there is no option {name!r}{suggest(name, names)}")
-        is_switch = known[flag].nargs == 0 or isinstance(known[flag], Switch)
-        if value is True and is_switch:
-            argv.append(flag)
-        elif value is False and is_switch:
-            argv += [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
-        else:
-            words = _words(value)
-            # a word that begins with a dash would be taken for an option
-            leading = words[0].startswith("-") if words else False
-            argv += [f"{flag}={words[0]}", *words[1:]] if leading else [flag, *words]
+        if isinstance(known[flag], Switch) and isinstance(value, bool):
+            argv.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        value = list(value.items()) if isinstance(value, dict) else value
+        words = [_word(item) for item in (value if isinstance(value, list) else [value])]
+        # A first word that begins with a dash would be taken for an option.
+        joined = bool(words) and words[0].startswith("-")
+        argv += [f"{flag}={words[0]}", *words[1:]] if joined else [flag, *words]
     return argv
 
 
-def _words(value: Any) -> list[str]:
-    """An option's value as words of a command line."""
-    if isinstance(value, dict):  # a table of a recipe
-        value = list(value.items())
-    if not isinstance(value, list):
-        return [str(value)]
-    return [_pair(*item) if isinstance(item, tuple) else str(item) for item in value]
-
-
-def _pair(key: str, value: Any) -> str:
-    """The `key=value` that `deit.cli.key_value` reads this pair from."""
-    plain = f"{key}={value}"
-    return plain if key_value(plain) == (key, value) else f"{key}={value!r}"
+def _word(value: Any) -> str:
+    """A value on a command line; a pair as the `key=value` that `deit.cli.key_value` reads."""
+    if not isinstance(value, tuple):
+        return str(value)
+    plain = f"{value[0]}={value[1]}"
+    return plain if key_value(plain) == value else f"{value[0]}={value[1]!r}"
 
 
 def split_batch(
@@ -141,27 +127,31 @@ def split_batch(
     """
     total = f"a global batch of {global_batch}"
     if global_batch % processes:
-        fit = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-        below = max((n for n in fit if n < processes), default=1)
-        above = min(n for n in fit if n >= min(processes, global_batch))
+        fit = _divisors(global_batch)
+        below = max(n for n in fit if n < processes)
+        above = min((n for n in fit if n > processes), default=global_batch)
         raise UserError(
             f"{total} cannot be split evenly over {processes} processes; "
             f"{below} or {above} would do"
         )
     share = global_batch // processes
     each = f"{total} over {processes} processes is {share} each, which"
-    if batch_size is not None and update_freq is not None and batch_size * update_freq != share:
+    for flag, given in (("--batch-size", batch_size), ("--update-freq", update_freq)):
+        if given is not None and share % given:
+            fit = _divisors(share)
+            raise UserError(
+                f"{each} {flag} {given} does not divide; these do: {', '.join(map(str, fit))}"
+            )
+    if batch_size is None:
+        fits = max(n for n in _divisors(share) if n <= largest)
+        batch_size = share // update_freq if update_freq else fits
+    if update_freq is not None and batch_size * update_freq != share:
         raise UserError(
             f"{each} is not --batch-size {batch_size} x --update-freq {update_freq}; "
             "leave one of the two out"
         )
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    for flag, given in (("--batch-size", batch_size), ("--update-freq", update_freq)):
-        if given is not None and given not in divisors:
-            raise UserError(
-                f"{each} {flag} {given} does not divide; these do: {', '.join(map(str, divisors))}"
-            )
-    if batch_size is None:
-        fits = max(n for n in divisors if n <= largest)
-        batch_size = share // update_freq if update_freq else fits
     return batch_size, share // batch_size
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

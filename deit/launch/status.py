@@ -7,9 +7,7 @@ job is waiting or running, which Slurm is asked.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deit.errors import UserError
-from deit.launch import slurm
-from deit.launch.job import START
+from deit.train import slurm
+from deit.train.folder import CONFIG_FILE, LOG_FILE, is_alive, read_log
 
 RECORD = "submission.json"
-_CONFIG, _LOG = "config.json", "log.txt"
+START = "--- start"
+"""Begins a start's part of the error log, which a requeued job goes on with."""
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 24
 # Slurm's and Python's; srun's own lines only say that a process failed.
@@ -58,7 +57,6 @@ def show_status(folders: Sequence[str], console: Console | None = None) -> None:
     """
     if not folders or any(folder.startswith("-") for folder in folders):
         raise UserError("usage: run_with_submitit.py status FOLDER ...")
-    runs = [run for folder in folders for run in find_runs(Path(folder))]
     # Not on a terminal rich assumes 80 columns, and would cut what a pipe can take whole.
     console = console or Console()
     if not console.is_terminal:
@@ -66,9 +64,8 @@ def show_status(folders: Sequence[str], console: Console | None = None) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("run", "model", "state", "epoch", "best top-1", "time left", "top-1"):
         table.add_column(title, no_wrap=title != "model")
-    errors = []
-    for run in map(read_status, runs):
-        errors += [f"{run.name}  {run.error}"] if run.error else []
+    runs = [read_status(run) for folder in folders for run in find_runs(Path(folder))]
+    for run in runs:
         table.add_row(
             run.name,
             run.model or "-",
@@ -79,43 +76,44 @@ def show_status(folders: Sequence[str], console: Console | None = None) -> None:
             run.curve,
         )
     console.print(table)
-    for line in errors:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for run in runs:
+        if run.error:
+            line = f"{run.name}  {run.error}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def find_runs(folder: Path) -> list[Path]:
     """`folder` if it holds a run, else those of its subfolders that do, sorted by name."""
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder")
-    if _is_run(folder):
-        return [folder]
-    runs = sorted(child for child in folder.iterdir() if child.is_dir() and _is_run(child))
-    if not runs:
-        raise UserError(f"there is no run in {str(folder)!r} (no {_CONFIG}, {_LOG} or {RECORD})")
-    return runs
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (_CONFIG, _LOG, RECORD))
+    signs = (CONFIG_FILE, LOG_FILE, RECORD)
+    for candidates in ([folder], sorted(folder.iterdir())):
+        runs = [path for path in candidates if any((path / name).is_file() for name in signs)]
+        if runs:
+            return runs
+    raise UserError(f"there is no run in {str(folder)!r} (no {', '.join(signs)})")
 
 
 def read_status(folder: Path) -> RunStatus:
     """The status of the run in `folder`."""
     submission = _read_json(folder / RECORD)
     output = Path(submission.get("output_dir") or folder)
-    args = _read_json(output / _CONFIG).get("args", {})
-    log = _read_log(output / _LOG)
+    args = _read_json(output / CONFIG_FILE).get("args", {})
+    log = read_log(output)
     epoch = log[-1]["epoch"] + 1 if log else 0
     epochs = args.get("epochs", submission.get("epochs"))
     scores = [record["test_acc1"] for record in log if "test_acc1" in record]
     times = [record["time"] for record in log if "time" in record][-_RECENT:]
-    finished = epochs is not None and epoch >= epochs
-    left = (epochs - epoch) * statistics.median(times) if epochs and times else None
-    state = "finished" if finished else _state(submission, output)
-    ended = not finished and submission and state not in _GOING_ON
-    error = last_error(folder) if ended else None
-    if error and state == "stopped":
-        state = "failed"
+    left, error = None, None
+    if epochs is not None and epoch >= epochs:
+        state = "finished"
+    else:
+        state = _state(submission, output)
+        if epochs and times:
+            left = (epochs - epoch) * statistics.median(times)
+        if submission and state not in _GOING_ON:
+            error = last_error(folder)
+            state = "failed" if error and state == "stopped" else state
     return RunStatus(
         name=folder.name,
         model=args.get("model") or submission.get("name"),
@@ -123,23 +121,10 @@ def read_status(folder: Path) -> RunStatus:
         epoch=epoch,
         epochs=epochs,
         best=max(scores, default=None),
-        seconds_left=None if finished else left,
+        seconds_left=left,
         curve=sparkline(scores),
         error=error,
     )
-
-
-def last_error(folder: Path) -> str | None:
-    """The last line about an error in what the latest start of a job has left in `folder`."""
-    logs = sorted(folder.glob("*_log.err"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for log in logs:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in reversed(lines):
-            if line.startswith(START):
-                break
-            if _ERROR.match(line):
-                return line
-    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -151,13 +136,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """One object a line, one line an epoch (`deit.train.reporting`, which would load torch)."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+def last_error(folder: Path) -> str | None:
+    """The last line about an error in what the latest start of a job has left in `folder`."""
+    logs = sorted(folder.glob("*_log.err"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for log in logs:
+        latest = log.read_text(encoding="utf-8", errors="replace").rpartition(START)[2]
+        errors = [line for line in latest.splitlines() if _ERROR.match(line)]
+        if errors:
+            return errors[-1]
+    return None
 
 
 def _state(submission: dict[str, Any], output: Path) -> str:
@@ -167,31 +154,21 @@ def _state(submission: dict[str, Any], output: Path) -> str:
         age = time.time() - max(path.stat().st_mtime for path in output.iterdir())
         return f"last written {format_seconds(age)} ago"
     if submission.get("local"):
-        return "running" if _is_alive(int(job_id)) else "stopped"
-    state = slurm.job_state(job_id) if shutil.which("scontrol") else None
-    if state is None:
+        return "running" if is_alive(int(job_id)) else "stopped"
+    states = slurm.job_states(job_id)
+    if not states:
         return f"job {job_id} unknown to Slurm"
     # Completed, but not all epochs: somebody asked it to stop.
-    return {"COMPLETED": "stopped"}.get(state, state.lower())
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return "stopped" if states[0] == "COMPLETED" else states[0].lower()
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
     """`values` as a line of bars between their smallest and largest, evenly thinned to `width`."""
+    if not values:
+        return ""
     if len(values) > width:
         step = (len(values) - 1) / (width - 1)
         values = [values[round(index * step)] for index in range(width)]
-    if not values:
-        return ""
     low, span = min(values), max(values) - min(values)
     top = len(_BARS) - 1
     return "".join(_BARS[round((v - low) / span * top) if span else top // 2] for v in values)
@@ -199,12 +176,8 @@ def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
 
 def format_seconds(seconds: float) -> str:
     """`2d 3h`, `3h 5min`, `5min`, `12s`: the two largest units."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    rest, parts = round(seconds), []
-    for name, size in units:
-        if rest >= size or (name == "s" and not parts):
-            parts.append(f"{rest // size}{name}")
-            rest %= size
-        if len(parts) == 2:
-            break
-    return " ".join(parts)
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    units = {"d": days, "h": hour, "min": minute, "s": second}
+    return " ".join([f"{count}{unit}" for unit, count in units.items() if count][:2]) or "0s"

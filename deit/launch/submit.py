@@ -1,7 +1,7 @@
 """Handing a `JobSpec` to submitit: Slurm's sbatch, or processes on this machine.
 
 submitit writes the sbatch script, one log a process, and the pickled job that a requeued run starts
-from again. It is imported here only, so that nothing else needs it.
+from again.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from submitit import Executor, Job, LocalExecutor, SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from deit.errors import UserError, one_line
-from deit.launch import slurm
+from deit.launch.cluster import SBATCH_OPTIONS
 from deit.launch.job import STOP_SIGNALS, TrainingJob
-from deit.launch.preflight import check
-from deit.launch.spec import LAUNCHER, JobSpec
+from deit.launch.spec import LAUNCHER, JobSpec, Task
 from deit.launch.status import RECORD
+from deit.train import slurm
 from deit.train.args import config_dict
-
-if TYPE_CHECKING:
-    import submitit
+from deit.train.folder import LAST
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 # Bounds submitit's own count of time-outs, which `TrainingJob` does not use.
@@ -47,39 +46,41 @@ def submit(spec: JobSpec) -> None:
     Raises:
         UserError: Slurm is not there, or refuses the job, or the job would fail.
     """
-    if not spec.local and shutil.which("sbatch") is None:
+    local = spec.asked.local
+    if not local and shutil.which("sbatch") is None:
         raise UserError(
             "Slurm is not on this machine (no sbatch command): submit on a login node of your "
             "cluster, or add --local to train here"
         )
-    notes = check(spec)
+    from deit.launch.preflight import check  # with torch, which a dry run does without
+
+    check(spec)
     # A job's number names its folder. One that starts before that is made fails without a log.
-    executor = _local_executor(spec) if spec.local else _slurm_executor(spec, {"hold": True})
-    jobs = _submit_all(executor, [TrainingJob(spec.argv(task)) for task in range(len(spec.array))])
-    print("\n".join([*notes, spec.describe()]))
+    executor = _local_executor(spec) if local else _slurm_executor(spec, hold=True)
+    jobs = _submit_all(executor, [TrainingJob(task.argv) for task in spec.tasks])
+    print(spec.describe())
     with _cancelled_on_failure(jobs):
         _refuse_foreign_folder(spec, jobs)
-        for task, job in enumerate(jobs):
+        for task, job in zip(spec.tasks, jobs, strict=True):
             _record(spec, task, job)
-    if not spec.local and not spec.resources.sbatch.get("hold"):
+    if not local and not spec.asked.sbatch.get("hold"):
         _release(jobs[0].job_id.partition("_")[0])
 
 
 def dry_run(spec: JobSpec) -> str:
     """What `submit` would do: the sbatch script and the resolved configuration. Submits nothing."""
     parts = [f"# {spec.describe()}"]
-    if spec.local:
-        parts.append(f"# {spec.resources.processes} local processes, logs in {spec.job_dir}")
+    if spec.asked.local:
+        parts.append(f"# {spec.processes} local processes, logs in {spec.asked.job_dir}")
     else:
         executor = _slurm_executor(spec)
-        if len(spec.array) > 1:
-            executor.parameters["map_count"] = len(spec.array)
+        if len(spec.tasks) > 1:
+            executor.parameters["map_count"] = len(spec.tasks)
         parts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
-    for task, own in enumerate(spec.array):
-        title = "".join(f", array task {task}: {name} = {value}" for name, value in own.items())
-        args = spec.args(task)
-        args.output_dir = args.output_dir or spec.job_dir
-        parts.append(f"# configuration{title}\n{json.dumps(config_dict(args), indent=2)}")
+    for number, task in enumerate(spec.tasks):
+        title = f", array task {number}: {task.title}" if task.title else ""
+        options = vars(task.args) | {"output_dir": task.args.output_dir or spec.asked.job_dir}
+        parts.append(f"# configuration{title}\n{json.dumps(config_dict(options), indent=2)}")
         parts.append(f"# by hand\n{spec.command(task)}")
     return "\n\n".join(parts)
 
@@ -95,70 +96,57 @@ def _python() -> str:
     return shlex.join(["sh", "-c", script, sys.executable])
 
 
-def _slurm_executor(spec: JobSpec, also: dict[str, bool] | None = None) -> submitit.SlurmExecutor:
-    """Made on any machine; `also` are further flags of sbatch."""
-    from submitit import SlurmExecutor
+class _AnywhereExecutor(SlurmExecutor):
+    """One that can be made where there is no Slurm."""
 
-    class AnywhereExecutor(SlurmExecutor):
-        @classmethod
-        def affinity(cls) -> int:  # submitit's look for srun
-            return 2
+    @classmethod
+    def affinity(cls) -> int:  # submitit's look for srun
+        return 2
 
-    executor = AnywhereExecutor(folder=spec.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
-    resources = spec.resources
+
+def _slurm_executor(spec: JobSpec, **also: bool) -> SlurmExecutor:
+    """`also` are further flags of sbatch."""
+    asked = spec.asked
+    executor = _AnywhereExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
     path = shlex.quote(str(_REPOSITORY))
-    sbatch = {"requeue": True} | resources.sbatch | (also or {})
-    names = (
-        "mem",
-        "partition",
-        "account",
-        "qos",
-        "constraint",
-        "mail_user",
-        "mail_type",
-        "comment",
-    )
-    chosen = {name: getattr(resources, name) for name in (*names, "gres")}
+    flags = {name: getattr(asked, name) for name in SBATCH_OPTIONS}
+    flags |= {"gres": spec.gres, "requeue": True} | asked.sbatch | also
     executor.update_parameters(
-        job_name=resources.job_name or spec.name,
-        nodes=resources.nodes,
-        ntasks_per_node=resources.ngpus,
-        cpus_per_task=resources.cpus_per_task or max(1, spec.args().num_workers),
-        time=resources.minutes(),
-        signal_delay_s=resources.signal_delay,
-        setup=[f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"', *resources.setup],
+        job_name=asked.job_name or spec.name,
+        nodes=asked.nodes,
+        ntasks_per_node=asked.ngpus,
+        cpus_per_task=asked.cpus_per_task or max(1, spec.tasks[0].args.num_workers),
+        time=asked.time,
+        signal_delay_s=asked.signal_delay,
+        setup=[f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"', *asked.setup],
         # A process that fails ends the job at once: the others would wait for it for ever.
         srun_args=["--kill-on-bad-exit=1"],
         teardown=_TEARDOWN,
-        # False stands for a flag that is not to be given
-        additional_parameters={k: v for k, v in sbatch.items() if v is not False},
-        **{name: value for name, value in chosen.items() if value is not None},
+        # False stands for a flag that is not to be given.
+        additional_parameters={
+            name: value for name, value in flags.items() if value is not None and value is not False
+        },
     )
     return executor
 
 
-def _local_executor(spec: JobSpec) -> submitit.LocalExecutor:
-    from submitit import LocalExecutor
-
+def _local_executor(spec: JobSpec) -> LocalExecutor:
+    asked = spec.asked
     # The processes inherit this environment; `setup` lines are for another machine's.
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), inherited)))
-    executor = LocalExecutor(folder=spec.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
-    resources = spec.resources
+    executor = LocalExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
     executor.update_parameters(
-        nodes=1,
-        tasks_per_node=resources.ngpus,
-        gpus_per_node=0 if resources.gres is None else resources.ngpus,
-        timeout_min=resources.minutes(),
-        signal_delay_s=resources.signal_delay,
+        tasks_per_node=asked.ngpus,
+        gpus_per_node=0 if spec.gres is None else asked.ngpus,
+        timeout_min=asked.time,
+        signal_delay_s=asked.signal_delay,
     )
     return executor
 
 
-def _submit_all(executor: submitit.Executor, jobs: list[TrainingJob]) -> list[submitit.Job]:
+def _submit_all(executor: Executor, jobs: list[TrainingJob]) -> list[Job]:
     """One job, or an array of them where the executor is Slurm's."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
     with _silenced():
         try:
             return executor.submit_array(jobs)
@@ -180,20 +168,21 @@ def _silenced() -> Iterator[None]:
     """
     sys.stdout.flush()
     kept = os.dup(1), os.dup(2)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        for number in (1, 2):
-            os.dup2(nowhere.fileno(), number)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
         sys.stdout.flush()
-        for number, copy in enumerate(kept, start=1):
-            os.dup2(copy, number)
-            os.close(copy)
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        for descriptor in (*kept, nowhere):
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _cancelled_on_failure(jobs: list[submitit.Job]) -> Iterator[None]:
+def _cancelled_on_failure(jobs: list[Job]) -> Iterator[None]:
     """Leave no job behind when its folder is another's, when the disk is full, or at Ctrl-C."""
     try:
         yield
@@ -207,41 +196,39 @@ def _cancelled_on_failure(jobs: list[submitit.Job]) -> Iterator[None]:
         raise
 
 
-def _refuse_foreign_folder(spec: JobSpec, jobs: list[submitit.Job]) -> None:
+def _refuse_foreign_folder(spec: JobSpec, jobs: list[Job]) -> None:
     """Job ids come again (process ids, a new Slurm), and a folder's checkpoint is gone on with."""
-    folders = [job.paths.folder for job in jobs]
-    taken = [folder for folder in folders if (folder / "checkpoint.pth").exists()]
-    if "%j" in spec.job_dir and taken:
+    taken = [job.paths.folder for job in jobs if (job.paths.folder / LAST).exists()]
+    if "%j" in spec.asked.job_dir and taken:
         raise UserError(
             f"{taken[0]} holds another run, whose job had the same id: move it away, or continue "
             f"it with --job-dir {taken[0]}"
         )
 
 
-def _record(spec: JobSpec, task: int, job: submitit.Job) -> None:
+def _record(spec: JobSpec, task: Task, job: Job) -> None:
     """Write into the job's folder what it is, and tell how to follow and stop it."""
     from deit.saving import write_text
 
-    folder = job.paths.folder
-    output_dir = spec.options.get("output_dir", "").replace("%j", job.job_id)
+    folder, asked = job.paths.folder, spec.asked
+    output_dir = task.args.output_dir.replace("%j", job.job_id)
     record = {
         "job_id": job.job_id,
         "name": spec.name,
         "recipe": spec.recipe,
-        "local": spec.local,
-        "epochs": spec.args(task).epochs,
+        "local": asked.local,
+        "epochs": task.args.epochs,
         "output_dir": os.path.abspath(output_dir) if output_dir else "",
         "submitted": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": spec.command(task),
-        "resources": asdict(spec.resources),
+        "resources": vars(asked),
     }
     write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-    title = "".join(f" ({name} {value})" for name, value in spec.array[task].items())
-    print(f"job {job.job_id}{title}")
+    print(f"job {job.job_id}" + (f" ({task.title})" if task.title else ""))
     print(f"  folder  {folder}")
     print(f"  log     tail -F {job.paths.stdout}")
     print(f"  status  {LAUNCHER} status {folder}")
-    print(f"  stop    {'kill' if spec.local else 'scancel'} {job.job_id}", flush=True)
+    print(f"  stop    {'kill' if asked.local else 'scancel'} {job.job_id}", flush=True)
 
 
 def _release(job_id: str) -> None:

@@ -14,24 +14,25 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from deit.errors import UserError
-
-__all__ = ["BEST", "EPOCH_COPY", "LAST", "LOCK", "check_unused", "claim", "clear"]
+from deit.train import slurm
 
 LAST = "checkpoint.pth"
 BEST = "best_checkpoint{}.pth"
 EPOCH_COPY = "checkpoint_{:04d}.pth"
+LOG_FILE = "log.txt"
+CONFIG_FILE = "config.json"
+CURVES_FILE = "curves.png"
 LOCK = "run.lock"
 
 _CHECKPOINTS = ("checkpoint*.pth", "best*checkpoint*.pth")
-_RECORDS = ("log.txt", "config.json", "curves.png", "wandb_id.txt")
-_JOBS_THAT_WRITE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
+_RECORDS = (LOG_FILE, CONFIG_FILE, CURVES_FILE, "wandb_id.txt")
+_JOBS_THAT_WRITE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # A process cannot lock out itself: the folders in which it trains already.
 _held: set[Path] = set()
@@ -62,7 +63,7 @@ def check_unused(folder: Path, resume: str) -> None:
         return
     else:
         # With --resume auto a log alone is what a training has that was killed in its first save.
-        log = folder / "log.txt"
+        log = folder / LOG_FILE
         found += [log.name] if log.exists() and log.stat().st_size else []
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
@@ -71,6 +72,18 @@ def check_unused(folder: Path, resume: str) -> None:
             f"--output-dir {folder} holds a training ({shown}): {go_on}another --output-dir keeps "
             "it, --overwrite removes it"
         )
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The epochs in a folder's log.txt, without a last line that was cut short."""
+    path = folder / LOG_FILE
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
 
 
 @contextlib.contextmanager
@@ -110,11 +123,22 @@ def _lock(path: Path) -> int:
         try:
             busy = _is_locked(descriptor)
             # The owner may have removed the file after it was opened here.
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-                owner = _read(descriptor)
-                if busy or (owner and _is_alive(owner, without_locks=busy is None)):
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                try:
+                    owner = json.loads(os.pread(descriptor, 4096, 0))
+                except ValueError:  # it was killed before it could write
+                    owner = {}
+                if busy or (owner and _may_write(owner, without_locks=busy is None)):
                     raise UserError(_in_use(path, owner))
-                _write(descriptor)
+                myself = {
+                    "host": platform.node(),
+                    "process": os.getpid(),
+                    "slurm_job": os.environ.get("SLURM_JOB_ID"),
+                    "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                }
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(myself).encode(), 0)
+                os.fsync(descriptor)
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -138,60 +162,30 @@ def _is_locked(descriptor: int) -> bool | None:
     return False
 
 
-def _write(descriptor: int) -> None:
-    """Write whose lock it is."""
-    myself = {
-        "host": platform.node(),
-        "process": os.getpid(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(myself).encode(), 0)
-    os.fsync(descriptor)
-
-
-def _read(descriptor: int) -> dict[str, Any]:
-    """What the owner wrote; nothing if it was killed before it could."""
-    try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _is_alive(owner: dict[str, Any], without_locks: bool) -> bool:
+def _may_write(owner: dict[str, Any], without_locks: bool) -> bool:
     """Whether the owner may be alive, where the kernel's lock does not say so.
 
     Another host's locks may not be seen here. Slurm starts a job again only after its earlier start
     has ended, and knows of other jobs.
     """
     if owner.get("host") == platform.node():
-        if not without_locks or owner["process"] == os.getpid():
-            return False
-        try:
-            os.kill(owner["process"], 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return True
+        return without_locks and owner["process"] != os.getpid() and is_alive(owner["process"])
     job = owner.get("slurm_job")
-    if job is None or not shutil.which("squeue"):
+    if job is None or not shutil.which("scontrol"):
         return True
-    return job != os.environ.get("SLURM_JOB_ID") and any(
-        state in _JOBS_THAT_WRITE for state in _job_states(job)
-    )
+    states = [] if job == os.environ.get("SLURM_JOB_ID") else slurm.job_states(job)
+    return not _JOBS_THAT_WRITE.isdisjoint(states)
 
 
-def _job_states(job: str) -> list[str]:
-    """Slurm's states of the job's tasks; none where it does not know it, or does not answer."""
-    command = ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job]
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number on this host."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.split()
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _in_use(path: Path, owner: dict[str, Any]) -> str:

@@ -27,11 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from deit.errors import UserError, one_line
 from deit.saving import atomic_path, write_text
 from deit.train.distributed import DistContext
-from deit.train.folder import BEST, LAST
+from deit.train.folder import BEST, CONFIG_FILE, CURVES_FILE, LAST, LOG_FILE
 
-LOG_FILE = "log.txt"
-CONFIG_FILE = "config.json"
-CURVES_FILE = "curves.png"
 _WANDB_PROJECT = "mirror-equivariant-vision"
 _PANELS = {
     "loss": {"train_loss": "train", "test_loss": "test", "test_loss_ema": "test, average"},
@@ -97,18 +94,6 @@ def memory_used(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The epochs in a folder's log.txt, without a last line that was cut short."""
-    path = folder / LOG_FILE
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:

@@ -34,11 +34,12 @@ from deit.train.build import (
 from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, TrainStep, needs_second_order
+from deit.train.folder import read_log
 from deit.train.loading import NETWORK, adopt, find_checkpoints
 from deit.train.losses import build_criterion
 from deit.train.networks import ModelBundle, build_networks
 from deit.train.optim import build_optimizer, scaled_lr
-from deit.train.reporting import Reporter, environment, read_log
+from deit.train.reporting import Reporter, environment
 from deit.train.resume import Progress, RunningLoss, TrainingState, seed_all
 from deit.train.run import LAST, Run, open_writer
 from deit.train.schedule import build_scheduler
