@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,16 +27,14 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.node import map_aggregate
 
 from deit import layers as L
 from deit.cli import CommandLine, OptionGroup, number
 from deit.errors import one_line_errors
 from deit.groups import FLOP
-
-__all__ = ["SUPPORTED", "Count", "blocks", "count"]
 
 SUPPORTED = torch.__version__ >= "2.14"  # the versions that it has been run with
 H100 = SimpleNamespace(
@@ -54,49 +53,42 @@ class Count:
     bytes: int
 
 
-def blocks(
-    batch: int = 64, width: int = 768
-) -> dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]]:
+Build = Callable[[], nn.Module]
+
+
+def blocks(batch: int = 64, width: int = 768) -> dict[str, tuple[Build, Build, tuple[int, ...]]]:
     """A block of each family, its ordinary twin, and the shape of the twin's features."""
-    grid = L.MirrorGrid(14, 14)
-    channels = FLOP.regular(width)
+    vit = dict(dim=width, num_heads=width // 64, use_fused_attn=True)
+    mixer = (FLOP.regular(width), L.MirrorGrid(14, 14).rep)
     return {
-        "ViT": (
-            lambda: L.Block(width, width // 64, use_fused_attn=True),
-            lambda: L.OrdinaryBlock(width, width // 64, use_fused_attn=True),
-            (batch, 197, width),
-        ),
-        "ResMLP": (
-            lambda: L.MixerBlock(channels, grid.rep),
-            lambda: L.OrdinaryMixerBlock(width, 196),
-            (batch, 196, width),
-        ),
-        "ConvNeXt": (
-            lambda: L.ConvBlock(width),
-            lambda: L.OrdinaryConvBlock(width),
-            (batch, 14, 14, width),
-        ),
-    }
+        "ViT": (partial(L.Block, **vit), partial(L.OrdinaryBlock, **vit), (batch, 197, width)),
+        "ResMLP": (partial(L.MixerBlock, *mixer), partial(L.OrdinaryMixerBlock, width, 196),
+                   (batch, 196, width)),
+        "ConvNeXt": (partial(L.ConvBlock, width), partial(L.OrdinaryConvBlock, width),
+                     (batch, 14, 14, width)),
+    }  # fmt: skip
 
 
-def count(
-    build: Callable[[], nn.Module],
-    shape: tuple[int, ...],
-    *,
-    parts: bool,
-    training: bool,
-) -> list[Count]:
+def count(build: Build, shape: Sequence[int], *, parts: bool, training: bool) -> list[Count]:
     """What a compiled block does: forward, and in training backward.
 
     Args:
         shape: of its features, (batch, ..., channels); with `parts` it takes two halves of them.
     """
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.compile_fx import compile_fx
+
     found: list[Count] = []
+
+    def lower(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable:
+        found.append(_lowered(graph, inputs, options))
+        return make_boxed_func(graph.forward)  # run as it was traced, on tensors without data
+
     shapes = 2 * [(*shape[:-1], shape[-1] // 2)] if parts else [shape]
-    with FakeTensorMode(allow_non_fake_inputs=True), _attention_as_one_operation():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         block = build().train(training).requires_grad_(training)
         inputs = [torch.empty(each, requires_grad=training) for each in shapes]
-        compiled = torch.compile(block, backend=lambda *args: _compile(*args, found))
+        compiled = torch.compile(block, backend=partial(compile_fx, inner_compile=lower))
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
             outputs = compiled(tuple(inputs) if parts else inputs[0])
             if training:
@@ -106,18 +98,7 @@ def count(
     return found
 
 
-def _compile(graph: torch.fx.GraphModule, inputs: list[Tensor], found: list[Count]) -> Callable:
-    """TorchInductor up to the point where it would generate code."""
-    from torch._inductor.compile_fx import compile_fx
-
-    def lower(graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable:
-        found.append(_lowered(graph, inputs, options))
-        return _stand_in(graph, inputs)
-
-    return compile_fx(graph, inputs, inner_compile=lower)
-
-
-def _lowered(graph: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Count:
+def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Count:
     """Lower and fuse a graph that was traced on the CPU, as one on an H100."""
     from torch._inductor import compile_fx as fx
     from torch._inductor.debug import DebugContext
@@ -125,15 +106,13 @@ def _lowered(graph: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]) 
     from torch._inductor.virtualized import V
 
     fake = torch._guards.detect_fake_mode(inputs)
-    graph = copy.deepcopy(graph)
-    device = torch.device("cuda", 0)
+    graph, device = copy.deepcopy(graph), torch.device("cuda", 0)
 
     def moved(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
 
     for node in graph.graph.nodes:
-        node.args = torch.fx.node.map_aggregate(node.args, moved)
-        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, moved)
+        node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
     graph.recompile()
     direction = {key: options.get(key, False) for key in ("is_inference", "is_backward")}
     with _pretended_gpu(), V.set_fake_mode(fake), DebugContext():
@@ -155,90 +134,32 @@ def _lowered(graph: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]) 
             return Count(len(nodes), sum(node.get_read_write_buffers_sizes() for node in nodes))
 
 
-def _stand_in(graph: torch.fx.GraphModule, inputs: Any) -> Callable:
-    """What is called in place of compiled code: outputs without data."""
-    fake = torch._guards.detect_fake_mode(inputs)
-    outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
-
-    def run(args: list[Any]) -> list[Any]:
-        args.clear()
-        values = [getattr(node, "meta", {}).get("val") for node in outputs]
-        with fake:
-            return [
-                torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-                if isinstance(v, Tensor) else v
-                for v in values
-            ]  # fmt: skip
-
-    run._boxed_call = True
-    return run
-
-
 @contextmanager
 def _pretended_gpu() -> Iterator[None]:
     """Answer TorchInductor's questions about the device as an H100 would."""
     from torch._inductor import scheduler
     from torch._inductor.runtime.hints import DeviceProperties
 
-    answers = {
-        "is_available": True, "current_device": 0, "get_device_properties": H100,
-        "get_device_capability": (9, 0), "is_bf16_supported": True,
-    }  # fmt: skip
     names = ("multi_processor_count", "major", "regs_per_multiprocessor", "warp_size",
              "max_threads_per_multi_processor")  # fmt: skip
     properties = DeviceProperties(
         type="cuda", index=0, cc=90, **{name: getattr(H100, name) for name in names}
     )
     with ExitStack() as stack:
-        for name, answer in answers.items():
-            patch = mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-            stack.enter_context(patch)
-        stack.enter_context(mock.patch.object(scheduler, "has_triton", return_value=True))
-        stack.enter_context(
-            mock.patch.object(DeviceProperties, "create", staticmethod(lambda _: properties))
-        )
+        for of, name, answer in (
+            (torch.cuda, "is_available", True),
+            (torch.cuda, "current_device", 0),
+            (torch.cuda, "get_device_properties", H100),
+            (torch.cuda, "get_device_capability", (9, 0)),
+            (torch.cuda, "is_bf16_supported", True),
+            (scheduler, "has_triton", True),
+            (DeviceProperties, "create", properties),
+        ):
+            stack.enter_context(mock.patch.object(of, name, return_value=answer))
         yield
 
 
-@contextmanager
-def _attention_as_one_operation() -> Iterator[None]:
-    """Without a device PyTorch would take attention apart into products and a softmax."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        return torch.ops.benchmarks.attention(q, k, v)
-
-    with mock.patch.object(F, "scaled_dot_product_attention", attention):
-        yield
-
-
-def _tokens_first(x: Tensor) -> Tensor:
-    """(B, heads, N, d) that lies as (B, N, heads, d), as flash attention gives it."""
-    return torch.empty_like(x.transpose(1, 2).contiguous()).transpose(1, 2)
-
-
-@torch.library.custom_op("benchmarks::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    raise NotImplementedError("it is traced, and never run")
-
-
-@torch.library.custom_op("benchmarks::attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError("it is traced, and never run")
-
-
-_attention.register_fake(lambda q, k, v: _tokens_first(q))
-_attention_backward.register_fake(
-    lambda grad, q, k, v, y: tuple(_tokens_first(x) for x in (q, k, v))
-)
-_attention.register_autograd(
-    lambda ctx, grad: torch.ops.benchmarks.attention_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
-)
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandLine(description=__doc__.splitlines()[0])
     group = OptionGroup(parser, "block")
     group.add("--batch-size", number(int, 1), 64, "N", "images")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 import torch._dynamo
@@ -15,43 +15,11 @@ from torch import Tensor
 
 from deit.measure.hardware import synchronize
 from deit.measure.networks import build
-from deit.train.compilation import compile_network
+from deit.train.compilation import GRAPHS, compile_network
 
-__all__ = ["BenchModel", "Settings", "is_out_of_memory", "prepare_compiler", "release"]
+__all__ = ["BenchModel", "is_out_of_memory", "prepare_compiler", "release"]
 
 WARM_UP = 3
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How networks are run; the same for all that are compared.
-
-    Attributes:
-        dtype: of the arithmetic. With `amp` weights and inputs are float32 and autocast casts to
-            it, without it they have it themselves.
-        compile_mode: of torch.compile, None for no compilation.
-        compile_blocks: compile each block by itself, not the whole network.
-        img_size: None for each network's own.
-        arguments: further ones of the networks, where they know them.
-        batch_size: None for the default, 64, less on a CPU where that takes long.
-        min_time: seconds of measurement for each network.
-    """
-
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    amp: bool = False
-    compile_mode: str | None = None
-    compile_blocks: bool = False
-    img_size: int | None = None
-    train: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: int | None = None
-    min_time: float = 1.0
-
-    @property
-    def storage(self) -> torch.dtype:
-        """The dtype of weights and inputs."""
-        return torch.float32 if self.amp else self.dtype
 
 
 class BenchModel:
@@ -59,36 +27,39 @@ class BenchModel:
 
     A training step is forward, cross-entropy, backward and AdamW, without stochastic depth.
 
+    Args:
+        args: as `options.parse_args` gives them.
+
     Attributes:
-        peak_memory, train_peak_memory: bytes that this network alone needs: weights, images, and
+        peak_memory, train_peak_memory: MiB that this network alone needs: weights, images, and
             all that a step holds. None before `warm_up`, and where a device does not tell.
     """
 
-    def __init__(self, name: str, batch: int, settings: Settings) -> None:
-        self.settings, device = settings, settings.device
+    def __init__(self, name: str, batch: int, args: Namespace) -> None:
+        self.args, device = args, args.device
         cuda = device.type == "cuda"
         self._before = torch.cuda.memory_allocated(device) if cuda else 0
         self.model, size = build(
-            name, settings.img_size, settings.arguments, device=device, dtype=settings.storage
+            name, args.img_size, args.arguments, device=device, dtype=args.storage
         )
-        if settings.compile_mode is not None:
-            compile_network(self.model, settings.compile_mode, blocks=settings.compile_blocks)
-        self.images = torch.randn(batch, 3, size, size, device=device, dtype=settings.storage)
+        if args.compile:
+            compile_network(self.model, args.compile_mode, blocks=args.compile_blocks)
+        self.images = torch.randn(batch, 3, size, size, device=device, dtype=args.storage)
         outputs = getattr(self.model, "num_classes", 1000) or 1
         self.targets = torch.randint(0, outputs, (batch,), device=device)
-        self.peak_memory: int | None = None
-        self.train_peak_memory: int | None = None
+        self.peak_memory: float | None = None
+        self.train_peak_memory: float | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-        if settings.train:
+        if args.train:
             fused = True if cuda else None  # as in training
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=fused)
-        scaled = settings.train and settings.dtype == torch.float16
+        scaled = args.train and args.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
     def warm_up(self) -> None:
         """Compile, let libraries choose their algorithms, and measure peak memory."""
         self.peak_memory = self._peak(self.infer)
-        if self.settings.train:
+        if self.args.train:
             self.model.train()
             self.train_peak_memory = self._peak(self.train_step)
             self.model.eval()
@@ -108,11 +79,10 @@ class BenchModel:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _autocast(self) -> torch.autocast:
-        settings = self.settings
-        return torch.autocast(settings.device.type, settings.dtype, enabled=settings.amp)
+        return torch.autocast(self.args.device.type, self.args.dtype, enabled=self.args.amp)
 
-    def _peak(self, step: Callable[[], object]) -> int | None:
-        device = self.settings.device
+    def _peak(self, step: Callable[[], object]) -> float | None:
+        device = self.args.device
         for _ in range(WARM_UP if device.type == "cuda" else 1):
             step()
         if device.type == "cuda":
@@ -120,9 +90,9 @@ class BenchModel:
             torch.cuda.reset_peak_memory_stats(device)
             step()
             synchronize(device)
-            return torch.cuda.max_memory_allocated(device) - self._before
+            return (torch.cuda.max_memory_allocated(device) - self._before) / 2**20
         if device.type == "cpu":
-            return self._held() + _cpu_peak(step)
+            return (self._held() + _cpu_peak(step)) / 2**20
         return None
 
     def _held(self) -> int:
@@ -140,12 +110,9 @@ def _cpu_peak(step: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -170,6 +137,6 @@ def prepare_compiler() -> None:
     Networks of one class share their code, and torch.compile falls back to eager execution, with
     nothing but a warning, once one function has been compiled a handful of times.
     """
-    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.cache_size_limit = GRAPHS
     for library in ("torch._dynamo", "torch._inductor"):
         logging.getLogger(library).setLevel(logging.ERROR)

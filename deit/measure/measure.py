@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from deit.measure.bench_model import BenchModel, Settings, is_out_of_memory, release
+from deit.measure.bench_model import BenchModel, is_out_of_memory, release
 from deit.measure.flops import MatMul, count_flops
 from deit.measure.hardware import available_memory
 from deit.measure.networks import FOLDED, SYMMETRIZED, has_asym_feats, on_meta
-from deit.measure.roofline import Bound, PeakRates, bound
+from deit.measure.roofline import TRAINING, PeakRates, bound
 from deit.measure.timing import alternate
 from deit.models.published import twin_of
 
-__all__ = ["Result", "count", "first_batch", "measure"]
+__all__ = ["DEFAULT_BATCH", "RATIOS", "Result", "count", "first_batch", "measure"]
 
 DEFAULT_BATCH = 64
 # Unless a batch size is asked for, a CPU gets one that its matrix rate does in so many seconds.
@@ -22,69 +23,75 @@ CPU_SECONDS = 4.0
 # Of inference: what the largest product reads and writes, and as much again beside it. Of training:
 # every product keeps its operand, its result and their gradients.
 COPIES = 2
+# What of a network is compared with its twin, and what tables call it.
+RATIOS = {"gflops": "FLOPs", "images_per_s": "throughput", "train_images_per_s": "training",
+          "peak_memory_mb": "memory"}  # fmt: skip
 
 
 @dataclass
 class Result:
     """What is known of a network; None where it was not measured. Rates are medians.
 
+    The fields, but for `matmuls`, are the columns of the CSV file, and what JSON says.
+
     Attributes:
         params: trainable parameters: index tensors and fixed zeros are none.
         gflops: billions of FLOPs of one image.
         spread, train_spread: of the rates, see `Timing.spread`.
-        matmuls: see `count_flops`.
+        bound_images_per_s, bound_by_arithmetic: see `roofline.bound`.
         notes: what a reader must know of these numbers.
+        matmuls: see `count_flops`.
     """
 
     model: str
     params: int
     gflops: float | None
-    matmuls: list[MatMul]
+    images_per_s: float | None = None
+    train_images_per_s: float | None = None
+    peak_memory_mb: float | None = None
     twin: str | None = None
     batch_size: int | None = None
-    images_per_s: float | None = None
     spread: float | None = None
-    train_images_per_s: float | None = None
     train_spread: float | None = None
-    peak_memory_mb: float | None = None
     train_peak_memory_mb: float | None = None
-    bound: Bound | None = None
-    train_bound: Bound | None = None
+    bound_images_per_s: float | None = None
+    bound_by_arithmetic: float | None = None
+    train_bound_images_per_s: float | None = None
     notes: list[str] = field(default_factory=list)
+    matmuls: list[MatMul] = field(default_factory=list)
 
     def ratios(self, twin: Result | None) -> dict[str, float | None]:
         """Ours over the twin's; None where either is missing."""
         found: dict[str, float | None] = {}
-        for name in ("gflops", "images_per_s", "train_images_per_s", "peak_memory_mb"):
+        for name in RATIOS:
             ours, theirs = getattr(self, name), getattr(twin, name, None)
             found[name] = None if ours is None or not theirs else ours / theirs
         return found
 
 
-def count(name: str, settings: Settings) -> Result:
+def count(name: str, args: Namespace) -> Result:
     """Parameters, FLOPs and matrix products of a network, without building it in memory.
 
     Of a folded network the FLOPs are left open, and the rest is that of the unfolded one.
     """
     if name.endswith(FOLDED):  # what is in it is known once it is built
-        unfolded = count(name.removesuffix(FOLDED), settings)
+        unfolded = count(name.removesuffix(FOLDED), args)
         return replace(unfolded, model=name, gflops=None, notes=[])
-    model, image = on_meta(name, settings.img_size, settings.arguments)
-    counted = count_flops(model, image)
-    notes = []
-    if settings.arguments.get(SYMMETRIZED) and twin_of(name) and not has_asym_feats(name):
-        notes.append("--symmetrized-asym-feats has no effect: its head sees all features")
+    model, image = on_meta(name, args.img_size, args.arguments)
+    counted, twin = count_flops(model, image), twin_of(name)
+    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result = Result(name, params, counted.total / 1e9, twin=twin, matmuls=counted.matmuls)
+    if args.arguments.get(SYMMETRIZED) and twin and not has_asym_feats(name):
+        result.notes.append("--symmetrized-asym-feats has no effect: its head sees all features")
     if counted.uncounted:
         listed = ", ".join(f"{name} ({n})" for name, n in sorted(counted.uncounted.items()))
-        notes.append(f"FLOPs without these operators: {listed}")
-    params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    gflops = counted.total / 1e9
-    return Result(name, params, gflops, counted.matmuls, twin=twin_of(name), notes=notes)
+        result.notes.append(f"FLOPs without these operators: {listed}")
+    return result
 
 
 def measure(
     members: Sequence[Result],
-    settings: Settings,
+    args: Namespace,
     rates: PeakRates,
     on_step: Callable[[str], None] = lambda text: None,
 ) -> None:
@@ -93,88 +100,83 @@ def measure(
     Args:
         on_step: called with a word on what is done next.
     """
-    batch, reason = first_batch(members, settings, rates)
+    batch, reason = first_batch(members, args, rates)
     while batch:
         try:
-            _measure(members, settings, batch, on_step)
+            _time(members, args, batch, on_step)
             break
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             batch, reason = batch // 2, "memory does not hold more"
         finally:
-            release(settings.device)
-    wanted = settings.batch_size or DEFAULT_BATCH
+            release(args.device)
+    wanted = args.batch_size or DEFAULT_BATCH
     for result in members:
         if not batch:
             result.notes.append("not timed: memory does not hold a batch of one")
             continue
         if batch != wanted:
             result.notes.append(f"batch {batch} in place of {wanted}: {reason}")
-        of_batch = partial(bound, result.matmuls, batch, settings.dtype.itemsize, rates)
-        result.bound, result.train_bound = of_batch(), of_batch(training=True)
+        best, arithmetic = bound(result.matmuls, batch, args.dtype.itemsize, rates)
+        result.bound_images_per_s, result.bound_by_arithmetic = best, arithmetic
+        result.train_bound_images_per_s = best / TRAINING
 
 
-def first_batch(members: Sequence[Result], settings: Settings, rates: PeakRates) -> tuple[int, str]:
+def first_batch(members: Sequence[Result], args: Namespace, rates: PeakRates) -> tuple[int, str]:
     """The batch size to begin with, and why it is not the wanted one.
 
     On a CPU running out of memory may end the process, so the need is estimated beforehand.
     """
-    batch, reason = settings.batch_size or DEFAULT_BATCH, ""
-    if settings.device.type != "cpu":
+    batch, reason = args.batch_size or DEFAULT_BATCH, ""
+    if args.device.type != "cpu":
         return batch, reason
-    if settings.batch_size is None:
+    if args.batch_size is None:
         flops = 2 * max(sum(m.multiply_adds for m in result.matmuls) for result in members)
         while batch > 1 and flops * batch / rates.flops_per_s > CPU_SECONDS:
             batch, reason = batch // 2, "this processor would take long (give --batch-size)"
     available = available_memory()
-    while available is not None and batch > 1 and _need(members, batch, settings) > available:
+    while available is not None and batch > 1 and _need(members, batch, args) > available:
         batch, reason = batch // 2, "memory does not hold more"
     return batch, reason
 
 
-def _need(members: Sequence[Result], batch: int, settings: Settings) -> int:
+def _need(members: Sequence[Result], batch: int, args: Namespace) -> int:
     """A rough number of bytes for all members, with one of them at work."""
-    weights = sum(result.params for result in members) * settings.storage.itemsize
-    if settings.train:  # weights, gradients and two moments
+    weights = sum(result.params for result in members) * args.storage.itemsize
+    if args.train:  # weights, gradients and two moments
         weights *= 4
-    together = sum if settings.train else max
+    together = sum if args.train else max
     activations = max(together(m.moved for m in result.matmuls) for result in members)
-    return weights + COPIES * batch * activations * settings.dtype.itemsize
+    return weights + COPIES * batch * activations * args.dtype.itemsize
 
 
-def _measure(
-    members: Sequence[Result], settings: Settings, batch: int, on_step: Callable[[str], None]
+def _time(
+    members: Sequence[Result], args: Namespace, batch: int, on_step: Callable[[str], None]
 ) -> None:
     models: dict[str, BenchModel] = {}
     for result in members:
         on_step(f"{result.model}: warming up")
-        models[result.model] = BenchModel(result.model, batch, settings)
+        models[result.model] = BenchModel(result.model, batch, args)
         models[result.model].warm_up()
-    time = partial(alternate, device=settings.device, min_time=settings.min_time)
+    time = partial(alternate, device=args.device, min_time=args.min_time)
     timings = time(
         {name: model.infer for name, model in models.items()},
         on_sample=lambda name: on_step(f"{name}: inference"),
     )
-    train_timings = {}
-    if settings.train:
-        for model in models.values():
-            model.model.train()
-        train_timings = time(
-            {name: model.train_step for name, model in models.items()},
-            on_sample=lambda name: on_step(f"{name}: training"),
-        )
     for result in members:
-        model, timing = models[result.model], timings[result.model]
-        result.batch_size = batch
+        timing, result.batch_size = timings[result.model], batch
         result.images_per_s, result.spread = batch / timing.median, timing.spread
-        result.peak_memory_mb = _megabytes(model.peak_memory)
-        if settings.train:
-            timing = train_timings[result.model]
-            result.train_images_per_s = batch / timing.median
-            result.train_spread = timing.spread
-            result.train_peak_memory_mb = _megabytes(model.train_peak_memory)
-
-
-def _megabytes(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
+        result.peak_memory_mb = models[result.model].peak_memory
+    if not args.train:
+        return
+    for model in models.values():
+        model.model.train()
+    timings = time(
+        {name: model.train_step for name, model in models.items()},
+        on_sample=lambda name: on_step(f"{name}: training"),
+    )
+    for result in members:
+        timing = timings[result.model]
+        result.train_images_per_s, result.train_spread = batch / timing.median, timing.spread
+        result.train_peak_memory_mb = models[result.model].train_peak_memory

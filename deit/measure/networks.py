@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,19 +16,10 @@ from deit.deploy import fold
 from deit.errors import UserError, one_line, suggest
 from deit.models.inputs import check_image_size
 from deit.models.published import twin_of
+from deit.train.build import create_network
 
-__all__ = [
-    "Comparison",
-    "build",
-    "comparisons",
-    "has_asym_feats",
-    "on_meta",
-    "own_networks",
-    "select",
-]
-
-# Networks that are compared with each other, and so timed in turns. A twin comes first.
-Comparison = tuple[str, ...]
+__all__ = ["FOLDED", "SYMMETRIZED", "build", "comparisons", "has_asym_feats", "on_meta",
+           "own_networks", "select"]  # fmt: skip
 
 FOLDED = ", folded"  # behind the name of a network: its form for deployment
 SYMMETRIZED = "use_symmetrized_asym_feats"  # the argument for classifying [s, |a|]
@@ -64,8 +54,10 @@ def select(patterns: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def comparisons(names: Sequence[str], *, folded: bool = False) -> list[Comparison]:
-    """The networks with their twins added: one comparison for each twin, in order of appearance.
+def comparisons(names: Sequence[str], *, folded: bool = False) -> list[tuple[str, ...]]:
+    """Networks that are compared, and so timed in turns: a twin, then all of ours that have it.
+
+    Twins that are not among `names` are added. The order is that of first appearance.
 
     Args:
         folded: add the folded form of each equivariant network behind it.
@@ -76,9 +68,7 @@ def comparisons(names: Sequence[str], *, folded: bool = False) -> list[Compariso
         first = twin if twin is not None and timm.is_model(twin) else name
         members = found.setdefault(first, [first])
         if name != first:
-            members.append(name)
-            if folded:
-                members.append(name + FOLDED)
+            members += [name, name + FOLDED] if folded else [name]
     return [tuple(members) for members in found.values()]
 
 
@@ -117,7 +107,7 @@ def build(
         kwargs.pop(SYMMETRIZED, None)
     try:
         with torch.device(device):
-            model = _create(name, kwargs, optional=set(arguments or {}))
+            model, _ = create_network(name, kwargs)
     except (ValueError, AssertionError, RuntimeError) as error:
         if not given:
             raise
@@ -128,18 +118,6 @@ def build(
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = True
     return model.to(dtype).eval(), size
-
-
-def _create(name: str, kwargs: dict[str, Any], optional: set[str]) -> nn.Module:
-    """The network with `kwargs`, without those of them that are `optional` and unknown to it."""
-    while True:
-        try:
-            return timm.create_model(name, **kwargs)
-        except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown is None or unknown.group(1) not in optional & kwargs.keys():
-                raise
-            del kwargs[unknown.group(1)]
 
 
 def has_asym_feats(name: str) -> bool:

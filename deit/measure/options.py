@@ -1,4 +1,4 @@
-"""The options of `calculate_complexity.py`, and the settings that follow from them."""
+"""The options of `calculate_complexity.py`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from deit.cli import (
     output_file,
 )
 from deit.errors import UserError
-from deit.measure.bench_model import Settings
 from deit.measure.measure import DEFAULT_BATCH
 from deit.measure.networks import SYMMETRIZED
 from deit.measure.plot import FORMATS
-from deit.train.args import parse_args as training_options
-from deit.train.build import model_arguments, set_precision
+from deit.train.build import model_arguments
 from deit.train.checkpoint import read_checkpoint
 from deit.train.distributed import choose_device
 from deit.train.engine import lower_precision
 from deit.train.loading import build_as_trained
 
-__all__ = ["make_settings", "parse_args"]
+__all__ = ["parse_args"]
 
 DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant networks and their twins.
 
@@ -40,81 +38,59 @@ DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant network
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """The options; `dtype` and `device` are resolved.
-
-    Raises:
-        UserError: a wrong option or value.
-    """
+# fmt: off
+def _parser() -> CommandLine:
     parser = CommandLine(prog="calculate_complexity.py", description=DESCRIPTION)
     what = OptionGroup(parser, "what to measure")
-    what.add(
-        "--models",
-        str,
-        None,
-        "NAME",
-        "names or globs (default: the published ones; to be timed on a CPU, the small ones)",
-        nargs="+",
-    )
-    what.add(
-        "--checkpoint",
-        str,
-        None,
-        "FILE",
-        "the network in it, as it was trained, and its twin with what both know of its arguments",
-    )
-    what.add(
-        "--model-kwargs",
-        key_value,
-        None,
-        "KEY=VALUE",
-        "arguments of the networks, in place of those in --checkpoint; a network that does not "
-        "know one goes without it",
-        nargs="+",
-    )
+    what.add("--models", str, None, "NAME",
+             "names or globs (default: the published ones; to be timed on a CPU, the small ones)",
+             nargs="+")
+    what.add("--checkpoint", str, None, "FILE",
+             "the network in it, as it was trained, and its twin with what both know of its "
+             "arguments")
+    what.add("--model-kwargs", key_value, None, "KEY=VALUE",
+             "arguments of the networks, in place of those in --checkpoint; a network that does "
+             "not know one goes without it", nargs="+")
     what.add("--img-size", number(int, 1), None, "N", "image size; each network's own without")
-    what.switch(
-        "--symmetrized-asym-feats",
-        "classify with the absolute values of antisymmetric features too, where there are any",
-    )
+    what.switch("--symmetrized-asym-feats",
+                "classify with the absolute values of antisymmetric features too, where there are "
+                "any")
     what.switch("--fold", "time the folded form of each equivariant network beside it")
     what.switch("--throughput", "measure throughput and memory", default=True)
     what.switch("--train", "measure training steps too: forward, backward, AdamW")
     what.switch("--profile", "show where the time of each network goes")
     how = OptionGroup(parser, "how to run")
     how.add("--device", str, "auto", "NAME", "auto, cpu, cuda, cuda:N or mps")
-    how.add(
-        "--dtype",
-        str,
-        None,
-        "NAME",
-        f"{', '.join(DTYPES)} (default: float32, with --amp bfloat16)",
-        choices=DTYPES,
-    )
+    how.add("--dtype", str, None, "NAME",
+            f"{', '.join(DTYPES)} (default: float32, with --amp bfloat16)", choices=DTYPES)
     how.switch("--amp", "keep weights in float32 and let autocast choose --dtype where it may")
     add_compile(how, "compile the networks with torch.compile")
-    how.add(
-        "--batch-size",
-        number(int, 1),
-        None,
-        "N",
-        f"images a step (default: {DEFAULT_BATCH}, on a CPU fewer if that takes long); reduced "
-        "where memory does not hold it",
-    )
+    how.add("--batch-size", number(int, 1), None, "N",
+            f"images a step (default: {DEFAULT_BATCH}, on a CPU fewer if that takes long); "
+            "reduced where memory does not hold it")
     how.add("--min-time", number(float, 0), 1.0, "S", "seconds of measurement for each network")
     how.add("--threads", number(int, 1), None, "N", "threads of a CPU; torch's choice without")
     add_kernels(how)
     out = OptionGroup(parser, "what to write")
     out.add("--json", output_file(), None, "FILE", "settings and results")
     out.add("--csv", output_file(), None, "FILE", "the results, a line for each network")
-    out.add(
-        "--plot",
-        output_file(*FORMATS),
-        None,
-        "FILE",
-        "throughput gain and published accuracy over FLOPs",
-    )
-    args = parser.parse_args(argv)
+    out.add("--plot", output_file(*FORMATS), None, "FILE",
+            "throughput gain and published accuracy over FLOPs")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The options, the same for all networks that are compared.
+
+    `device` is a torch.device, `dtype` that of the arithmetic, and `storage` that of weights and
+    images: with `amp` these are float32, and autocast casts. `arguments` are those of the
+    networks, where they know them.
+
+    Raises:
+        UserError: a wrong option or value.
+    """
+    args = _parser().parse_args(argv)
     if args.amp and args.dtype in ("float32", "float64"):
         raise UserError(f"--amp with --dtype {args.dtype}: autocast goes to bfloat16 or float16")
     if args.fold and args.train:
@@ -127,6 +103,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args.arguments = dict(args.model_kwargs or ())
     if args.checkpoint:
         _take_checkpoint(args)
+    if args.symmetrized_asym_feats:
+        args.arguments[SYMMETRIZED] = True
+    args.device = choose_device(args.device)
+    if args.dtype is None:
+        args.dtype = lower_precision(args.device) if args.amp else torch.float32
+    else:
+        args.dtype = getattr(torch, args.dtype)
+    args.storage = torch.float32 if args.amp else args.dtype
     return args
 
 
@@ -146,29 +130,3 @@ def _take_checkpoint(args: Namespace) -> None:
             "give --img-size for square ones"
         )
     args.models, args.img_size = [options.model], to_2tuple(size)[0]
-
-
-def make_settings(args: Namespace) -> Settings:
-    """How to run the networks. Sets threads, and TF32 and cudnn as training does by default."""
-    device = choose_device(args.device)
-    training = training_options([])
-    training.threads = args.threads
-    set_precision(training, device)
-    dtype = lower_precision(device) if args.amp else torch.float32
-    if args.dtype is not None:
-        dtype = getattr(torch, args.dtype)
-    arguments = dict(args.arguments)
-    if args.symmetrized_asym_feats:
-        arguments[SYMMETRIZED] = True
-    return Settings(
-        device,
-        dtype,
-        args.amp,
-        args.compile_mode if args.compile else None,
-        args.compile_blocks,
-        args.img_size,
-        args.train,
-        arguments,
-        args.batch_size,
-        args.min_time,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,34 +13,33 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 
-from deit.measure.bench_model import BenchModel, Settings
+from deit.measure.bench_model import BenchModel
+from deit.measure.hardware import synchronize
 
 __all__ = ["profile"]
 
 STEPS = 3
 
 
-def profile(name: str, batch: int, settings: Settings) -> Iterator[tuple[str, str]]:
+def profile(name: str, batch: int, args: Namespace) -> Iterator[tuple[str, str]]:
     """Titles and tables: the longest kernels (on a CPU operators), and what layers they are in.
 
-    Kernels are those of the network as it is timed, of inference and with `settings.train` of
+    Kernels are those of the network as it is timed, of inference and with `args.train` of
     training. Types of layers are told apart in eager inference, as a compiler joins layers. A
     layer's time contains that of the layers in it.
     """
     from torch._inductor import config, metrics  # takes seconds, and may warn
 
-    device = "cuda" if settings.device.type == "cuda" else "cpu"
-    network = BenchModel(name, batch, settings)
-    steps: dict[str, Callable[[], object]] = {"inference": network.infer}
-    if settings.train:
-        steps["training"] = network.train_step
+    device = "cuda" if args.device.type == "cuda" else "cpu"
+    network = BenchModel(name, batch, args)
+    steps = {"inference": network.infer} | ({"training": network.train_step} if args.train else {})
     for what, step in steps.items():
         network.model.train(what == "training")
         before = metrics.num_bytes_accessed
         with config.patch(force_disable_caches=True):  # counted where code is generated
-            events = _profile(step, settings.device)
+            events = _profile(step, args.device)
         title = f"{name}, batch {batch}, {STEPS} steps of {what}"
         if counted := metrics.num_bytes_accessed - before:
             title += f", of which each moves {counted / 1e6:,.0f} MB by Inductor's count"
@@ -59,20 +59,16 @@ def profile(name: str, batch: int, settings: Settings) -> Iterator[tuple[str, st
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave),
     ):
-        events = _profile(network.infer, settings.device)
+        events = _profile(network.infer, args.device)
     title = f"{name}, batch {batch}, {STEPS} steps of inference by layer, eager"
     yield title, events.table(sort_by=f"{device}_time_total", row_limit=30)
 
 
 def _profile(step: Callable[[], object], device: torch.device) -> EventList:
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
     for _ in range(2):
         step()
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:  # of all that this PyTorch can see
         for _ in range(STEPS):
             step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
     return profiler.key_averages()

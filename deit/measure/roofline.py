@@ -10,16 +10,19 @@ product to the next could be.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from deit.measure.flops import MatMul
-from deit.measure.hardware import synchronize
+from deit.measure.timing import alternate
 
-__all__ = ["Bound", "PeakRates", "bound", "measure_peak_rates"]
+__all__ = ["TRAINING", "PeakRates", "bound", "measure_peak_rates"]
+
+# A training step is taken as so many forward passes: each product has two in the backward pass,
+# for the gradients of its two operands. The optimizer is left out.
+TRAINING = 3
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,6 @@ class PeakRates:
     bytes_per_s: float
 
 
-@dataclass(frozen=True)
-class Bound:
-    """Images a second by the roofline, and the share of that time that arithmetic limits."""
-
-    images_per_s: float
-    arithmetic: float
-
-
 def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> PeakRates:
     """The best of several large matrix products, and of several copies (read plus written).
 
@@ -46,37 +41,26 @@ def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> PeakRates:
     size = 2048 if device.type == "cpu" else 8192
     x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(x)
-    flops_per_s = 2 * size**3 / _best(lambda: torch.mm(x, y, out=product), device)
     # several times larger than any cache, and small beside the memory
     source = torch.randn(2 ** (26 if device.type == "cpu" else 28), device=device)
     target = torch.empty_like(source)
-    return PeakRates(flops_per_s, 2 * source.nbytes / _best(lambda: target.copy_(source), device))
-
-
-def _best(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of at least five runs within a second, after one not counted."""
-    samples: list[float] = []
-    while len(samples) < 6 or sum(samples[1:]) < 1.0:
-        synchronize(device)
-        start = time.perf_counter()
+    steps = {
+        "multiply": lambda: torch.mm(x, y, out=product),
+        "copy": lambda: target.copy_(source),
+    }
+    for step in steps.values():
         step()
-        synchronize(device)
-        samples.append(time.perf_counter() - start)
-    return min(samples[1:])
+    fastest = {name: min(t.samples) for name, t in alternate(steps, device, min_time=1.0).items()}
+    return PeakRates(2 * size**3 / fastest["multiply"], 2 * source.nbytes / fastest["copy"])
 
 
 def bound(
-    matmuls: Sequence[MatMul],
-    batch: int,
-    element_size: int,
-    rates: PeakRates,
-    *,
-    training: bool = False,
-) -> Bound:
-    """The roofline bound for batches of `batch` images with elements of `element_size` bytes.
+    matmuls: Sequence[MatMul], batch: int, element_size: int, rates: PeakRates
+) -> tuple[float, float]:
+    """The roofline for batches of `batch` images with elements of `element_size` bytes.
 
-    A training step is taken as three times a forward pass: each product has two in the backward
-    pass, for the gradients of its two operands. The optimizer is left out.
+    Returns:
+        Images a second in inference, and the share of that time that arithmetic limits.
     """
     total = arithmetic = 0.0
     for matmul in matmuls:
@@ -84,4 +68,4 @@ def bound(
         traffic = (matmul.moved * batch + matmul.weights) * element_size / rates.bytes_per_s
         total += max(compute, traffic)
         arithmetic += compute if compute >= traffic else 0.0
-    return Bound(batch / (total * (3 if training else 1)), arithmetic / total)
+    return batch / total, arithmetic / total

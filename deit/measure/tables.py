@@ -5,21 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deit.measure.measure import Result
-from deit.measure.roofline import Bound
+from deit.measure.measure import RATIOS, Result
 from deit.models.published import PUBLISHED
 
-__all__ = ["Overview", "as_csv", "as_json", "print_comparisons"]
+__all__ = ["as_csv", "as_json", "print_comparisons", "print_overview"]
 
 NOTHING = "-"
 GAINS = {row.name: row.gain for row in PUBLISHED}
+# The fields that JSON has in `results`. The others are in the details of its settings.
+PUBLIC = ("model", "params", "gflops", "images_per_s", "train_images_per_s", "peak_memory_mb",
+          "twin")  # fmt: skip
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -28,7 +30,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _rate(value: float) -> str:
     """Images a second, with about three significant digits."""
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return _number(value, 0 if value >= 100 else 1 if value >= 10 else 2)
 
 
 def _median(value: float | None, spread: float | None) -> str:
@@ -41,42 +43,36 @@ def _change(ratio: float | None) -> str:
     return NOTHING if ratio is None else f"{100 * (ratio - 1):+.0f}%"
 
 
-class Overview:
-    """The table of all networks, printed row by row as they are measured."""
+# title: unit, width, and the text for a network
+COLUMNS: dict[str, tuple[str, int, Callable[[Result], str]]] = {
+    "params": ("(M)", 6, lambda row: _number(row.params / 1e6, 1)),
+    "throughput": ("(images/s)", 12, lambda row: _median(row.images_per_s, row.spread)),
+    "FLOPs": ("(G)", 6, lambda row: _number(row.gflops, 2)),
+    "memory": ("(MB)", 7, lambda row: _number(row.peak_memory_mb, 0)),
+    "training": ("(images/s)", 12, lambda row: _median(row.train_images_per_s, row.train_spread)),
+}
 
-    def __init__(
-        self, console: Console, names: Sequence[str], *, timed: bool, trained: bool
-    ) -> None:
-        self._console, self._timed, self._trained = console, timed, trained
-        self._name_width = max(map(len, names), default=0)
 
-    def print_head(self) -> None:
-        """The titles and units of the columns."""
-        titles = ("params", "throughput", "FLOPs", "memory", "training")
-        units = ("(M)", "(images/s)", "(G)", "(MB)", "(images/s)")
-        self._print("network", titles, "bold")
-        self._print("", units, "bold")
+def print_overview(
+    rows: Iterable[Result], names: Sequence[str], console: Console, *, timed: bool, trained: bool
+) -> dict[str, Result]:
+    """Print the table of all networks, each line as soon as `rows` has its result; collect them."""
+    name_width = max(map(len, names), default=0)
+    hidden = {"throughput": not timed, "memory": not timed, "training": not trained}
+    shown = {title: column for title, column in COLUMNS.items() if not hidden.get(title)}
 
-    def print_row(self, row: Result) -> None:
-        """What is known of a network."""
-        cells = (
-            _number(row.params / 1e6, 1),
-            _median(row.images_per_s, row.spread),
-            _number(row.gflops, 2),
-            _number(row.peak_memory_mb, 0),
-            _median(row.train_images_per_s, row.train_spread),
-        )
-        self._print(row.model, cells)
+    def show(name: str, cells: Iterable[str], style: str = "") -> None:
+        padded = [c.rjust(width) for c, (_, width, _) in zip(cells, shown.values(), strict=True)]
+        line = "  ".join([name.ljust(name_width), *padded])
+        console.print(Text(line.rstrip(), style), soft_wrap=True)
 
-    def _print(self, name: str, cells: Sequence[str], style: str = "") -> None:
-        shown = (True, self._timed, True, self._timed, self._trained)
-        padded = [
-            cell.rjust(width)
-            for cell, width, show in zip(cells, (6, 12, 6, 7, 12), shown, strict=True)
-            if show
-        ]
-        line = "  ".join([name.ljust(self._name_width), *padded])
-        self._console.print(Text(line.rstrip(), style), soft_wrap=True)
+    show("network", shown, "bold")
+    show("", (unit for unit, _, _ in shown.values()), "bold")
+    results = {}
+    for row in rows:
+        show(row.model, (text(row) for _, _, text in shown.values()))
+        results[row.model] = row
+    return results
 
 
 def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
@@ -84,16 +80,35 @@ def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
     rows = list(results.values())
     timed = any(row.images_per_s is not None for row in rows)
     trained = any(row.train_images_per_s is not None for row in rows)
-    compared = [row for row in rows if row.twin in results]
-    if compared:
-        _print_comparison(compared, results, timed, trained, console)
-    if bounded := [row for row in rows if row.bound]:
-        _print_roofline(bounded, trained, console)
+    shown = ["gflops"] + ["images_per_s"] * timed + ["train_images_per_s"] * trained
+    shown += ["peak_memory_mb"] * timed
+    if compared := [row for row in rows if row.twin in results]:
+        lines = []
+        for row in compared:
+            ratios, gain = row.ratios(results[row.twin]), GAINS.get(row.model)
+            found = [*(ratios[name] for name in shown), None if gain is None else 1 + gain]
+            lines.append([row.model, *map(_change, found)])
+        columns = [*(RATIOS[name] for name in shown), "published\nthroughput"]
+        _print_table("Compared with the ordinary twin", columns, lines, console)
+    if bounded := [row for row in rows if row.bound_images_per_s]:
+        columns = ["bound\n(images/s)", "reached", "limited\nby"]
+        columns += ["training\n(images/s)", "reached"] * trained
+        lines = []
+        for row in bounded:
+            limit = "arithmetic" if row.bound_by_arithmetic >= 0.5 else "bandwidth"
+            line = [row.model, *_reached(row.bound_images_per_s, row.images_per_s), limit]
+            reached = _reached(row.train_bound_images_per_s, row.train_images_per_s)
+            lines.append([*line, *reached * trained])
+        _print_table("Roofline: what the measured peak rates allow", columns, lines, console)
     if any(row.notes for row in rows):
         console.print("\nNotes", style="bold")
     for row in rows:
         for note in row.notes:
             console.print(Text(f"{row.model}: {note}"), soft_wrap=True)
+
+
+def _reached(bound: float, rate: float | None) -> list[str]:
+    return [_rate(bound), NOTHING if rate is None else f"{100 * rate / bound:.0f}%"]
 
 
 def _print_table(
@@ -109,69 +124,20 @@ def _print_table(
     console.print(table)
 
 
-def _print_comparison(
-    rows: Sequence[Result],
-    results: Mapping[str, Result],
-    timed: bool,
-    trained: bool,
-    console: Console,
-) -> None:
-    columns = {"gflops": "FLOPs"}
-    columns |= {"images_per_s": "throughput"} if timed else {}
-    columns |= {"train_images_per_s": "training"} if trained else {}
-    columns |= {"peak_memory_mb": "memory"} if timed else {}
-    lines = []
-    for row in rows:
-        gain = GAINS.get(row.model)
-        ratios = [
-            *map(row.ratios(results[row.twin]).get, columns),
-            None if gain is None else 1 + gain,
-        ]
-        lines.append([row.model, *map(_change, ratios)])
-    titles = [*columns.values(), "published\nthroughput"]
-    _print_table("Compared with the ordinary twin", titles, lines, console)
-
-
-def _print_roofline(rows: Sequence[Result], trained: bool, console: Console) -> None:
-    columns = ["bound\n(images/s)", "reached", "limited\nby"]
-    columns += ["training\n(images/s)", "reached"] if trained else []
-    lines = []
-    for row in rows:
-        limit = "arithmetic" if row.bound.arithmetic >= 0.5 else "bandwidth"
-        line = [row.model, *_reached(row.bound, row.images_per_s), limit]
-        lines.append(line + (_reached(row.train_bound, row.train_images_per_s) if trained else []))
-    _print_table("Roofline: what the measured peak rates allow", columns, lines, console)
-
-
-def _reached(bound: Bound, rate: float | None) -> list[str]:
-    share = NOTHING if rate is None else f"{100 * rate / bound.images_per_s:.0f}%"
-    return [_rate(bound.images_per_s), share]
-
-
-def _row(row: Result) -> dict[str, Any]:
-    names = ("model", "params", "gflops", "images_per_s", "train_images_per_s", "peak_memory_mb")
-    return {name: getattr(row, name) for name in (*names, "twin")}
-
-
-def _details(row: Result) -> dict[str, Any]:
-    """How a result came about, and how far from possible it is."""
-    bound, train_bound = row.bound, row.train_bound
-    return {
-        "batch_size": row.batch_size,
-        "spread": row.spread,
-        "train_spread": row.train_spread,
-        "train_peak_memory_mb": row.train_peak_memory_mb,
-        "bound_images_per_s": bound and bound.images_per_s,
-        "bound_by_arithmetic": bound and bound.arithmetic,
-        "train_bound_images_per_s": train_bound and train_bound.images_per_s,
-        "notes": row.notes,
-    }
+def _fields(results: Mapping[str, Result]) -> Iterator[tuple[dict, dict, dict]]:
+    """Of each result its public fields, its ratios to the twin's, and the others."""
+    for row in results.values():
+        details = {key: value for key, value in vars(row).items() if key != "matmuls"}
+        public = {key: details.pop(key) for key in PUBLIC}
+        yield public, row.ratios(results.get(row.twin)), details
 
 
 def as_json(results: Mapping[str, Result], settings: Mapping[str, Any]) -> str:
     """The report for programs; what a result has beyond its eight fields is in the settings."""
-    rows = [_row(row) | {"ratios": row.ratios(results.get(row.twin))} for row in results.values()]
-    details = {name: _details(row) for name, row in results.items()}
+    rows, details = [], {}
+    for public, ratios, others in _fields(results):
+        rows.append(public | {"ratios": ratios})
+        details[public["model"]] = others
     report = {"settings": {**settings, "details": details}, "results": rows}
     return json.dumps(report, indent=2, allow_nan=False) + "\n"
 
@@ -179,12 +145,9 @@ def as_json(results: Mapping[str, Result], settings: Mapping[str, Any]) -> str:
 def as_csv(results: Mapping[str, Result]) -> str:
     """One line for each network, all that is known of it; what is absent is empty."""
     lines = []
-    for row in results.values():
-        ratios = row.ratios(results.get(row.twin))
-        notes = {"notes": "; ".join(row.notes)}
-        lines.append(
-            _row(row) | {f"{k}_ratio": v for k, v in ratios.items()} | _details(row) | notes
-        )
+    for public, ratios, others in _fields(results):
+        ratios = {f"{name}_ratio": ratio for name, ratio in ratios.items()}
+        lines.append(public | ratios | others | {"notes": "; ".join(others["notes"])})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -70,19 +71,11 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
     if not timm.is_model(name):
         raise UserError(f"unknown model {name!r}{suggest(name, timm.list_models())}")
     kwargs = model_arguments(args, num_classes)
-    notes: list[str] = []
-    while True:
-        try:
-            model = timm.create_model(name, **kwargs)
-            break
-        except TypeError as error:
-            lacking = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if lacking is None or lacking.group(1) not in kwargs:
-                raise
-            note = _without(kwargs, lacking.group(1), args)
-            notes += [note] if note else []
-        except (ValueError, AssertionError, RuntimeError) as error:
-            raise UserError(f"model {name!r} cannot be built: {one_line(error)}") from error
+    try:
+        model, unknown = create_network(name, kwargs)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model {name!r} cannot be built: {one_line(error)}") from error
+    notes = [note for key in unknown if (note := _about_unknown(key, kwargs[key], args))]
     check_image_size(model, args.input_size, "--input-size", name)
     if args.grad_checkpointing:
         try:
@@ -92,9 +85,22 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
     return model, notes
 
 
-def _without(kwargs: dict[str, Any], name: str, args: Namespace) -> str:
-    """Take the argument that the network lacks out of `kwargs`, if that does no harm."""
-    value = kwargs.pop(name)
+def create_network(name: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    """`timm.create_model` with what the network knows of `kwargs`; the names of the others."""
+    known, unknown = dict(kwargs), []
+    while True:
+        try:
+            return timm.create_model(name, **known), unknown
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found is None or found.group(1) not in known:
+                raise
+            unknown.append(found.group(1))
+            del known[unknown[-1]]
+
+
+def _about_unknown(name: str, value: Any, args: Namespace) -> str:
+    """A note on an argument that the network lacks; an error if leaving it out does harm."""
     if name in dict(args.model_kwargs or ()):
         raise UserError(f"model {args.model!r} has no argument {name!r} (--model-kwargs)")
     if name == "img_size":  # convolutional networks take any size

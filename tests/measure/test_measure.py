@@ -1,6 +1,5 @@
 """From names to results: choosing networks, running them, batch sizes, failures."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,27 +7,26 @@ import timm
 import torch
 
 from deit.errors import UserError
-from deit.measure import bench_model
 from deit.measure import measure as measuring
-from deit.measure.bench_model import BenchModel, Settings
+from deit.measure.bench_model import BenchModel
 from deit.measure.flops import MatMul
 from deit.measure.measure import Result, count, first_batch, measure
-from deit.measure.networks import (
-    SYMMETRIZED,
-    build,
-    comparisons,
-    has_asym_feats,
-    own_networks,
-    select,
-)
+from deit.measure.networks import build, comparisons, has_asym_feats, own_networks, select
+from deit.measure.options import parse_args
 from deit.measure.profiling import profile
 from deit.measure.roofline import PeakRates
 from deit.models.published import PUBLISHED, twin_of
 
-CPU = Settings(torch.device("cpu"), img_size=32, min_time=0.0)
 RATES = PeakRates(1e11, 1e10)
-TWIN, OURS = "deit_tiny_patch16_LS", "d2_deit_tiny_patch16_LS"
-SHALLOW = {"depth": 2}
+TWIN, OURS, HYBRID = (f"{kind}deit_tiny_patch16_LS" for kind in ("", "d2_", "hybrid_"))
+
+
+def options(words=""):
+    return parse_args(["--device=cpu", "--img-size=32", "--min-time=0", *words.split()])
+
+
+def shallow(words):
+    return options(f"--model-kwargs depth=2 {words}")
 
 
 def test_every_network_of_ours_has_a_twin_or_is_one():
@@ -59,8 +57,7 @@ def test_published_networks_exist_and_come_with_their_twins():
     assert len(names) == len(set(names)) == 26
     assert all(timm.is_model(name) for name in names)
     assert sorted(names) == sorted(name for members in comparisons(names) for name in members)
-    for row in PUBLISHED:
-        assert (row.kind == "ordinary") == (twin_of(row.name) is None)
+    assert all((row.kind == "ordinary") == (twin_of(row.name) is None) for row in PUBLISHED)
 
 
 def test_selection():
@@ -73,11 +70,8 @@ def test_selection():
 
 
 def test_comparisons_begin_with_the_twin():
-    names = [OURS, "hybrid_deit_tiny_patch16_LS", "resnet18"]
-    first, second = comparisons(names)
-    assert first == (TWIN, OURS, "hybrid_deit_tiny_patch16_LS")
-    assert second == ("resnet18",)
-    assert comparisons(names, folded=True)[0][:3] == (TWIN, OURS, f"{OURS}, folded")
+    assert comparisons([OURS, HYBRID, "resnet18"]) == [(TWIN, OURS, HYBRID), ("resnet18",)]
+    assert comparisons([OURS, TWIN], folded=True) == [(TWIN, OURS, f"{OURS}, folded")]
 
 
 @pytest.mark.parametrize(
@@ -97,20 +91,19 @@ def test_comparisons_begin_with_the_twin():
 )
 def test_impossible_image_sizes(name, img_size, message):
     with pytest.raises(UserError, match=f"{name}.*{message}|--img-size {img_size}.*{message}"):
-        count(name, replace(CPU, img_size=img_size))
+        count(name, options(f"--img-size {img_size}"))
 
 
 def test_symmetrized_features():
-    wanted = replace(CPU, arguments={SYMMETRIZED: True})
-    plain, both = count(OURS, CPU), count(OURS, wanted)
-    assert both.params == plain.params + 96 * 1000  # the classifier is twice as wide
+    wanted = options("--symmetrized-asym-feats")
+    # the classifier is twice as wide
+    assert count(OURS, wanted).params == count(OURS, options()).params + 96 * 1000
     model, _ = build(OURS, 32, wanted.arguments, device="meta")
     assert model.head.in_features == 192
     assert all(block.attn.fused_attn for block in model.blocks)
     assert not model.training
-    hybrid, twin = count("hybrid_deit_tiny_patch16_LS", wanted), count(TWIN, wanted)
-    assert "--symmetrized-asym-feats" in hybrid.notes[0]
-    assert not twin.notes
+    assert "--symmetrized-asym-feats" in count(HYBRID, wanted).notes[0]
+    assert not count(TWIN, wanted).notes
 
 
 def test_symmetrized_features_are_known_of_every_network():
@@ -122,17 +115,6 @@ def test_symmetrized_features_are_known_of_every_network():
             assert not has_asym_feats(name), name
         else:
             assert has_asym_feats(name), name
-
-
-def results_of(*names, settings=CPU):
-    return [count(name, settings) for name in names]
-
-
-class Clock:
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
 
 
 class Timed(BenchModel):
@@ -151,25 +133,29 @@ class Timed(BenchModel):
         super().train_step()
 
 
-@pytest.mark.parametrize("amp", [False, True])
+class Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.mark.parametrize("amp", ["", "--amp"])
 def test_inference_and_training_are_measured(amp, monkeypatch):
-    settings = replace(
-        CPU, dtype=torch.bfloat16 if amp else torch.float32, amp=amp, train=True, batch_size=2,
-        arguments=SHALLOW,
-    )  # fmt: skip
+    args = shallow(f"--train --batch-size 2 {amp}")
     monkeypatch.setattr("deit.measure.timing.time", clock := Clock())
     monkeypatch.setattr(measuring, "BenchModel", partial(Timed, clock))
-    (twin, ours), said = results_of(TWIN, OURS, settings=settings), []
-    measure([twin, ours], settings, RATES, said.append)
+    said, (twin, ours) = [], (count(name, args) for name in (TWIN, OURS))
+    measure([twin, ours], args, RATES, said.append)
     for result in (ours, twin):
         assert result.batch_size == 2
         assert (result.images_per_s, result.train_images_per_s) == (2 / 0.25, 2 / 0.75)
         assert result.train_peak_memory_mb > result.peak_memory_mb
         assert not result.notes
-        assert result.bound.images_per_s == pytest.approx(3 * result.train_bound.images_per_s)
-    assert ours.bound.images_per_s > twin.bound.images_per_s
+        assert result.bound_images_per_s == pytest.approx(3 * result.train_bound_images_per_s)
+    assert ours.bound_images_per_s > twin.bound_images_per_s
     ratios = ours.ratios(twin)
-    assert ratios["images_per_s"] == ours.images_per_s / twin.images_per_s
+    assert ratios["images_per_s"] == 1
     assert ratios["gflops"] == pytest.approx(ours.gflops / twin.gflops)
     assert ratios["peak_memory_mb"] < 1  # half the weights
     assert f"{TWIN}: warming up" in said
@@ -177,7 +163,7 @@ def test_inference_and_training_are_measured(amp, monkeypatch):
 
 
 def test_training_steps_change_the_weights():
-    network = BenchModel(OURS, 2, replace(CPU, train=True, arguments=SHALLOW))
+    network = BenchModel(OURS, 2, shallow("--train"))
     before = network.model.head.weight.detach().clone()
     network.warm_up()
     assert not torch.equal(before, network.model.head.weight)
@@ -188,10 +174,10 @@ def test_training_steps_change_the_weights():
 def test_memory_of_inference_is_weights_and_activations():
     found = []
     for batch in (64, 128):
-        network = BenchModel(TWIN, batch, replace(CPU, arguments=SHALLOW))
+        network = BenchModel(TWIN, batch, shallow(""))
         network.warm_up()
         weights = sum(p.nbytes for p in network.model.parameters())
-        found.append(network.peak_memory - weights - network.images.nbytes)
+        found.append(network.peak_memory * 2**20 - weights - network.images.nbytes)
         assert found[-1] > 0
     # 5 tokens of 768 hidden channels in float32: at least once, and GELU's result beside it
     hidden = 64 * 5 * 768 * 4
@@ -199,20 +185,9 @@ def test_memory_of_inference_is_weights_and_activations():
 
 
 def test_half_precision_halves_weights():
-    network = BenchModel(TWIN, 1, replace(CPU, dtype=torch.bfloat16, arguments=SHALLOW))
+    network = BenchModel(TWIN, 1, shallow("--dtype bfloat16"))
     assert {p.dtype for p in network.model.parameters()} == {torch.bfloat16}
     assert network.infer().dtype == torch.bfloat16
-
-
-class Hungry(BenchModel):
-    """Runs out of memory with more than two images."""
-
-    limit = 2
-
-    def warm_up(self):
-        if len(self.images) > self.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        super().warm_up()
 
 
 @pytest.mark.parametrize(
@@ -223,14 +198,18 @@ class Hungry(BenchModel):
     ],
 )
 def test_batch_is_reduced_where_memory_does_not_hold_it(monkeypatch, limit, batch, note):
-    monkeypatch.setattr(measuring, "BenchModel", Hungry)
-    monkeypatch.setattr(Hungry, "limit", limit)
-    settings = replace(CPU, batch_size=8, arguments=SHALLOW)
-    results = results_of(TWIN, OURS, settings=settings)
-    measure(results, settings, RATES)
+    def hungry(self):
+        if len(self.images) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(BenchModel, "warm_up", hungry)
+    args = shallow("--batch-size 8")
+    results = [count(name, args) for name in (TWIN, OURS)]
+    measure(results, args, RATES)
     for result in results:
         assert result.batch_size == batch
-        assert (result.images_per_s is None) == (result.bound is None) == (batch is None)
+        nothing = batch is None
+        assert (result.images_per_s is None) == (result.bound_images_per_s is None) == nothing
         assert result.notes == [note]
 
 
@@ -238,34 +217,33 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def fail(self):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(bench_model.BenchModel, "warm_up", fail)
+    monkeypatch.setattr(BenchModel, "warm_up", fail)
     with pytest.raises(RuntimeError, match="a defect"):
-        measure(results_of(TWIN), CPU, RATES)
+        measure([count(TWIN, shallow(""))], shallow(""), RATES)
 
 
 def test_default_batch_suits_the_processor(monkeypatch):
     monkeypatch.setattr(measuring, "available_memory", lambda: 2**40)
-    slow = Result("slow", 10, 1.0, [MatMul(10**9, 10, 10)])
-    assert first_batch([slow], CPU, PeakRates(1e12, 1))[0] == 64
+    slow = [Result("slow", 10, 1.0, matmuls=[MatMul(10**9, 10, 10)])]
+    assert first_batch(slow, options(), PeakRates(1e12, 1))[0] == 64
     # 2e9 operations an image at 1e9 a second, in four seconds
-    batch, reason = first_batch([slow], CPU, PeakRates(1e9, 1))
+    batch, reason = first_batch(slow, options(), PeakRates(1e9, 1))
     assert batch == 2
     assert "--batch-size" in reason
-    assert first_batch([slow], replace(CPU, batch_size=64), PeakRates(1e9, 1)) == (64, "")
+    assert first_batch(slow, options("--batch-size 64"), PeakRates(1e9, 1)) == (64, "")
 
 
 def test_first_batch_fits_into_memory(monkeypatch):
-    result = Result("wide", 0, 1.0, [MatMul(1, 1000, 10)])
+    wide = Result("wide", 0, 1.0, matmuls=[MatMul(1, 1000, 10)])
     need = measuring.COPIES * 1000 * 4
     monkeypatch.setattr(measuring, "available_memory", lambda: 10 * need)
-    batch, reason = first_batch([result], replace(CPU, batch_size=64), RATES)
+    batch, reason = first_batch([wide], options("--batch-size 64"), RATES)
     assert batch == 8
     assert "memory" in reason
 
 
 def test_profiles_name_layers_and_operators():
-    settings = replace(CPU, train=True, arguments=SHALLOW)
-    inference, training, layers = profile(OURS, 2, settings)
+    inference, training, layers = profile(OURS, 2, shallow("--train"))
     assert f"{OURS}, batch 2, 3 steps of inference" in inference[0]
     assert "aten::addmm" in inference[1]
     assert "AdamW.step" in training[1]

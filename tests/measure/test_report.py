@@ -13,36 +13,32 @@ import torch
 from rich.console import Console
 
 from deit.errors import UserError, one_line_errors
-from deit.measure import options
-from deit.measure.bench_model import Settings
-from deit.measure.command import default_names, main, plan_text, seconds_left
-from deit.measure.flops import MatMul
+from deit.measure import command, options
+from deit.measure.command import default_names, main
 from deit.measure.measure import Result
-from deit.measure.options import make_settings, parse_args
-from deit.measure.plan import about, estimate
+from deit.measure.options import parse_args
 from deit.measure.plot import draw, make_figure
-from deit.measure.roofline import Bound, PeakRates
-from deit.measure.tables import Overview, as_csv, as_json, print_comparisons
+from deit.measure.roofline import PeakRates
+from deit.measure.tables import as_csv, as_json, print_comparisons, print_overview
 from deit.models.published import PUBLISHED
 from deit.train.args import parse_args as training_options
 from deit.train.build import set_precision
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 TWIN, OURS = "deit_base_patch16_LS", "d2_deit_base_patch16_LS"
+TINY = "d2_deit_tiny_patch16_LS"
 LONGEST = "d2_inv_early_deit_huge_patch14_52_LS"
-OUTPUTS = ("--json", "--csv", "--plot")
 RATIOS = {"gflops", "images_per_s", "train_images_per_s", "peak_memory_mb"}
 FIELDS = RATIOS | {"model", "params", "twin", "ratios"}
 
 
 def results():
-    bounds = dict(bound=Bound(2000.0, 0.9), train_bound=Bound(700.0, 0.9), notes=["a note"])
-    twin = (64, 1000.0, 0.01, 300.0, 0.02, 900.0, 5000.0)
-    ours = (64, 1100.0, 0.01, 330.0, 0.02, 600.0, 4000.0)
+    more = dict(batch_size=64, spread=0.01, train_spread=0.02, train_peak_memory_mb=4000.0,
+                bound_images_per_s=2000.0, bound_by_arithmetic=0.9,
+                train_bound_images_per_s=700.0, notes=["a note"])  # fmt: skip
     return {
-        TWIN: Result(TWIN, 86_585_320, 17.68, [], None, *twin, **bounds),
-        OURS: Result(OURS, 43_311_976, 9.33, [], TWIN, *ours, **bounds),
+        TWIN: Result(TWIN, 86_585_320, 17.68, 1000.0, 300.0, 900.0, None, **more),
+        OURS: Result(OURS, 43_311_976, 9.33, 1100.0, 330.0, 600.0, TWIN, **more),
     }
 
 
@@ -50,8 +46,8 @@ def test_json_has_exactly_the_documented_fields():
     report = json.loads(as_json(results(), {"device": "cpu"}))
     assert set(report) == {"settings", "results"}
     assert report["settings"]["device"] == "cpu"
-    assert report["settings"]["details"][OURS]["notes"] == ["a note"]
-    assert report["settings"]["details"][OURS]["spread"] == 0.01
+    details = report["settings"]["details"][OURS]
+    assert (details["notes"], details["spread"]) == (["a note"], 0.01)
     twin, ours = report["results"]
     for row in (twin, ours):
         assert set(row) == FIELDS
@@ -67,7 +63,8 @@ def test_csv_and_what_is_absent():
     assert (twin["model"], ours["model"], ours["notes"]) == (TWIN, OURS, "a note")
     assert float(ours["images_per_s_ratio"]) == pytest.approx(1.1)
     assert float(ours["bound_images_per_s"]) == 2000
-    row = {OURS: Result(OURS, 1, None, [], TWIN)}
+    assert "matmuls" not in ours
+    row = {OURS: Result(OURS, 1, None, twin=TWIN)}
     (line,) = csv.DictReader(io.StringIO(as_csv(row)))
     assert line["gflops"] == line["images_per_s_ratio"] == ""
     (found,) = json.loads(as_json(row, {}))["results"]
@@ -76,15 +73,12 @@ def test_csv_and_what_is_absent():
 
 def test_tables_fit_into_a_narrow_terminal():
     rows = results()
-    rows[LONGEST] = Result(LONGEST, 769_411_560, 207.23, [], None, 64, 12.3, 0.01, None, None, 9e4)
+    rows[LONGEST] = Result(LONGEST, 769_411_560, 207.23, 12.3, peak_memory_mb=9e4, spread=0.01)
     for row in rows.values():
         row.train_images_per_s = None
-    output = io.StringIO()
-    console = Console(file=output, width=80)
-    overview = Overview(console, list(rows), timed=True, trained=False)
-    overview.print_head()
-    for row in rows.values():
-        overview.print_row(row)
+    console = Console(file=(output := io.StringIO()), width=80)
+    shown = print_overview(rows.values(), list(rows), console, timed=True, trained=False)
+    assert shown == rows
     print_comparisons(rows, console)
     text = output.getvalue()
     assert LONGEST in text
@@ -112,7 +106,7 @@ def test_figure_draws_the_data():
 
 
 def test_figure_of_all_published_networks():
-    rows = {row.name: Result(row.name, 1, 10.0 + i, []) for i, row in enumerate(PUBLISHED)}
+    rows = {row.name: Result(row.name, 1, 10.0 + i) for i, row in enumerate(PUBLISHED)}
     gains, accuracies = make_figure(rows).axes
     # without measurements the published gains alone: one line a family and the zero
     assert len(gains.get_lines()) == 3 + 1
@@ -122,8 +116,7 @@ def test_figure_of_all_published_networks():
 
 @pytest.mark.parametrize("gflops", [0.03, 207.0])
 def test_axes_are_around_the_networks_and_an_empty_panel_says_why(gflops):
-    name = "d2_deit_tiny_patch16_LS"
-    gains, accuracies = make_figure({name: Result(name, 1, gflops, [], TWIN)}).axes
+    gains, accuracies = make_figure({TINY: Result(TINY, 1, gflops)}).axes
     for axes, absent in ((gains, "timed"), (accuracies, "accuracy")):
         low, high = axes.get_xlim()
         assert low < gflops < high < 3 * low
@@ -138,76 +131,79 @@ def test_figure_files(tmp_path):
     draw(results(), tmp_path / "figure.svg", "")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["figure.png", "figure.svg"]
     with pytest.raises(UserError, match="no FLOPs"):
-        draw({TWIN: Result(TWIN, 1, None, [])}, tmp_path / "figure.png", "")
+        draw({TWIN: Result(TWIN, 1, None)}, tmp_path / "figure.png", "")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--amp", "--dtype", "float32"], "--amp with --dtype float32"),
-        (["--train", "--no-throughput"], "--train measures times"),
-        (["--profile", "--no-throughput"], "--profile measures times"),
-        (["--fold", "--no-throughput"], "--fold measures times"),
-        (["--fold", "--train"], "is not trained"),
-        (["--batch-size", "0"], "at least 1"),
-        *(([option, "nowhere/x.png"], "no folder") for option in OUTPUTS),
-        *(([option, "tests"], "is a folder") for option in ("--json", "--csv")),
-        (["--plot", "figure.xyz"], r"figure\.xyz.*\.png"),
-        (["--compile-mode", "fastest"], "fastest"),
-        (["--dtype", "int8"], "int8"),
+        ("--amp --dtype float32", "--amp with --dtype float32"),
+        ("--train --no-throughput", "--train measures times"),
+        ("--profile --no-throughput", "--profile measures times"),
+        ("--fold --no-throughput", "--fold measures times"),
+        ("--fold --train", "is not trained"),
+        ("--batch-size 0", "at least 1"),
+        *((f"{option} nowhere/x.png", "no folder") for option in ("--json", "--csv", "--plot")),
+        *((f"{option} tests", "is a folder") for option in ("--json", "--csv")),
+        ("--plot figure.xyz", r"figure\.xyz.*\.png"),
+        ("--compile-mode fastest", "fastest"),
+        ("--dtype int8", "int8"),
     ],
 )
 def test_wrong_options(arguments, message):
     with pytest.raises(UserError, match=message):
-        parse_args(arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "mode"),
-    [([], None), (["--compile"], "default"), (["--compile-mode", "max-autotune"], "max-autotune")],
-)
-def test_compile_options(arguments, mode):
-    assert make_settings(parse_args([*arguments, "--device", "cpu"])).compile_mode == mode
+        parse_args(arguments.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "dtype", "storage"),
     [
-        ([], torch.float32, torch.float32),
-        (["--amp"], torch.bfloat16, torch.float32),
-        (["--amp", "--dtype", "float16"], torch.float16, torch.float32),
-        (["--dtype", "bfloat16"], torch.bfloat16, torch.bfloat16),
+        ("", torch.float32, torch.float32),
+        ("--amp", torch.bfloat16, torch.float32),
+        ("--amp --dtype float16", torch.float16, torch.float32),
+        ("--dtype bfloat16", torch.bfloat16, torch.bfloat16),
     ],
 )
 def test_dtypes(arguments, dtype, storage):
-    settings = make_settings(parse_args([*arguments, "--device", "cpu"]))
-    assert (settings.dtype, settings.storage) == (dtype, storage)
+    args = parse_args(["--device", "cpu", *arguments.split()])
+    assert (args.dtype, args.storage) == (dtype, storage)
+
+
+class Interrupted(Exception):
+    pass
 
 
 def test_arithmetic_is_that_of_training(monkeypatch):
     """On a GPU: TF32 and the choice of convolutions, by one function with one set of defaults."""
-    seen = []
-    monkeypatch.setattr("torch.set_float32_matmul_precision", seen.append)
+
+    def arithmetic(run):
+        matmul = []
+        monkeypatch.setattr("torch.set_float32_matmul_precision", matmul.append)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+            run()
+            return matmul, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+
+    def measure():
+        with pytest.raises(Interrupted):
+            main(["--device", "cuda", "--dtype", "float32"])
+
+    def interrupt(args):
+        raise Interrupted
+
     monkeypatch.setattr(options, "choose_device", torch.device)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
-        make_settings(parse_args(["--device", "cuda", "--dtype", "float32"]))
-        ours = (*seen, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
-    seen.clear()
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
-        set_precision(training_options([]), torch.device("cuda"))
-        theirs = (*seen, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
-    assert ours == theirs
-    assert len(ours) == 3
+    monkeypatch.setattr(command, "default_names", interrupt)
+    ours = arithmetic(measure)
+    assert ours == arithmetic(lambda: set_precision(training_options([]), torch.device("cuda")))
+    assert len(ours[0]) == 1
     assert ours[1], "cudnn tries its algorithms"
 
 
 def test_counting_command(tmp_path, capsys):
-    name = "d2_deit_tiny_patch16_LS"
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
     arguments = [item for kind, path in files.items() for item in (f"--{kind}", str(path))]
-    assert main(["--models", name, "--no-throughput", "--device", "cpu", *arguments]) == 0
+    assert main(["--models", TINY, "--no-throughput", "--device", "cpu", *arguments]) == 0
     report = json.loads(files["json"].read_text())
-    assert [row["model"] for row in report["results"]] == [name.removeprefix("d2_"), name]
+    assert [row["model"] for row in report["results"]] == [TINY.removeprefix("d2_"), TINY]
     assert report["results"][1]["gflops"] == pytest.approx(0.7675, rel=0.03)
     assert report["results"][1]["images_per_s"] is None
     assert report["settings"]["ceilings"] is None
@@ -215,84 +211,50 @@ def test_counting_command(tmp_path, capsys):
     assert len(files["csv"].read_text().splitlines()) == 3
     captured = capsys.readouterr()
     assert "-40%" in captured.out
-    assert f"{name}: counting" in captured.err
+    assert f"{TINY}: counting" in captured.err
     # every row as soon as it is known, before the comparisons
-    assert captured.out.index(name) < captured.out.index("Compared")
+    assert captured.out.index(TINY) < captured.out.index("Compared")
 
 
 def test_sizes_that_do_not_fit_are_one_line(capsys):
-    command = "--models d2_convnext_tiny --img-size 33 --no-throughput --device cpu"
-    assert one_line_errors(partial(main, command.split())) == 2
+    words = "--models d2_convnext_tiny --img-size 33 --no-throughput --device cpu"
+    assert one_line_errors(partial(main, words.split())) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: d2_convnext_tiny cannot")
 
 
 def test_defaults_on_a_cpu_are_small():
-    timed, counted = parse_args([]), parse_args(["--no-throughput"])
-    assert len(default_names(timed, torch.device("cuda"))) == len(default_names(counted, CPU)) == 26
-    small = default_names(timed, CPU)
+    args, counted = (parse_args(["--device", "cpu", *more]) for more in ([], ["--no-throughput"]))
+    small = default_names(args)
+    args.device = torch.device("cuda")
+    assert len(default_names(args)) == len(default_names(counted)) == 26
     assert len(small) == 9
     families = {row.family for row in PUBLISHED if row.name in small}
     assert families == {"ViT", "ConvNeXt-iso", "ResMLP"}
     assert not any(size in name for name in small for size in ("base", "large", "huge", "B_", "L_"))
 
 
-def test_plan():
-    """A step of 1 s at the peak rate takes 2.5 s: four of them untimed, three samples."""
-    members = [Result(name, 1, 1.0, [MatMul(10**9, 10, 10)] * 50) for name in "ab"]
-    eager, compiled, training = (
-        [estimate(members, Settings(CPU, batch_size=1, **more), PeakRates(1e11, 1e11))] * 3
-        for more in ({}, {"compile_mode": "default"}, {"train": True})
-    )
-    assert plan_text(6, eager, default=False) == "6 networks in 3 groups, about 2 min"
-    assert "26 published networks" in plan_text(6, eager, default=True)
-    assert "compiling takes about 2 min" in plan_text(6, compiled, default=False)
-    assert sum(training[0]) > 3 * sum(eager[0])
-    # the first of three comparisons took as long as all were to take
-    whole = 3 * sum(eager[0])
-    assert seconds_left(eager, 1, elapsed=whole) == pytest.approx(2 * whole)
-
-
-def test_durations():
-    assert [about(s) for s in (1, 44, 100, 3000, 6000)] == [
-        "about 10 s",
-        "about 40 s",
-        "about 2 min",
-        "about 50 min",
-        "about 1.7 h",
-    ]
-
-
 def test_measuring_command(tmp_path, capsys, monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     path = tmp_path / "out.json"
-    command = "--models d2_deit_tiny_patch16_LS --img-size 32 --batch-size 2 --min-time 0 --fold"
-    command += " --device cpu --profile --threads 1 --model-kwargs depth=2"
-    assert main([*command.split(), "--json", str(path)]) == 0
+    words = f"--models {TINY} --img-size 32 --batch-size 2 --min-time 0 --fold --device cpu"
+    words += f" --profile --threads 1 --model-kwargs depth=2 --json {path}"
+    assert main(words.split()) == 0
     assert threads == [1]
     report = json.loads(path.read_text())
     twin, ours, folded = report["results"]
     assert ours["ratios"]["images_per_s"] == ours["images_per_s"] / twin["images_per_s"]
     assert ours["peak_memory_mb"] < twin["peak_memory_mb"]
     assert ours["train_images_per_s"] is None
-    assert folded["model"] == f"{ours['model']}, folded"
+    assert folded["model"] == f"{TINY}, folded"
     assert folded["ratios"]["images_per_s"] == folded["images_per_s"] / twin["images_per_s"]
     assert folded["gflops"] is None
     assert report["settings"]["arguments"] == {"depth": 2}
     assert report["settings"]["ceilings"]["tflop_per_s"] > 0
-    assert report["settings"]["details"][ours["model"]]["bound_images_per_s"] > 0
+    assert report["settings"]["details"][TINY]["bound_images_per_s"] > 0
     printed = capsys.readouterr().out
-    for text in (
-        "Roofline",
-        "by layer, eager",
-        "TFLOP/s",
-        "plan      3 networks in 1 group, about",
-    ):
-        assert text in printed
-
-
-class Interrupted(Exception):
-    pass
+    plan = "plan      3 networks in 1 group, about"
+    assert all(text in printed for text in ("Roofline", "by layer, eager", "TFLOP/s", plan))
 
 
 def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
@@ -306,12 +268,11 @@ def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
         for result in members:
             result.images_per_s = 7.0
 
-    monkeypatch.setattr("deit.measure.command.measure", measure)
-    rates = PeakRates(1e9, 1e9)
-    monkeypatch.setattr("deit.measure.command.measure_peak_rates", lambda *_: rates)
-    command = "--models deit_tiny_patch16_LS resmlp_12 --img-size 32 --device cpu"
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(command, "measure_peak_rates", lambda *_: PeakRates(1e9, 1e9))
+    words = f"--models deit_tiny_patch16_LS resmlp_12 --img-size 32 --device cpu --json {path}"
     with pytest.raises(Interrupted):
-        main([*command.split(), "--json", str(path)])
+        main(words.split())
     first, second = json.loads(path.read_text())["results"]
     assert (first["images_per_s"], second["images_per_s"]) == (7.0, None)
 
@@ -319,9 +280,9 @@ def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_compiled_networks_are_measured(tmp_path):
     path = tmp_path / "out.json"
-    command = "--models deit_tiny_patch16_LS --img-size 32 --batch-size 1 --min-time 0 --compile"
-    command += " --model-kwargs depth=1"
-    assert main([*command.split(), "--device", "cpu", "--json", str(path)]) == 0
+    words = "--models deit_tiny_patch16_LS --img-size 32 --batch-size 1 --min-time 0 --compile"
+    words += f" --model-kwargs depth=1 --device cpu --json {path}"
+    assert main(words.split()) == 0
     report = json.loads(path.read_text())
     assert report["settings"]["compile_mode"] == "default"
     assert report["results"][0]["images_per_s"] > 0
@@ -329,8 +290,8 @@ def test_compiled_networks_are_measured(tmp_path):
 
 def test_script_from_another_folder(tmp_path):
     script = str(ROOT / "calculate_complexity.py")
-    command = [sys.executable, script, "--models", "d2_deit_giant", "--no-throughput"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    words = [sys.executable, script, "--models", "d2_deit_giant", "--no-throughput"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --models d2_deit_giant: ")
     assert done.stderr.count("\n") == 1
