@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from deit.errors import UserError
-from deit.train.checkpoint import Checkpoint, read_checkpoint, strip_prefixes
+from deit.train.checkpoint import Checkpoint, plain_name, read_checkpoint
 from deit.train.weights import load_weights
 
 
@@ -57,7 +57,7 @@ def test_published_format(net, tmp_path, prefix, legacy):
     checkpoint = read_checkpoint(tmp_path / "c.pth")
     assert checkpoint["epoch"] == 399
     assert str(checkpoint["args"].output_dir) == "/data/run"
-    assert checkpoint.model_name == "a_net"
+    assert checkpoint.options["model"] == "a_net"
     assert_same(checkpoint.state(), net)
     assert torch.equal(checkpoint.state(ema=True)["0.weight"], net[0].weight + 1)
 
@@ -175,9 +175,8 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, legacy, function):
 def test_plain_malicious_pickle(tmp_path):
     for protocol in (2, 4):
         (tmp_path / "c.pth").write_bytes(pickle.dumps(Payload(os.system, "true"), protocol))
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=r"^refused to load .*nothing of it was run$"):
             read_checkpoint(tmp_path / "c.pth")
-        assert "\n" not in str(caught.value)
 
 
 def test_unusable_files(net, tmp_path):
@@ -230,10 +229,12 @@ def test_foreign_keys_are_counted(net):
 
 def test_other_shapes_are_counted(net):
     state = {key: value[:-1] for key, value in net.state_dict().items()}
-    with pytest.raises(UserError, match=r"4 tensors of another shape \(0.weight, 0.bias, 1.weight"):
+    with pytest.raises(
+        UserError, match=r"4 tensors of another shape \(0.weight 2x4 and not 3x4, 0.bias"
+    ):
         load_weights(net, Checkpoint({"model": state}, "c.pth"))
 
 
-def test_strip_prefixes_leaves_other_names():
-    state = {"module_list.0": torch.ones(1), "blocks.0._orig_mod.w": torch.ones(1)}
-    assert list(strip_prefixes(state)) == ["module_list.0", "blocks.0.w"]
+def test_other_names_keep_what_looks_like_a_prefix():
+    assert plain_name("module_list.0") == "module_list.0"
+    assert plain_name("blocks.0._orig_mod.w") == "blocks.0.w"

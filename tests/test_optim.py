@@ -175,7 +175,7 @@ def test_every_name_trains_or_is_refused_in_one_line(opt):
     two_updates(model, optimizer, size=4)
     again, resumed = small_for(opt)
     again.load_state_dict(saved[0])
-    load_optimizer(resumed, saved[1], "a.pth")
+    load_optimizer(again, resumed, saved[1], "a.pth")
     two_updates(again, resumed, size=4)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -212,7 +212,7 @@ def test_fused_on_a_gpu_and_resumed_without_one(opt, monkeypatch):
     plain, resumed = small_for(opt)
     assert not any(group.get("fused") for group in resumed.param_groups)
     plain.load_state_dict(saved[0])
-    load_optimizer(resumed, saved[1], "a.pth")
+    load_optimizer(plain, resumed, saved[1], "a.pth")
     assert not any(group.get("fused") for group in resumed.param_groups)
     two_updates(model, optimizer, size=4)
     two_updates(plain, resumed, size=4)
@@ -284,7 +284,7 @@ def test_one_lamb_goes_on_where_the_other_stopped(names, monkeypatch):
     two_updates(model, first, size=4)
     again, second = small_for(names[1])
     again.load_state_dict(model.state_dict())
-    load_optimizer(second, copy.deepcopy(first.state_dict()), "a.pth")
+    load_optimizer(again, second, copy.deepcopy(first.state_dict()), "a.pth")
     two_updates(again, second, size=4)
     two_updates(model, first, size=4)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):

@@ -12,12 +12,14 @@ import torch
 from training_runs import differences, load, make_images, optimizer_for, run_processes, train
 
 import deit.main
-import deit.train.engine
 import deit.train.run
+import deit.train.stopping
 from deit.errors import UserError
 from deit.train.checkpoint import read_checkpoint
+from deit.train.engine import TrainStep
 from deit.train.moments import load_optimizer
 from deit.train.reporting import Reporter
+from deit.train.run import Run
 from deit.train.stopping import request_stop
 
 # Three epochs of three updates of two batches; workers, fp32, every random augmentation.
@@ -64,7 +66,7 @@ def test_what_a_checkpoint_holds(whole):
     # Plain types only: anybody can read it, with torch's defaults.
     torch.serialization.clear_safe_globals()
     assert torch.load(whole / "checkpoint.pth", weights_only=True)["epoch"] == 2
-    assert read_checkpoint(whole / "checkpoint.pth")["args"].model == "test_vit"
+    assert read_checkpoint(whole / "checkpoint.pth").options["model"] == "test_vit"
 
 
 def at_call(owner, name: str, number: int, action):
@@ -94,34 +96,20 @@ def die_after_half_a_file(save, state, file):
     die()
 
 
+MOMENTS = {
+    "first update": (TrainStep, "update", 1, die),
+    "mid-epoch": (TrainStep, "update", 5, die),
+    "before the log": (Reporter, "end_epoch", 2, die),
+    "before the save": (Run, "save", 4, die),
+    "in the write": (torch, "save", 4, die_after_half_a_file),
+    "before the rename": (os, "replace", 10, die),
+}
+
+
 def killed(moment: str, data: Path, out: Path) -> int:
     """Train in a process of its own until it kills itself at `moment`."""
-    place = {
-        "first update": (deit.train.engine.TrainStep, "update", 1, die),
-        "mid-epoch": (deit.train.engine.TrainStep, "update", 5, die),
-        "evaluation": (deit.train.run, "evaluate", 2, die),
-        "before the log": (Reporter, "end_epoch", 2, die),
-        "before the state is saved": (deit.train.run.Run, "save", 3, die),
-        "before the save": (deit.train.run.Run, "save", 4, die),
-        "in the write": (torch, "save", 4, die_after_half_a_file),
-        "before the rename": (os, "replace", 10, die),
-        "at the end": (Reporter, "close", 1, die),
-    }[moment]
-    at_call(*place)
+    at_call(*MOMENTS[moment])
     return train(*OPTIONS, data=data, out=out)
-
-
-MOMENTS = [
-    "first update",
-    "mid-epoch",
-    "evaluation",
-    "before the log",
-    "before the state is saved",
-    "before the save",
-    "in the write",
-    "before the rename",
-    "at the end",
-]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -135,35 +123,37 @@ def test_kill_and_resume(moment, data, whole, tmp_path):
     assert_same_outcome(out, whole)
 
 
-@pytest.mark.parametrize(
-    ("number", "update"),
-    [
-        (signal.SIGTERM, 2),
-        (signal.SIGTERM, 3),
-        (signal.SIGUSR1, 5),
-        (signal.SIGINT, 5),
-    ],
-)
-def test_signal_stops_between_updates(number, update, data, whole, tmp_path, monkeypatch, capfd):
-    def interrupted(original, *args, **kwargs):
-        os.kill(os.getpid(), number)
-        return original(*args, **kwargs)
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Have the process send itself `signals` in one of its updates."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(deit.train.engine.TrainStep, "update", deit.train.engine.TrainStep.update)
-        at_call(deit.train.engine.TrainStep, "update", update, interrupted)
-        before = signal.getsignal(number)
-        assert train(*OPTIONS, data=data, out=tmp_path) == 0
-        assert signal.getsignal(number) == before
+    def interrupt(update: int, *signals: int) -> None:
+        def interrupted(original, *args, **kwargs):
+            for number in signals:
+                os.kill(os.getpid(), number)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(TrainStep, "update", TrainStep.update)  # to be undone
+        at_call(TrainStep, "update", update, interrupted)
+
+    return interrupt
+
+
+@pytest.mark.parametrize(
+    ("number", "update"), [(signal.SIGTERM, 3), (signal.SIGUSR1, 5), (signal.SIGINT, 5)]
+)
+def test_signal_stops_between_updates(number, update, data, whole, tmp_path, interrupt, capfd):
+    interrupt(update, number)
+    before = signal.getsignal(number)
+    assert train(*OPTIONS, data=data, out=tmp_path) == 0
+    assert signal.getsignal(number) == before
     captured = capfd.readouterr()
     assert f"{number.name}: stopping after this update" in captured.err
     assert "--resume auto" in captured.out
     checkpoint = load(tmp_path / "checkpoint.pth")
-    epoch, step = divmod(update, 3)
     # The third update ends an epoch: it is evaluated when the training goes on.
-    assert (checkpoint["epoch"] + 1, checkpoint["step"]) == (
-        (0, 3) if update == 3 else (epoch, step)
-    )
+    place = (checkpoint["epoch"] + 1, checkpoint["step"])
+    assert place == ((0, 3) if update == 3 else (1, 2))
     assert (tmp_path / "curves.png").exists() == (update > 3)
     assert train(*OPTIONS, "--resume", "auto", data=data, out=tmp_path) == 0
     assert_same_outcome(tmp_path, whole)
@@ -181,22 +171,14 @@ def test_stop_in_the_evaluation(data, whole, tmp_path, monkeypatch):
         assert train(*OPTIONS, data=data, out=tmp_path) == 0
     assert read_log(tmp_path) == []
     assert load(tmp_path / "checkpoint.pth")["step"] == 3
-    assert (
-        train(*OPTIONS, "--resume", str(tmp_path / "checkpoint.pth"), data=data, out=tmp_path) == 0
-    )
+    source = str(tmp_path / "checkpoint.pth")
+    assert train(*OPTIONS, "--resume", source, data=data, out=tmp_path) == 0
     assert_same_outcome(tmp_path, whole)
 
 
-def test_second_interrupt_quits_at_once(data, tmp_path, monkeypatch):
+def test_second_interrupt_quits_at_once(data, tmp_path, interrupt, monkeypatch):
     monkeypatch.setattr(deit.train.stopping, "_DOUBLE_INTERRUPT", -1.0)
-
-    def interrupted(original, *args, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(deit.train.engine.TrainStep, "update", deit.train.engine.TrainStep.update)
-    at_call(deit.train.engine.TrainStep, "update", 2, interrupted)
+    interrupt(2, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(*OPTIONS, data=data, out=tmp_path)
     assert not (tmp_path / "checkpoint.pth").exists()
@@ -272,23 +254,28 @@ def test_resume_from_a_published_checkpoint(data, tmp_path, capsys):
     assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1]
 
 
-def make_optimizer(*shapes):
-    params = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-    optimizer = torch.optim.AdamW(params, lr=0.1)
-    for param in params:
+def trained(*shapes, **options):
+    """A network of so many parameters, and its optimizer after an update."""
+    network = torch.nn.ParameterList(torch.ones(shape) for shape in shapes)
+    optimizer = optimizer_for(network, **options)
+    for param in network.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    return optimizer
+    return network, optimizer
 
 
-def test_optimizer_of_another_network_is_refused():
-    saved = make_optimizer((2, 3), (4,)).state_dict()
-    with pytest.raises(UserError, match="other parameter groups"):
-        load_optimizer(make_optimizer((2, 3)), saved, "c.pth")
-    with pytest.raises(UserError, match="other shapes"):
-        load_optimizer(make_optimizer((3, 2), (4,)), saved, "c.pth")
-    with pytest.raises(UserError, match="other shapes"):
-        load_optimizer(make_optimizer((2, 4), (4,)), saved, "c.pth")
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ([(2, 3)], "other parameter groups"),
+        ([(3, 2), (4,)], "other shapes"),
+        ([(2, 4), (4,)], "other shapes"),
+    ],
+)
+def test_the_optimizer_of_another_network_is_refused(shapes, words):
+    _, saved = trained((2, 3), (4,), opt="adamw")
+    with pytest.raises(UserError, match=words):
+        load_optimizer(*trained(*shapes, opt="adamw"), saved.state_dict(), "c.pth")
 
 
 @pytest.mark.parametrize(
@@ -297,18 +284,10 @@ def test_optimizer_of_another_network_is_refused():
 )
 def test_the_state_of_another_optimizer_is_refused(theirs, ours):
     """Also where the checkpoint does not say which one it was."""
-
-    def build(opt):
-        return optimizer_for(torch.nn.Linear(3, 4), opt=opt, lr=0.1)
-
-    saved = build(theirs)
-    for group in saved.param_groups:
-        for param in group["params"]:
-            param.grad = torch.ones_like(param)
-    saved.step()
+    _, saved = trained((4, 3), opt=theirs)
     with pytest.raises(UserError, match=r"of another optimizer .* --resume-weights-only"):
-        load_optimizer(build(ours), saved.state_dict(), "c.pth")
-    load_optimizer(build(theirs), saved.state_dict(), "c.pth")
+        load_optimizer(*trained((4, 3), opt=ours), saved.state_dict(), "c.pth")
+    load_optimizer(*trained((4, 3), opt=theirs), saved.state_dict(), "c.pth")
 
 
 def test_another_optimizer_is_refused(data, whole, tmp_path, capsys):

@@ -6,7 +6,7 @@ published figure (within 0.1). Gains are in throughput over the ordinary twin on
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +109,11 @@ def adapt_state(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
     for key, value in state.items():
         name = own_name(model, key)
         shape = shapes.get(name, value.shape)
-        same = [n for n in shape if n != 1] == [n for n in value.shape if n != 1]
+        same = same_but_for_ones(value.shape, shape)
         adapted[name] = value.reshape(shape) if same else value
     return adapted
+
+
+def same_but_for_ones(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes differ by axes of length 1 at most."""
+    return [n for n in one if n != 1] == [n for n in other if n != 1]

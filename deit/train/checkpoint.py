@@ -30,55 +30,54 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deit.errors import UserError, one_line
+from deit.train.args import config_dict
 
-_SHOWN = 3
 _HUB_PREFIX = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
-# Where published files keep their weights, in order of preference.
-_MODEL_KEYS = ("model", "state_dict")
+# What timm's own training script calls what the published files have.
+_TIMMS_NAMES = {"model": "state_dict", "model_ema": "state_dict_ema", "scaler": "amp_scaler"}
 # What deit/export.py writes into the metadata of safetensors, as JSON.
 _EXPORTED_KEYS = ("args", "class_names")
-_EMA_KEYS = ("model_ema", "state_dict_ema")
 
-
-def _safe_globals() -> list[tuple[Any, str]]:
-    """The types beyond torch's own that published checkpoints hold, as (type, pickled name).
-
-    Paths are read as pure paths, which exist on every system. Python 3.13 pickles them under
-    `pathlib._local`, numpy 1 and 2 their scalars under different modules.
-    """
-    allowed: list[tuple[Any, str]] = [(argparse.Namespace, "argparse.Namespace")]
-    for module in ("pathlib", "pathlib._local"):
-        for pure in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
-            name = pure.__name__
-            allowed += [(pure, f"{module}.{n}") for n in (name, name.removeprefix("Pure"))]
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        allowed.append((multiarray.scalar, f"{module}.scalar"))
-        allowed.append((multiarray._reconstruct, f"{module}._reconstruct"))
-    allowed += [(np.dtype, "numpy.dtype"), (np.ndarray, "numpy.ndarray")]
-    # The unpickler also asks for the class of each dtype that it restores.
-    kinds = [np.dtype(kind) for kind in "?bBhHiIlLqQefd"]
-    allowed += [(type(kind), f"numpy.dtypes.{type(kind).__name__}") for kind in kinds]
-    return allowed
-
-
-_SAFE_GLOBALS = _safe_globals()
+# The types beyond torch's own that published checkpoints hold, some under other names than here:
+# paths are read as pure paths, which exist on every system, and Python 3.13 pickles them under
+# `pathlib._local`; numpy 1 and 2 have different modules. The unpickler also asks for the class of
+# each dtype that it restores.
+_multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    *(type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"),
+    *(
+        (getattr(_multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    *(
+        (pure, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for pure in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
+        for name in (pure.__name__, pure.__name__.removeprefix("Pure"))
+    ),
+]
 
 
 class Checkpoint(dict[str, Any]):
-    """What a checkpoint holds, under its keys; messages call it by its `source`."""
+    """What a checkpoint holds, under the published names; messages call it by its `source`."""
 
     def __init__(self, content: Mapping[str, Any], source: str | Path) -> None:
         super().__init__(content)
         self.source = str(source)
-        self._states: dict[bool, dict[str, Tensor]] = {}
+        for name, timms in _TIMMS_NAMES.items():
+            if isinstance(self.get(timms), Mapping) and not isinstance(self.get(name), Mapping):
+                self[name] = self[timms]
 
     @property
-    def model_name(self) -> str | None:
-        """The `--model` of the run that wrote it, if it says so."""
-        name = getattr(self.get("args"), "model", None)
-        return name if isinstance(name, str) else None
+    def options(self) -> dict[str, Any]:
+        """Those of the run that wrote it, as plain values; empty if it does not say them."""
+        args = self.get("args")
+        return config_dict(args) if isinstance(args, argparse.Namespace | Mapping) else {}
 
     @property
     def class_names(self) -> list[str]:
@@ -88,63 +87,29 @@ class Checkpoint(dict[str, Any]):
     @property
     def has_average(self) -> bool:
         """Whether the average of the weights is in it."""
-        return any(isinstance(self.get(key), Mapping) for key in _EMA_KEYS)
-
-    @property
-    def raw_state(self) -> Mapping[str, Tensor]:
-        """The trained weights with all prefixes of their names; empty if there are none."""
-        states = (self.get(key) for key in _MODEL_KEYS)
-        return next((state for state in states if isinstance(state, Mapping)), {})
+        return isinstance(self.get("model_ema"), Mapping)
 
     def state(self, ema: bool = False) -> dict[str, Tensor]:
         """The state dict of the trained weights, or with `ema` of their average, no prefixes.
 
         Raises:
-            UserError: these weights are not in it (the others are never taken in their place), or
-                are infinite or NaN.
+            UserError: these weights are not in it (the others are never taken in their place).
         """
-        if ema not in self._states:
-            state = self._states[ema] = self._find(_EMA_KEYS if ema else _MODEL_KEYS)
-            bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-            if bad:
-                raise UserError(
-                    f"{self.source!r} has weights that are infinite or NaN, in "
-                    f"{counted(bad, 'tensor')}: that training had diverged; take an earlier "
-                    "checkpoint"
-                )
-        return self._states[ema]
-
-    def narrow(self, key: str, prefix: str) -> None:
-        """Have as trained weights those under `key` (`a|b`: the first that is there) whose names
-        begin with `prefix`, without it.
-
-        Raises:
-            UserError: there are none.
-        """
-        state = self._find((*(key.split("|") if key else ()), *_MODEL_KEYS))
-        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-        if not state:
-            raise UserError(f"{self.source!r} has no weights whose names begin with {prefix!r}")
-        self["model"] = state
-
-    def _find(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        found = next((key for key in keys if isinstance(self.get(key), Mapping)), None)
-        if found is None:
-            ema = keys is _EMA_KEYS
-            present = ", ".join(repr(key) for key in self)
-            other = next((key for key in (_MODEL_KEYS if ema else _EMA_KEYS) if key in self), None)
-            word = "without" if ema else "with"
-            hint = f"; its '{other}' is taken {word} --model-ema-eval, or ema={not ema}"
-            raise UserError(
-                f"{self.source!r} has no '{keys[0]}' (it has {present}){hint if other else ''}"
-            )
-        for name, value in self[found].items():
+        key, other = ("model_ema", "model") if ema else ("model", "model_ema")
+        if not isinstance(self.get(key), Mapping):
+            hint = ""
+            if other in self:
+                word = "without" if ema else "with"
+                hint = f"; its '{other}' is taken {word} --model-ema-eval, or ema={not ema}"
+            present = ", ".join(repr(name) for name in self)
+            raise UserError(f"{self.source!r} has no '{key}' (it has {present}){hint}")
+        for name, value in self[key].items():
             if not isinstance(value, Tensor):
                 raise UserError(
-                    f"{self.source!r}: '{found}' holds other things than tensors: {name!r} is a "
+                    f"{self.source!r}: '{key}' holds other things than tensors: {name!r} is a "
                     f"{type(value).__name__}"
                 )
-        return strip_prefixes(self[found])
+        return {plain_name(name): value for name, value in self[key].items()}
 
     def which(self, ema: bool = False) -> str:
         """In words, which of its weights are taken."""
@@ -182,21 +147,23 @@ def read_checkpoint(source: str | Path, *, key: str = "", prefix: str = "") -> C
     content = _read_file(path, text)
     if not isinstance(content, Mapping):
         raise UserError(f"{text!r} holds a {type(content).__name__}, not a checkpoint")
-    known = (*key.split("|"), *_MODEL_KEYS, *_EMA_KEYS)
-    if any(isinstance(content.get(name), Mapping) for name in known):
-        checkpoint = Checkpoint(content, text)
-    elif content and all(isinstance(value, Tensor) for value in content.values()):
-        checkpoint = Checkpoint({"model": dict(content)}, text)
-    else:
-        shown = ", ".join(repr(name) for name in list(content)[:_SHOWN]) or "nothing"
-        raise UserError(
-            f"{text!r} is no checkpoint: it has neither a 'model' nor a bare state dict, it has "
-            f"{shown}"
-        )
-    if isinstance(checkpoint.get("args"), Mapping):
-        checkpoint["args"] = argparse.Namespace(**checkpoint["args"])
+    checkpoint = Checkpoint(content, text)
+    named = [name for name in key.split("|") if isinstance(content.get(name), Mapping)]
+    if named:
+        checkpoint["model"] = content[named[0]]
+    elif not any(isinstance(checkpoint.get(name), Mapping) for name in ("model", "model_ema")):
+        if not content or not all(isinstance(value, Tensor) for value in content.values()):
+            raise UserError(
+                f"{text!r} is no checkpoint: it has neither a 'model' nor a bare state dict, it "
+                f"has {some([repr(name) for name in content]) or 'nothing'}"
+            )
+        checkpoint = Checkpoint({"model": content}, text)
     if key or prefix:
-        checkpoint.narrow(key, prefix)
+        state = checkpoint.state()
+        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if not state:
+            raise UserError(f"{text!r} has no weights whose names begin with {prefix!r}")
+        checkpoint["model"] = state
     return checkpoint
 
 
@@ -235,21 +202,26 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _why_unreadable(path: Path, source: str, error: Exception) -> str:
     """One line for a file that did not load: refused, cut short, or no checkpoint at all."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    zipped = start == b"PK"
+    if path.suffix == ".safetensors" or (zipped and not zipfile.is_zipfile(path)):
+        return f"checkpoint {source!r} is truncated or damaged ({path.stat().st_size} bytes)"
     message = one_line(error)
     if isinstance(error, pickle.UnpicklingError):
-        name = re.search(r"(?:unsupported GLOBAL|GLOBAL) ([\w.]+)", message)
+        name = re.search(r"GLOBAL ([\w.]+)", message)
+        wants = ""
         if name and not name.group(1).startswith("torch.distributed"):
-            return (
-                f"refused to load {source!r}: it wants to use {name.group(1)!r}, which is not "
-                "among the types that a checkpoint needs; nothing of it was run"
+            wants = (
+                f"to use {name.group(1)!r}, which is not among the types that a checkpoint needs"
             )
-        if "unrecognized function" in message:
-            return f"refused to load {source!r}: it wants to call a function; nothing of it was run"
+        elif "unrecognized function" in message:
+            wants = "to call a function"
+        elif "Unsupported operand" in message and (zipped or start[:1] == pickle.PROTO):
+            wants = "more of the unpickler than plain weights need"
+        if wants:
+            return f"refused to load {source!r}: it wants {wants}; nothing of it was run"
         message = "not a pickle of plain weights"  # torch's own text is advice to its users
-    with path.open("rb") as file:
-        starts_as_zip = file.read(2) == b"PK"
-    if path.suffix == ".safetensors" or (starts_as_zip and not zipfile.is_zipfile(path)):
-        return f"checkpoint {source!r} is truncated or damaged ({path.stat().st_size} bytes)"
     return f"{source!r} is damaged or no checkpoint ({type(error).__name__}: {message[:120]})"
 
 
@@ -294,20 +266,17 @@ def _from_hugging_face(source: str) -> Path:
     raise UserError(f"{source!r} has no file named {' or '.join(candidates)}")
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo what `torch.compile` (`_orig_mod.`) and DDP (`module.`) put before and into the keys."""
-    stripped = {}
-    for key, value in state.items():
-        name = key.replace("._orig_mod.", ".")
-        while name.startswith(("_orig_mod.", "module.")):
-            name = name.split(".", 1)[1]
-        stripped[name] = value
-    return stripped
+def plain_name(key: str) -> str:
+    """Undo what `torch.compile` (`_orig_mod.`) and DDP (`module.`) put before and into a key."""
+    key = key.replace("._orig_mod.", ".")
+    while key.startswith(("_orig_mod.", "module.")):
+        key = key.split(".", 1)[1]
+    return key
 
 
 def some(names: Sequence[str]) -> str:
     """The first of `names`."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def counted(names: Sequence[str], noun: str, suffix: str = "") -> str:

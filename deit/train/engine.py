@@ -108,9 +108,11 @@ class RunningLoss:
     def state(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name).cpu().clone() for f in fields(self)}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, value in state.items():
-            getattr(self, name).copy_(value)
+    def add_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take in the sums that a process had saved."""
+        self.total += state["total"].to(self.total)
+        self.count += state["count"].to(self.count)
+        self.first_bad.clamp_(min=state["first_bad"].to(self.first_bad))
 
     def reset(self) -> None:
         self.total.zero_()

@@ -16,7 +16,7 @@ from deit.train.compilation import compile_network
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, describe, evaluate
 from deit.train.folder import LAST
-from deit.train.loading import DATA, NETWORK, adopt, find_checkpoints, number_of_outputs
+from deit.train.loading import DATA, NETWORK, adopt, classifier_weight, find_checkpoints
 from deit.train.training import build_val_loader
 from deit.train.weights import load_weights
 
@@ -87,7 +87,8 @@ def _network(args: Namespace, checkpoint: Checkpoint) -> tuple[nn.Module, ImageD
             "evaluation are square: deit.load gives the network"
         )
     data = build_val_dataset(args)
-    trained = number_of_outputs(checkpoint.state(ema), args.model)
+    weight = classifier_weight(checkpoint.state(ema), args.model)
+    trained = None if weight is None else len(weight)
     if exact:
         outputs = trained or number_of_classes(args, data)
         if args.nb_classes not in (None, outputs):

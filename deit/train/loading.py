@@ -26,19 +26,8 @@ from deit.train.build import build_model, mean_and_std, warps
 from deit.train.checkpoint import Checkpoint, read_checkpoint
 from deit.train.distributed import DistContext
 from deit.train.folder import LAST
+from deit.train.moments import same_optimizer
 from deit.train.weights import load_weights
-
-__all__ = [
-    "DATA",
-    "NETWORK",
-    "PREPARATION",
-    "adopt",
-    "build_as_trained",
-    "find_checkpoints",
-    "load",
-    "network_info",
-    "number_of_outputs",
-]
 
 # The options of deit/main.py that weights depend on, those that say how to prepare an image, and
 # all that an evaluation depends on.
@@ -47,6 +36,13 @@ NETWORK = ("model", "input_size", "patch_size", "symmetrized_asym_feats", "attn_
 PREPARATION = ("eval_crop_ratio", "eval_warp_from", "imagenet_default_mean_and_std")
 DATA = ("data_path", "eval_data_path", "data_set", "zip_dataloader", "inat_category",
         *PREPARATION)  # fmt: skip
+# What may differ from the run that is gone on with, without changing what is trained.
+_PLACE = frozenset(
+    {"resume", "resume_weights_only", "output_dir", "overwrite", "start_epoch", "eval", "dist_eval"}
+    | {"device", "threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_interval"}
+    | {"log_dir", "save_freq", "save_ckpt", "save_ckpt_num", "auto_resume", "wandb", "wandb_ckpt"}
+    | {"project", "job_dir", "flop_eval", "kernels", "download", "dist_timeout"}
+)
 
 _TOKEN_ORDER = "patch_embed.flatten_and_permute.permutation"
 # where the families keep their patch kernels, (C/2, 3, patch, half a patch)
@@ -113,22 +109,21 @@ def build_as_trained(
 ) -> tuple[nn.Module, Namespace]:
     """`load` for a checkpoint that has been read; also returns the options that were used."""
     args = parse_args([])
-    name = model or checkpoint.model_name
-    if name is None:
+    args.model, args.model_kwargs = model, list((kwargs or {}).items())
+    args.given = {"model"} if model else set()
+    args.drop = args.drop_path = 0.0
+    adopt(args, checkpoint, (*NETWORK, *PREPARATION), ema=ema)
+    if args.model is None:
         raise UserError(
             f"{checkpoint.source!r} does not say which model it is: give its name (--model)"
         )
-    args.model, args.model_kwargs = name, list((kwargs or {}).items())
-    args.given = frozenset({"model", "model_kwargs"})
-    args.drop = args.drop_path = 0.0
-    adopt(args, checkpoint, (*NETWORK, *PREPARATION), ema=ema)
     trained_size = to_2tuple(args.input_size)
     args.input_size = args.input_size if img_size is None else img_size
-    weight = _classifier_weight(checkpoint.state(ema), name)
+    weight = classifier_weight(checkpoint.state(ema), args.model)
     outputs = 0 if weight is None else len(weight)
     wanted = outputs if num_classes is None else num_classes
     network, _ = build_model(args, wanted)
-    own = _classifier_weight(network.state_dict(), name)
+    own = classifier_weight(network.state_dict(), args.model)
     if weight is not None and own is not None and weight.shape[1] == 2 * own.shape[1]:
         args.symmetrized_asym_feats = True
         network, _ = build_model(args, wanted)
@@ -169,39 +164,52 @@ def adopt(
     Returns:
         What was taken, and where the command line and the checkpoint differ, for the user.
     """
-    source, trained = checkpoint.source, vars(checkpoint.get("args") or Namespace())
-    given = set(args.given)
-    model = trained.get("model", args.model)
+    source, trained, now = checkpoint.source, checkpoint.options, config_dict(args)
+    given, model = set(args.given), trained.get("model") or args.model
     if "model" in given and model != args.model:
         return [f"--model {args.model}, but {source} was saved from {model}"]
     said = {name: value for name, value in trained.items() if value is not None}
-    saved = _inferred(checkpoint.state(ema), model) | said
+    known = _inferred(checkpoint.state(ema), model) | said
     if given & {"data_path", "eval_data_path", "data_set"}:
         # what the file says of the data belongs to its own folder
         given |= {"data_path", "eval_data_path", "zip_dataloader"}
-        given |= {"data_set"} if saved.get("data_set") == "SAMPLE" else set()
+        given |= {"data_set"} if known.get("data_set") == "SAMPLE" else set()
     taken, differing = [], []
     for name in names:
-        ours = getattr(args, name, None)
+        ours = now[name]
         if name == "model_kwargs":
-            theirs, ours = dict(said.get(name, ())), dict(ours or ())
+            ours, theirs = dict(ours or ()), dict(said.get(name, ()))
             words = [f"{key}={value}" for key, value in theirs.items() if key not in ours]
             taken += [f"--model-kwargs {' '.join(words)}"] if words else []
             differing += [
-                f"--model-kwargs {key}={ours[key]} (there: {value})"
-                for key, value in theirs.items()
-                if key in ours and not _same(ours[key], value)
+                _difference(f"--model-kwargs {key}", value, theirs[key])
+                for key, value in ours.items()
+                if theirs.get(key, value) != value
             ]
-            args.model_kwargs = list((theirs | ours).items())
+            args.model_kwargs = list((theirs | dict(args.model_kwargs or ())).items())
         elif name in given:
-            if name in trained and name not in DATA and not _same(ours, trained[name]):
-                theirs = _spelled(name, trained[name])
-                differing.append(f"{_spelled(name, ours)} (there: {theirs})")
-        elif name in saved and hasattr(args, name) and not _same(ours, saved[name]):
-            setattr(args, name, saved[name])
-            taken += [_spelled(name, saved[name])] if name in said else []
+            if name not in DATA and trained.get(name, ours) != ours:
+                differing.append(_difference(_flag(name), ours, trained[name]))
+        elif known.get(name, ours) != ours:
+            setattr(args, name, known[name])
+            taken += [_spelled(name, known[name])] if name in said else []
     notes = [f"taken from {source}: {' '.join(taken)}"] if taken else []
-    return notes + ([f"other than in {source}: {', '.join(differing)}"] if differing else [])
+    return notes + ([f"other than in {source}: {'; '.join(differing)}"] if differing else [])
+
+
+def changed_options(checkpoint: Checkpoint, args: Namespace) -> list[str]:
+    """What of the run that is gone on with is another one now: a sentence for each option."""
+    before, now = checkpoint.options, config_dict(args)
+    return [
+        _difference(_flag(name), value, before[name])
+        for name, value in now.items()
+        if name in before
+        and name not in _PLACE
+        and _shown(value) != _shown(before[name])
+        # What nobody asked for, then and now, was settled from the network.
+        and (name in args.given or before[name] is not None)
+        and not (name == "opt" and same_optimizer(value, before[name]))
+    ]
 
 
 def find_checkpoints(
@@ -222,25 +230,29 @@ def find_checkpoints(
     return None, None
 
 
-def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two options are equal once both are plain values, as they are in files."""
-    return config_dict({"": ours}) == config_dict({"": theirs})
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _spelled(name: str, value: Any) -> str:
-    flag = name.replace("_", "-")
+    """An option as it stands on a command line."""
     if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}" if value is not None else f"no --{flag}"
+        return _flag(name if value else f"no_{name}")
+    return f"{_flag(name)} {value}"
 
 
-def number_of_outputs(state: Mapping[str, Tensor], name: str) -> int | None:
-    """The rows of the classifier in the weights of the model `name`; None without one."""
-    weight = _classifier_weight(state, name)
-    return None if weight is None else len(weight)
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "not given" if value in (None, "", []) else f"{value}"
 
 
-def _classifier_weight(state: Mapping[str, Tensor], name: str) -> Tensor | None:
+def _difference(flag: str, ours: Any, theirs: Any) -> str:
+    return f"{flag} is {_shown(ours)}, it was {_shown(theirs)}"
+
+
+def classifier_weight(state: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """That (K, C) in the weights of the model `name`, None without one."""
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     found = (config.classifier if config is not None else None) or "head"
     return state.get(f"{found if isinstance(found, str) else found[0]}.weight")

@@ -9,7 +9,6 @@ registered, split into parameters that decay and that do not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deit.errors import UserError
-from deit.models.published import own_name
-from deit.train.checkpoint import strip_prefixes
+from deit.models.published import own_name, same_but_for_ones
+from deit.train.checkpoint import plain_name
 from deit.train.distributed import like_sharded
 
 # What the command line and the device decide about a parameter group. Everything else in it (step
@@ -45,12 +44,24 @@ def optimizer_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
+def same_optimizer(one: str, other: str) -> bool:
+    """Whether two values of --opt are one optimizer, perhaps in two implementations."""
+    return one == other or {one, other} == {"lamb", "fusedlamb"}
+
+
+def groups_by_name(
+    names: Sequence[str], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The group of each parameter of an optimizer; `names` in the order of its positions."""
+    return dict(zip(names, (g for g in groups for _ in g["params"]), strict=True))
+
+
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """The optimizer's state dict, with the state of the generator that AdaHessian draws from."""
     state = optimizer.state_dict()
-    inner = _inner(optimizer)
-    if isinstance(getattr(inner, "generator", None), torch.Generator):
-        state["generator"] = inner.generator.get_state()
+    generator = getattr(_inner(optimizer), "generator", None)
+    if isinstance(generator, torch.Generator):
+        state["generator"] = generator.get_state()
     return state
 
 
@@ -64,11 +75,11 @@ def published_names(
 ) -> list[str] | None:
     """Our names of the parameters in an optimizer state that the published code saved.
 
-    Published groups are those of timm 1.0.12 (first what does not decay) or of ConvNeXt's authors
-    (first the kind that comes first). A parameter decays if it has more than one axis, is no bias
-    and not on the network's list, which knows no `_orig_mod.`, the prefix that compilation gives.
-    Index tensors and fixed zeros, which the published networks hold as frozen parameters, were not
-    given to the optimizer.
+    Published groups are those of timm 1.0.12 or of ConvNeXt's authors: what decays, and what does
+    not, or all in one without any decay. A parameter decays if it has more than one axis, is no
+    bias and not on the network's list, which knows no `_orig_mod.`, the prefix that compilation
+    gives. Index tensors and fixed zeros, which the published networks hold as frozen parameters,
+    were not given to the optimizer.
 
     Args:
         state: the checkpoint's `model` as it is in the file: prefixes and order matter.
@@ -77,160 +88,123 @@ def published_names(
     Returns:
         None if no such grouping has the sizes and shapes of `saved`.
     """
-    own = dict(model.named_parameters())
-    stripped = strip_prefixes(state)
-    entries = [
-        (raw, own_name(model, name), value)
-        for (raw, value), name in zip(state.items(), stripped, strict=True)
-        if own_name(model, name) in own
-    ]
-    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    own, groups = dict(model.named_parameters()), saved["param_groups"]
+    entries = [(raw, own_name(model, plain_name(raw)), value) for raw, value in state.items()]
+    entries = [entry for entry in entries if entry[1] in own]
+    states = [saved["state"].get(index, {}) for group in groups for index in group["params"]]
     # Frozen here, they may have been trained there, and the other way round.
     for kept in (entries, [entry for entry in entries if own[entry[1]].requires_grad]):
         for exempt in _EXEMPT:
-            decays = [
-                value.ndim > 1 and not raw.endswith(".bias") and raw not in exempt
-                for raw, _, value in kept
-            ]
-            split = [[e for e, d in zip(kept, decays, strict=True) if d == kind] for kind in (0, 1)]
-            for groups in ([kept], *permutations([part for part in split if part])):
-                if [len(group) for group in groups] == sizes and _fits(groups, saved):
-                    return [name for group in groups for _, name, _ in group]
+            parts: dict[bool, list[tuple[str, Tensor]]] = {False: [], True: []}
+            for raw, name, value in kept:
+                decays = value.ndim > 1 and not raw.endswith(".bias") and raw not in exempt
+                parts[decays or len(groups) == 1].append((name, value))
+            ordered = [parts[bool(g["weight_decay"]) or len(groups) == 1] for g in groups]
+            found = [entry for part in ordered for entry in part]
+            if [len(part) for part in ordered] == [len(g["params"]) for g in groups] and all(
+                _has_shape(moments, value.shape)
+                for moments, (_, value) in zip(states, found, strict=True)
+            ):
+                return [name for name, _ in found]
     return None
 
 
-def _fits(groups: Sequence[Sequence[tuple[str, str, Tensor]]], saved: Mapping[str, Any]) -> bool:
-    """Whether all moments have the shapes of the parameters at their positions, as far as it
-    matters: axes of length 1 do not."""
-    positions = [index for group in saved["param_groups"] for index in group["params"]]
-    shapes = [value.shape for group in groups for _, _, value in group]
+def _has_shape(moments: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    """Whether the state of a parameter fits its shape. Some optimizers keep single numbers."""
     return all(
-        _without_ones(saved["state"][index][key].shape) == _without_ones(shape)
-        for index, shape in zip(positions, shapes, strict=True)
-        for key in _SHAPED_LIKE_WEIGHTS
-        if key in saved["state"].get(index, ()) and saved["state"][index][key].ndim > 0
+        same_but_for_ones(value.shape, shape)
+        for key, value in moments.items()
+        if key in _SHAPED_LIKE_WEIGHTS and isinstance(value, Tensor) and value.ndim > 0
     )
 
 
-def _without_ones(shape: Sequence[int]) -> list[int]:
-    return [size for size in shape if size != 1]
-
-
 def load_optimizer(
+    model: nn.Module,
     optimizer: Optimizer,
     saved: Mapping[str, Any],
     source: str,
-    order: Sequence[int | None] | None = None,
-) -> list[int]:
-    """Load a whole optimizer state dict into `optimizer`, sharded as its parameters are.
+    names: Sequence[str] | None = None,
+) -> list[str]:
+    """Load a whole optimizer state dict into that of `model`, sharded as its parameters are.
 
     Args:
-        order: for each position in `saved` the position in `optimizer`, None for a parameter that
-            this one does not have. None if they are the same.
+        names: of the parameters in `saved`, in its order, None if it is that of `optimizer`.
 
     Returns:
-        The positions in `optimizer` for which `saved` has no parameter.
+        The parameters that `saved` does not have.
 
     Raises:
         UserError: it belongs to another optimizer or to other parameters.
     """
-    own_groups = optimizer.state_dict()["param_groups"]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    saved_groups = saved["param_groups"]
-    sizes = [len(group["params"]) for group in saved_groups]
-    if order is None:
-        if sizes != [len(group["params"]) for group in own_groups]:
-            raise UserError(
-                f"the optimizer in {source!r} has other parameter groups than this run: use the "
-                f"same model, --opt, --layer-decay and --weight-decay, {REMEDY}"
-            )
-        order = range(len(params))
-    if len(order) != sum(sizes):
+    own, own_groups = optimizer_names(model, optimizer), optimizer.state_dict()["param_groups"]
+    groups = saved["param_groups"]
+    positions = [index for group in groups for index in group["params"]]
+    sizes = [[len(group["params"]) for group in each] for each in (groups, own_groups)]
+    if (sizes[0] != sizes[1]) if names is None else (len(positions) != len(names)):
         raise UserError(
-            f"the optimizer in {source!r} has {sum(sizes)} parameters, not {len(order)}: use the "
-            f"same model and --opt, {REMEDY}"
+            f"the optimizer in {source!r} has other parameter groups than this run: use the "
+            f"same model, --opt, --layer-decay and --weight-decay, {REMEDY}"
         )
-    if saved["state"] and not _same_kind(optimizer, own_groups[0], saved):
+    if saved["state"] and not _same_kind(optimizer, saved):
         raise UserError(
             f"the optimizer state in {source!r} is of another optimizer than this run's: use the "
             f"same --opt, {REMEDY}"
         )
-    state: dict[int, dict[str, Any]] = {}
-    came_from: dict[int, int] = {}
-    positions = [(i, n) for n, group in enumerate(saved_groups) for i in group["params"]]
-    for (index, group), position in zip(positions, order, strict=True):
-        if position is None:
-            continue
-        came_from[position] = group
-        if index in saved["state"]:
-            state[position] = {
-                key: _place(key, value, params[position], source)
-                for key, value in saved["state"][index].items()
-            }
-    groups = []
-    for own in own_groups:
-        sources = sorted({came_from[i] for i in own["params"] if i in came_from})
-        theirs = [saved_groups[n] for n in sources] or saved_groups
-        groups.append(own | _group_state(theirs, optimizer, source))
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    inner = _inner(optimizer)
-    if "generator" in saved and hasattr(inner, "generator"):
-        inner.generator = torch.Generator(params[0].device)
-        inner.generator.set_state(saved["generator"].cpu())
-    return [i for i in range(len(params)) if i not in came_from]
-
-
-def _same_kind(optimizer: Optimizer, own: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
-    """Whether what was saved has the decays of moments and the step counts that are needed."""
-    group, inner = saved["param_groups"][0], _inner(optimizer)
-    needed = [key for key in ("betas", "momentum", "step") if key in own]
-    if type(inner).__name__ in ("Lamb", "FusedLAMB"):  # they make the count at their first step
-        needed.append("step")
-    if not all(key in group for key in needed):
-        return False
-    counted = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
-    return not counted or all("step" in state for state in saved["state"].values())
-
-
-def _group_state(
-    groups: Sequence[Mapping[str, Any]], optimizer: Optimizer, source: str
-) -> dict[str, Any]:
-    """What the optimizer itself keeps in a group, from the saved groups that make it up."""
-    state = {k: v for k, v in groups[0].items() if k not in _FROM_THIS_RUN}
-    for group in groups[1:]:
-        for key, value in state.items():
-            if not _equal(value, group.get(key)):
+    names = own if names is None else names
+    group_of = groups_by_name(names, groups)
+    index_of = dict(zip(names, positions, strict=True))
+    state = {}
+    for position, name in enumerate(own):
+        moments = saved["state"].get(index_of.get(name))
+        if moments is not None:
+            param = model.get_parameter(name)
+            if not _has_shape(moments, param.shape):
                 raise UserError(
-                    f"the optimizer in {source!r} has groups of different {key!r}, which are one "
-                    f"in this run: use the same --weight-decay and --layer-decay, {REMEDY}"
+                    f"the optimizer state in {source!r} is of tensors of other shapes than this "
+                    f"run's: use the same model and --opt, {REMEDY}"
                 )
-    if type(optimizer).__module__.startswith("apex.") and isinstance(state.get("step"), Tensor):
-        state["step"] = int(state["step"])  # an argument of its kernel
+            state[position] = {key: _placed(key, v, param) for key, v in moments.items()}
+    for group in own_groups:
+        theirs = [group_of[own[i]] for i in group["params"] if own[i] in group_of]
+        group.update(_kept(theirs or groups, source))
+        # timm's count, of which apex's kernel takes the number
+        if type(optimizer).__module__.startswith("apex.") and "step" in group:
+            group["step"] = int(group["step"])
+    optimizer.load_state_dict({"state": state, "param_groups": own_groups})
+    if "generator" in saved and hasattr(inner := _inner(optimizer), "generator"):
+        inner.generator = torch.Generator(next(model.parameters()).device)
+        inner.generator.set_state(saved["generator"].cpu())
+    return [name for name in own if name not in index_of]
+
+
+def _same_kind(optimizer: Optimizer, saved: Mapping[str, Any]) -> bool:
+    """Whether what was saved has the decays of moments and the step counts that are needed."""
+    own, inner = optimizer.param_groups[0], _inner(optimizer)
+    needed = {"betas", "momentum", "step"} & own.keys()
+    if type(inner).__name__ in ("Lamb", "FusedLAMB"):  # they make the count at their first step
+        needed.add("step")
+    counted = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+    return needed <= saved["param_groups"][0].keys() and (
+        not counted or all("step" in state for state in saved["state"].values())
+    )
+
+
+def _kept(groups: Sequence[Mapping[str, Any]], source: str) -> dict[str, Any]:
+    """What an optimizer itself keeps in a group, from the saved ones that make it up."""
+    state = {key: value for key, value in groups[0].items() if key not in _FROM_THIS_RUN}
+    for key, value in state.items():
+        if any(group.get(key) != value for group in groups):
+            raise UserError(
+                f"the optimizer in {source!r} has groups of different {key!r}, which are one "
+                f"in this run: use the same --weight-decay and --layer-decay, {REMEDY}"
+            )
     return state
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return bool(one == other)
-
-
-def _place(key: str, value: Any, param: Tensor, source: str) -> Any:
+def _placed(key: str, value: Any, param: Tensor) -> Any:
     """A value of the saved state, in the shape and sharding of its parameter if it is a moment."""
     if not isinstance(value, Tensor):
         return value
-    # Some optimizers keep one number for a whole tensor.
-    if key in _SHAPED_LIKE_WEIGHTS and value.ndim > 0 and value.shape != param.shape:
-        if _without_ones(value.shape) != _without_ones(param.shape):
-            raise UserError(
-                f"the optimizer state in {source!r} is of tensors of other shapes than this "
-                f"run's: use the same model and --opt, {REMEDY}"
-            )
+    if key in _SHAPED_LIKE_WEIGHTS and value.ndim > 0:
         value = value.reshape(param.shape)
     return like_sharded(value, param) if value.shape == param.shape else value.clone()
-
-
-def positions_of(names: Sequence[str], wanted: Sequence[str]) -> list[int | None]:
-    """Where each of `names` stands in `wanted`, None if it does not."""
-    where = {name: position for position, name in enumerate(wanted)}
-    return [where.get(name) for name in names]

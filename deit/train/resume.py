@@ -34,13 +34,15 @@ from deit.train.args import config_dict
 from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, RunningLoss
+from deit.train.loading import changed_options
 from deit.train.moments import (
     REMEDY,
+    groups_by_name,
     load_optimizer,
     optimizer_names,
     optimizer_state,
-    positions_of,
     published_names,
+    same_optimizer,
 )
 from deit.train.schedule import TrainingSchedule
 
@@ -81,42 +83,6 @@ class Progress:
         """The epoch under way is over, with `record` as its line in log.txt."""
         self.history.append(dict(record))
         self.epoch, self.step, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
-
-
-# What may differ without changing what is trained.
-_PLACE = frozenset(
-    {"resume", "resume_weights_only", "output_dir", "overwrite", "start_epoch", "eval", "dist_eval"}
-    | {"device", "threads", "num_workers", "pin_mem", "world_size", "dist_url", "log_interval"}
-    | {"log_dir", "save_freq", "save_ckpt", "save_ckpt_num", "auto_resume", "wandb", "wandb_ckpt"}
-    | {"project", "job_dir", "flop_eval", "kernels", "download", "dist_timeout"}
-)
-
-
-# One optimizer in two implementations.
-_LAMB = {"lamb", "fusedlamb"}
-
-
-def changed_options(saved: Any, args: argparse.Namespace) -> list[str]:
-    """One sentence for each option that is not what it was in the run that is gone on with."""
-    if not isinstance(saved, argparse.Namespace | Mapping):
-        return []
-    before, now = config_dict(saved), config_dict(args)
-    return [
-        f"--{name.replace('_', '-')} is {_shown(value)}, it was {_shown(before[name])}"
-        for name, value in now.items()
-        if name in before
-        and name not in _PLACE
-        and _shown(value) != _shown(before[name])
-        # What nobody asked for, then and now, was settled from the network.
-        and (name in args.given or before[name] is not None)
-        and not (name == "opt" and {value, before[name]} == _LAMB)
-    ]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "not given" if value in (None, "", []) else f"{value}"
 
 
 def _epoch(checkpoint: Checkpoint, start_epoch: int) -> int:
@@ -187,11 +153,6 @@ def whole(value: Any, keep: bool) -> Any:
     return value
 
 
-def _decays(groups: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """For each of an optimizer's parameters, in their order, whether it decays."""
-    return [bool(group["weight_decay"]) for group in groups for _ in group["params"]]
-
-
 @dataclass
 class TrainingState:
     """Everything that changes while training, gathered for saving and restoring."""
@@ -243,7 +204,7 @@ class TrainingState:
         Returns:
             What could not be restored exactly, in sentences for the user; none if all was.
         """
-        notes = changed_options(checkpoint.get("args"), self.args)
+        notes = changed_options(checkpoint, self.args)
         if self.args.resume_weights_only:
             notes.append("--resume-weights-only: the optimizer's moments start at zero")
         elif isinstance(checkpoint.get("optimizer"), Mapping):
@@ -274,49 +235,52 @@ class TrainingState:
         """Load moments and the scaler; remarks on what the run there did otherwise."""
         source, saved = checkpoint.source, checkpoint["optimizer"]
         theirs, ours = (
-            str(getattr(args, "opt", "")).lower() for args in (checkpoint.get("args"), self.args)
+            str(o.get("opt", "")).lower() for o in (checkpoint.options, vars(self.args))
         )
-        if theirs and theirs != ours and {theirs, ours} != _LAMB:
+        if theirs and not same_optimizer(theirs, ours):
             raise UserError(
                 f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
                 f"same, {REMEDY}"
             )
-        own, names = optimizer_names(self.model, self.optimizer), checkpoint.get("parameters")
-        published = "processes" not in checkpoint  # our own code has always written it
-        if published:
-            names = published_names(self.model, checkpoint.raw_state, saved)
+        names, published = checkpoint.get("parameters"), "processes" not in checkpoint
+        if published:  # our own code has always written `processes`
+            names = published_names(self.model, checkpoint["model"], saved)
             if names is None:
                 raise UserError(
                     f"the optimizer state in {source!r} cannot be told apart: no grouping of the "
                     f"published code fits this network; use the same model, {REMEDY}"
                 )
-        order = None if names is None else positions_of(names, own)
-        new = load_optimizer(self.optimizer, saved, source, order)
-        scaler = checkpoint.get("scaler") or checkpoint.get("amp_scaler")  # timm's name
-        if scaler and self.precision.scaler.is_enabled():
-            self.precision.scaler.load_state_dict(scaler)
-        notes = self._published_differences(checkpoint, names, own) if published else []
+        new = load_optimizer(self.model, self.optimizer, saved, source, names)
+        if checkpoint.get("scaler") and self.precision.scaler.is_enabled():
+            self.precision.scaler.load_state_dict(checkpoint["scaler"])
+        notes = []
         if new:
             others = f" and {len(new) - 1} other parameters" if len(new) > 1 else ""
-            notes.insert(0, f"it has no moments of {own[new[0]]}{others}, which start at zero")
+            notes.append(f"it has no moments of {new[0]}{others}, which start at zero")
+        if published:
+            notes += self._published_differences(checkpoint, names)
         return notes
 
-    def _published_differences(
-        self, checkpoint: Checkpoint, names: list[str], own: list[str]
-    ) -> list[str]:
+    def _published_differences(self, checkpoint: Checkpoint, names: list[str]) -> list[str]:
         """What the published run did otherwise than this one, unless the options ask for it."""
-        theirs = dict(zip(names, _decays(checkpoint["optimizer"]["param_groups"]), strict=True))
-        ours = dict(zip(own, _decays(self.optimizer.param_groups), strict=True))
-        other = [name for name in own if theirs.get(name) and not ours[name]]
+        own = optimizer_names(self.model, self.optimizer)
+        theirs = groups_by_name(names, checkpoint["optimizer"]["param_groups"])
+        ours = groups_by_name(own, self.optimizer.param_groups)
+        decay = [name for name in own if ours[name]["weight_decay"]]
+        other = [
+            name
+            for name in own
+            if name in theirs and theirs[name]["weight_decay"] and name not in decay
+        ]
         notes = []
-        if other and any(ours.values()):
+        if other and decay:
             notes.append(
                 f"it was trained with weight decay on {', '.join(other[:3])}: "
                 "--decay-as-compiled goes on so"
             )
         course = "deit" if "lr_scheduler" in checkpoint else "convnext"
-        # timm's own script has another name for `model`
-        if "model" in checkpoint and self.args.sched_as_published != course:
+        by_timm = "state_dict" in checkpoint  # whose own script has other courses
+        if not by_timm and self.args.sched_as_published != course:
             notes.append(
                 "its learning rates were those of the published code: --sched-as-published "
                 f"{course} goes on with them"
@@ -326,25 +290,25 @@ class TrainingState:
     def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:
         if saved is None:
             return ["it has no states of random generators, so they start from --seed"]
-        world_size, rank = self.processes.world_size, self.processes.rank
-        if len(saved) == world_size:
-            self.running.load(saved[rank]["running"])
-            set_random_state(saved[rank]["random"], self.processes.device)
-            threads = saved[rank]["threads"]
-            if self.processes.device.type == "cpu" and threads != torch.get_num_threads():
-                return [
-                    f"it was saved with {threads} CPU threads, this run has "
-                    f"{torch.get_num_threads()}: sums are rounded differently; --threads {threads}"
-                ]
-            return []
+        world_size, rank, device = (
+            self.processes.world_size,
+            self.processes.rank,
+            self.processes.device,
+        )
         # Of the running sums only the total matters; random streams cannot be split or joined.
-        for n, state in enumerate(saved):
-            if n % world_size == rank:
-                self.running.total += state["running"]["total"].to(self.running.total)
-                self.running.count += state["running"]["count"].to(self.running.count)
+        for state in saved[rank::world_size]:
+            self.running.add_state(state["running"])
         if rank < len(saved):
-            set_random_state(saved[rank]["random"], self.processes.device)
-        return [
-            f"it was saved by {len(saved)} processes, this run has {world_size}: the same images "
-            "in the same order, but dropout, stochastic depth and mixup draw differently"
-        ]
+            set_random_state(saved[rank]["random"], device)
+        if len(saved) != world_size:
+            return [
+                f"it was saved by {len(saved)} processes, this run has {world_size}: the same "
+                "images in the same order, but dropout, stochastic depth and mixup draw differently"
+            ]
+        threads, now = saved[rank]["threads"], torch.get_num_threads()
+        if device.type == "cpu" and threads != now:
+            return [
+                f"it was saved with {threads} CPU threads, this run has {now}: sums are rounded "
+                f"differently; --threads {threads}"
+            ]
+        return []

@@ -14,7 +14,7 @@ from deit.data.classes import names_of_outputs, outputs_of
 from deit.errors import UserError, one_line, suggest
 from deit.train.build import mean_and_std
 from deit.train.checkpoint import read_checkpoint
-from deit.train.loading import build_as_trained, number_of_outputs
+from deit.train.loading import build_as_trained
 
 
 class Teacher(nn.Module):
@@ -83,7 +83,7 @@ def build_teacher(
     if path:
         checkpoint = read_checkpoint(path)
         model, _ = build_as_trained(checkpoint, model=name)
-        has = number_of_outputs(model.state_dict(), name) or num_classes
+        has = model.num_classes or num_classes
         outputs = _outputs(class_names, num_classes, has, checkpoint.class_names, path)
     else:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -14,8 +13,6 @@ from deit.models.published import adapt_state
 from deit.train.checkpoint import Checkpoint, counted, some
 
 __all__ = ["LoadReport", "classifier_names", "freeze_all_but_attention", "load_weights"]
-
-Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 
 @dataclass
@@ -30,24 +27,24 @@ class LoadReport:
         unexpected: tensors of the checkpoint that the network has no use for.
     """
 
-    loaded: int = 0
-    adapted: list[str] = field(default_factory=list)
-    reinitialised: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    loaded: int
+    adapted: list[str]
+    reinitialised: list[str]
+    missing: list[str]
+    unexpected: list[str]
 
     def __str__(self) -> str:
         """One line that names what was not simply loaded."""
-        text = f"{self.loaded} tensors loaded"
-        for names, verb in (
-            (self.adapted, "resampled"),
-            (self.reinitialised, "initialised anew"),
-            (self.missing, "not in the checkpoint and left at random"),
-            (self.unexpected, "of the checkpoint not used"),
-        ):
-            if names:
-                text += f", {len(names)} {verb} ({some(names)})"
-        return text
+        parts = {
+            "resampled": self.adapted,
+            "initialised anew": self.reinitialised,
+            "not in the checkpoint and left at random": self.missing,
+            "of the checkpoint not used": self.unexpected,
+        }
+        listed = [
+            f", {len(names)} {verb} ({some(names)})" for verb, names in parts.items() if names
+        ]
+        return f"{self.loaded} tensors loaded" + "".join(listed)
 
 
 def load_weights(
@@ -76,84 +73,64 @@ def load_weights(
             network is in the checkpoint. Nothing has been loaded then.
     """
     source, state = checkpoint.source, adapt_state(checkpoint.state(ema), model)
-    filter_fn = _filter_of(model) if adapt else None
+    bad = [n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{source!r} has weights that are infinite or NaN, in {counted(bad, 'tensor')}: that "
+            "training had diverged; take an earlier checkpoint"
+        )
+    # timm's convention: the module that defines a network has it
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__] if adapt else []
+    filters = [m.checkpoint_filter_fn for m in modules if hasattr(m, "checkpoint_filter_fn")]
     try:
-        found = filter_fn(dict(state), model) if filter_fn else state
+        found = filters[0](dict(state), model) if filters else state
     except (KeyError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"{source!r} cannot be fitted: {one_line(error)}") from error
     own = model.state_dict()
     fitted = {n: v for n, v in found.items() if n in own and v.shape == own[n].shape}
     head = classifier_names(model) if adapt else set()
-    report = LoadReport(unexpected=[name for name in found if name not in own])
     # A weight without its bias would be half a classifier.
-    if new_classes or any(name in state and name not in fitted for name in head):
-        report.reinitialised = sorted(head)
-        fitted = {name: value for name, value in fitted.items() if name not in head}
-    left = [name for name in own if name not in fitted and name not in report.reinitialised]
-    report.missing = [name for name in left if name not in found]
-    report.adapted = [n for n in fitted if n in state and fitted[n].shape != state[n].shape]
-    report.loaded = len(fitted)
-    wrong = {n: f"{_size(found[n])} and not {_size(own[n])}" for n in left if n in found}
-    name, hint = type(model).__name__, f"; {hint}" if hint else ""
-    problem = _misfit(report, wrong, len(own), name) if adapt else _inexact(report, wrong, name)
-    if problem:
-        if not adapt and checkpoint.model_name:
-            problem += f"; it was saved from model {checkpoint.model_name!r}"
-        raise UserError(f"checkpoint {source!r} {problem}{hint}")
+    if not new_classes and not any(name in state and name not in fitted for name in head):
+        head = set()
+    fitted = {name: value for name, value in fitted.items() if name not in head}
+    report = LoadReport(
+        loaded=len(fitted),
+        adapted=[n for n in fitted if n in state and fitted[n].shape != state[n].shape],
+        reinitialised=sorted(head),
+        missing=[name for name in own if name not in found and name not in head],
+        unexpected=[name for name in found if name not in own],
+    )
+    wrong = [
+        f"{name} {_size(value)} and not {_size(own[name])}"
+        for name, value in found.items()
+        if name in own and name not in fitted and name not in head
+    ]
+    problem = _misfit(report, wrong, adapt)
     try:
-        model.load_state_dict(fitted, strict=False)
+        if not problem:
+            model.load_state_dict(fitted, strict=False)
     except (RuntimeError, ValueError) as error:  # a network's own checks, such as token order
-        raise UserError(f"checkpoint {source!r} does not fit: {one_line(error)}{hint}") from error
+        problem = one_line(error)
+    if problem:
+        trained = None if adapt else checkpoint.options.get("model")
+        more = [f"it was saved from model {trained!r}"] if trained else []
+        network, text = type(model).__name__, "; ".join([problem, *more, *filter(None, [hint])])
+        raise UserError(f"checkpoint {source!r} does not fit this {network}: {text}")
     return report
 
 
-def _inexact(report: LoadReport, wrong: Mapping[str, str], network: str) -> str:
-    """What keeps weights from being those of exactly this network."""
-    counts = (
-        counted(report.missing, "missing key"),
-        counted(report.unexpected, "unexpected key"),
-        counted(list(wrong), "tensor", " of another shape"),
-    )
-    found = ", ".join(filter(None, counts))
-    return f"does not fit this {network}: {found}" if found else ""
-
-
-def _misfit(report: LoadReport, wrong: Mapping[str, str], tensors: int, network: str) -> str:
-    """What keeps weights from being adapted to this network, which has so many `tensors`."""
-    if wrong:
-        shapes = some([f"{name} {shapes}" for name, shapes in wrong.items()])
-        return (
-            f"does not fit this {network}: {len(wrong)} of its tensors have another shape: {shapes}"
-        )
-    if report.loaded < (tensors - len(report.reinitialised)) / 2:
-        others = f", and has {some(report.unexpected)}" if report.unexpected else ""
-        return (
-            f"is of another network than this {network}: it has {report.loaded} of its {tensors} "
-            f"tensors, lacks {some(report.missing)}{others}"
-        )
-    return ""
+def _misfit(report: LoadReport, wrong: Sequence[str], adapt: bool) -> str:
+    """What keeps weights from being those of exactly this network, or from being adapted to it."""
+    shapes = counted(wrong, "tensor", " of another shape")
+    if adapt and (wrong or report.loaded >= len(report.missing)):
+        return shapes
+    keys = (counted(report.missing, "missing key"), counted(report.unexpected, "unexpected key"))
+    counts = ", ".join(filter(None, (*keys, shapes)))
+    return f"it is of another network, {report.loaded} tensors fit, {counts}" if adapt else counts
 
 
 def _size(tensor: Tensor) -> str:
-    return "x".join(str(n) for n in tensor.shape) or "scalar"
-
-
-def _filter_of(model: nn.Module) -> Filter | None:
-    """timm's convention: the module that defines a network has a `checkpoint_filter_fn`.
-
-    A module may define several networks; the annotation of the filter then says for which it is.
-    """
-    for cls in type(model).__mro__:
-        function = getattr(sys.modules[cls.__module__], "checkpoint_filter_fn", None)
-        if function is None:
-            continue
-        try:
-            wanted = get_type_hints(function).get("model", nn.Module)
-        except (NameError, TypeError):  # annotations that do not resolve say nothing
-            wanted = nn.Module
-        if isinstance(wanted, type) and isinstance(model, wanted):
-            return function
-    return None
+    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def classifier_names(model: nn.Module) -> set[str]:

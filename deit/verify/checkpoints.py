@@ -10,7 +10,7 @@ from torch import nn
 
 from deit.train.build import model_arguments
 from deit.train.checkpoint import read_checkpoint
-from deit.train.loading import build_as_trained, number_of_outputs
+from deit.train.loading import build_as_trained
 from deit.verify.networks import NetworkCase, choose
 
 __all__ = ["network_of"]
@@ -37,7 +37,6 @@ def network_of(
     checkpoint = read_checkpoint(source)
     network, args = build_as_trained(checkpoint, model=name, img_size=img_size, kwargs=kwargs)
     choose([args.model])
-    state = network.state_dict()
-    options = model_arguments(args, number_of_outputs(state, args.model) or 0)
+    options = model_arguments(args, network.num_classes)
     del options["img_size"]
     return NetworkCase(args.model, "checkpoint", options, to_2tuple(args.input_size)), network

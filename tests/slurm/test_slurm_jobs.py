@@ -277,7 +277,7 @@ def test_array_runs_in_folders_of_their_own(submit):
     job = submit(*ALONE, "--epochs", "1", "--array", "seed=3-4")
     runs = [job.folder.parent / f"{job.id.split('_')[0]}_{task}" for task in (0, 1)]
     job.wait_until(lambda: all((run / "curves.png").exists() for run in runs), "array", 120)
-    seeds = [read_checkpoint(run / "checkpoint.pth")["args"].seed for run in runs]
+    seeds = [read_checkpoint(run / "checkpoint.pth")["args"]["seed"] for run in runs]
     assert seeds == [3, 4]
 
 
