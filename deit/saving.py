@@ -38,7 +38,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a path of the same name, in a temporary folder beside `path`, to write to.
 
     On success all files that are there move to the folder of `path`, that file last. On failure
-    they go.
+    they go. Parts of the file are those that have its name and more, such as `a.onnx.data`: before
+    they move the old file goes, so that a crash leaves none rather than one with other parts.
 
     Raises:
         SaveError: the folder cannot be written, or the disk or the quota is full.
@@ -49,9 +50,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(**names, dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             yield temporary
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file == temporary):
+            files = sorted(Path(folder).iterdir(), key=lambda file: file == temporary)
+            for file in files:
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
+            if any(file.name.startswith(f"{path.name}.") for file in files):
+                path.unlink(missing_ok=True)
+                _sync_folder(path.parent)
+            for file in files:
                 os.replace(file, path.parent / file.name)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:

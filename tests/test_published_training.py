@@ -234,7 +234,7 @@ def test_training_goes_on_with_the_published_updates(name, prefix, groups, excep
     ours = optimizer_for(model, opt=opt, lr=0.01, weight_decay=0.1, decay_as_compiled=compiled)
     if opt == "sgd":
         ours.param_groups[0]["nesterov"] = ours.param_groups[1]["nesterov"] = True
-    names = published_names(model, state, saved)
+    names = published_names(model, state, saved, "published.pth")
     assert load_optimizer(model, ours, saved, "published.pth", names) == []
     published = {own_name(model, key.removeprefix(prefix)): key for key in theirs}
     own = dict(model.named_parameters())

@@ -293,4 +293,4 @@ def test_the_state_of_another_optimizer_is_refused(theirs, ours):
 def test_another_optimizer_is_refused(data, whole, tmp_path, capsys):
     source = str(whole / "checkpoint.pth")
     assert train("--resume", source, "--opt", "lamb", data=data, out=tmp_path) == 2
-    assert "was trained with --opt adamw, this run has --opt lamb" in capsys.readouterr().err
+    assert "is of --opt adamw, this run has --opt lamb" in capsys.readouterr().err

@@ -28,7 +28,6 @@ _FROM_THIS_RUN = frozenset(
 )
 # Other entries (factors of moments, step counts) have shapes of their own.
 _SHAPED_LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-REMEDY = "or go on with the weights alone by --resume-weights-only"
 # What the published networks except from weight decay: their names as lists have them, or as
 # parts of equivariant embeddings.
 _EXEMPT = (
@@ -36,6 +35,14 @@ _EXEMPT = (
     frozenset({"pos_embed", "cls_token", "dist_token"}),
     frozenset({"pos_embed.0", "pos_embed.1", "cls_token.0"}),
 )
+
+
+def refusal(source: str, what: str, same: str) -> UserError:
+    """The error of a state that cannot be gone on with."""
+    return UserError(
+        f"the optimizer state in {source!r} {what}: use the same {same}, or go on with the weights "
+        "alone by --resume-weights-only"
+    )
 
 
 def optimizer_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
@@ -71,8 +78,8 @@ def _inner(optimizer: Optimizer) -> Optimizer:
 
 
 def published_names(
-    model: nn.Module, state: Mapping[str, Tensor], saved: Mapping[str, Any]
-) -> list[str] | None:
+    model: nn.Module, state: Mapping[str, Tensor], saved: Mapping[str, Any], source: str
+) -> list[str]:
     """Our names of the parameters in an optimizer state that the published code saved.
 
     Published groups are those of timm 1.0.12 or of ConvNeXt's authors: what decays, and what does
@@ -85,8 +92,8 @@ def published_names(
         state: the checkpoint's `model` as it is in the file: prefixes and order matter.
         saved: the checkpoint's `optimizer`.
 
-    Returns:
-        None if no such grouping has the sizes and shapes of `saved`.
+    Raises:
+        UserError: no such grouping has the sizes and shapes of `saved`.
     """
     own, groups = dict(model.named_parameters()), saved["param_groups"]
     entries = [(raw, own_name(model, plain_name(raw)), value) for raw, value in state.items()]
@@ -106,7 +113,8 @@ def published_names(
                 for moments, (_, value) in zip(states, found, strict=True)
             ):
                 return [name for name, _ in found]
-    return None
+    what = "cannot be told apart, as no grouping of the published code fits this network"
+    raise refusal(source, what, "model")
 
 
 def _has_shape(moments: Mapping[str, Any], shape: Sequence[int]) -> bool:
@@ -141,15 +149,10 @@ def load_optimizer(
     positions = [index for group in groups for index in group["params"]]
     sizes = [[len(group["params"]) for group in each] for each in (groups, own_groups)]
     if (sizes[0] != sizes[1]) if names is None else (len(positions) != len(names)):
-        raise UserError(
-            f"the optimizer in {source!r} has other parameter groups than this run: use the "
-            f"same model, --opt, --layer-decay and --weight-decay, {REMEDY}"
-        )
+        same = "model, --opt, --layer-decay and --weight-decay"
+        raise refusal(source, "has other parameter groups than this run", same)
     if saved["state"] and not _same_kind(optimizer, saved):
-        raise UserError(
-            f"the optimizer state in {source!r} is of another optimizer than this run's: use the "
-            f"same --opt, {REMEDY}"
-        )
+        raise refusal(source, "is of another optimizer than this run's", "--opt")
     names = own if names is None else names
     group_of = groups_by_name(names, groups)
     index_of = dict(zip(names, positions, strict=True))
@@ -159,10 +162,8 @@ def load_optimizer(
         if moments is not None:
             param = model.get_parameter(name)
             if not _has_shape(moments, param.shape):
-                raise UserError(
-                    f"the optimizer state in {source!r} is of tensors of other shapes than this "
-                    f"run's: use the same model and --opt, {REMEDY}"
-                )
+                what = "is of tensors of other shapes than this run's"
+                raise refusal(source, what, "model and --opt")
             state[position] = {key: _placed(key, v, param) for key, v in moments.items()}
     for group in own_groups:
         theirs = [group_of[own[i]] for i in group["params"] if own[i] in group_of]
@@ -194,10 +195,8 @@ def _kept(groups: Sequence[Mapping[str, Any]], source: str) -> dict[str, Any]:
     state = {key: value for key, value in groups[0].items() if key not in _FROM_THIS_RUN}
     for key, value in state.items():
         if any(group.get(key) != value for group in groups):
-            raise UserError(
-                f"the optimizer in {source!r} has groups of different {key!r}, which are one "
-                f"in this run: use the same --weight-decay and --layer-decay, {REMEDY}"
-            )
+            what = f"has groups of different {key!r}, which are one in this run"
+            raise refusal(source, what, "--weight-decay and --layer-decay")
     return state
 
 

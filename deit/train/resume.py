@@ -29,19 +29,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from deit.data.stream import seed_everything
 from deit.errors import UserError
 from deit.train.args import config_dict
-from deit.train.checkpoint import Checkpoint
+from deit.train.checkpoint import Checkpoint, some
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, RunningLoss
 from deit.train.loading import changed_options
 from deit.train.moments import (
-    REMEDY,
     groups_by_name,
     load_optimizer,
     optimizer_names,
     optimizer_state,
     published_names,
+    refusal,
     same_optimizer,
 )
 from deit.train.schedule import TrainingSchedule
@@ -128,9 +129,8 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed every global generator."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - timm's mixup draws from the global generator
+    """Seed every global generator, those of devices too."""
+    seed_everything(seed)
     torch.manual_seed(seed)
 
 
@@ -238,18 +238,10 @@ class TrainingState:
             str(o.get("opt", "")).lower() for o in (checkpoint.options, vars(self.args))
         )
         if theirs and not same_optimizer(theirs, ours):
-            raise UserError(
-                f"{source!r} was trained with --opt {theirs}, this run has --opt {ours}: use the "
-                f"same, {REMEDY}"
-            )
+            raise refusal(source, f"is of --opt {theirs}, this run has --opt {ours}", "one")
         names, published = checkpoint.get("parameters"), "processes" not in checkpoint
         if published:  # our own code has always written `processes`
-            names = published_names(self.model, checkpoint["model"], saved)
-            if names is None:
-                raise UserError(
-                    f"the optimizer state in {source!r} cannot be told apart: no grouping of the "
-                    f"published code fits this network; use the same model, {REMEDY}"
-                )
+            names = published_names(self.model, checkpoint["model"], saved, source)
         new = load_optimizer(self.model, self.optimizer, saved, source, names)
         if checkpoint.get("scaler") and self.precision.scaler.is_enabled():
             self.precision.scaler.load_state_dict(checkpoint["scaler"])
@@ -257,25 +249,19 @@ class TrainingState:
         if new:
             others = f" and {len(new) - 1} other parameters" if len(new) > 1 else ""
             notes.append(f"it has no moments of {new[0]}{others}, which start at zero")
-        if published:
-            notes += self._published_differences(checkpoint, names)
-        return notes
+        return notes + (self._published_differences(checkpoint, names) if published else [])
 
     def _published_differences(self, checkpoint: Checkpoint, names: list[str]) -> list[str]:
         """What the published run did otherwise than this one, unless the options ask for it."""
-        own = optimizer_names(self.model, self.optimizer)
         theirs = groups_by_name(names, checkpoint["optimizer"]["param_groups"])
+        own = optimizer_names(self.model, self.optimizer)
         ours = groups_by_name(own, self.optimizer.param_groups)
         decay = [name for name in own if ours[name]["weight_decay"]]
-        other = [
-            name
-            for name in own
-            if name in theirs and theirs[name]["weight_decay"] and name not in decay
-        ]
+        others = [n for n in own if n in theirs and theirs[n]["weight_decay"] and n not in decay]
         notes = []
-        if other and decay:
+        if others and decay:
             notes.append(
-                f"it was trained with weight decay on {', '.join(other[:3])}: "
+                f"it was trained with weight decay on {some(others)}: "
                 "--decay-as-compiled goes on so"
             )
         course = "deit" if "lr_scheduler" in checkpoint else "convnext"
@@ -290,11 +276,8 @@ class TrainingState:
     def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:
         if saved is None:
             return ["it has no states of random generators, so they start from --seed"]
-        world_size, rank, device = (
-            self.processes.world_size,
-            self.processes.rank,
-            self.processes.device,
-        )
+        world_size, rank = self.processes.world_size, self.processes.rank
+        device = self.processes.device
         # Of the running sums only the total matters; random streams cannot be split or joined.
         for state in saved[rank::world_size]:
             self.running.add_state(state["running"])
