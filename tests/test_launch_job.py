@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,18 +11,95 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
-from PIL import Image
+from training_runs import TINY, load, make_images
 
 from deit.errors import UserError
-from deit.launch import job, submit
+from deit.launch import job, preflight, submit
+from deit.launch.spec import make_spec
 from deit.train import slurm
-from deit.train.checkpoint import read_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
+
+
+class Submitted:
+    """What submitit returns for a job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.job_id = folder.name
+        self.paths = SimpleNamespace(folder=folder, stdout=folder / "log.out")
+        self.cancelled = False
+
+    def cancel(self, check: bool) -> None:
+        self.cancelled = True
+
+
+@pytest.fixture
+def submitted(tmp_path, monkeypatch) -> list[Submitted]:
+    """Two jobs that `submit` gets from Slurm; it does not look at what they will do."""
+    jobs = [Submitted(tmp_path / f"7_{task}") for task in range(2)]
+    for made in jobs:
+        made.paths.folder.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DEIT_CLUSTER", raising=False)
+    monkeypatch.setattr(submit.shutil, "which", lambda name: name)
+    monkeypatch.setattr(preflight, "check", lambda spec: None)
+    monkeypatch.setattr(submit, "_submit_all", lambda executor, wanted: jobs[: len(wanted)])
+    return jobs
+
+
+ARRAY = ["--array", "seed=3-4"]
+
+
+def test_submitted_jobs_are_recorded_and_released(submitted, slurm_says, capsys):
+    asked = slurm_says("PENDING")
+    submit.submit(make_spec(ARRAY))
+    assert asked == [("release", "7")]
+    record = json.loads((submitted[1].paths.folder / "submission.json").read_text())
+    assert (record["job_id"], record["local"], record["epochs"]) == ("7_1", False, 300)
+    assert record["command"].endswith("deit/main.py --seed 4")
+    shown = capsys.readouterr().out
+    assert "\njob 7_1 (seed 4)\n" in shown
+    assert "stop    scancel 7_1\n" in shown
+    # going on in a folder that was asked for by its name
+    (submitted[0].paths.folder / "checkpoint.pth").touch()
+    submit.submit(make_spec(["--job-dir", str(submitted[0].paths.folder)]))
+    slurm_says("PENDING", "no controller")
+    with pytest.raises(UserError, match=r"job 7 is .*held back \(no controller\): scontr"):
+        submit.submit(make_spec(["--job-dir", str(submitted[0].paths.folder)]))
+    assert not any(made.cancelled for made in submitted)
+
+
+def test_no_job_is_left_behind(submitted, slurm_says, monkeypatch, capsys):
+    asked = slurm_says("PENDING")
+    outcome = "job 7_0, 7_1 is cancelled"
+    (submitted[1].paths.folder / "checkpoint.pth").touch()
+    with pytest.raises(UserError, match=f"7_1 holds another run, whose job had .*; {outcome}$"):
+        submit.submit(make_spec(ARRAY))
+    assert all(made.cancelled for made in submitted)
+    monkeypatch.setattr(submit.json, "dumps", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        submit.submit(make_spec(ARRAY))
+    assert capsys.readouterr().err == f"{outcome}\n"
+    assert asked == []
+
+
+@pytest.fixture
+def slurm_says(monkeypatch):
+    """`slurm_says(state, problem)`: Slurm's answers; the list fills with what it is asked to do."""
+    asked: list[tuple[str, str]] = []
+
+    def answer(state: str | None, problem: str | None = None) -> list[tuple[str, str]]:
+        monkeypatch.setattr(slurm, "job_states", lambda job_id: [state] if state else [])
+        monkeypatch.setattr(
+            slurm, "control", lambda action, job_id: asked.append((action, job_id)) or problem
+        )
+        return asked
+
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -35,47 +113,15 @@ WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
     ],
 )
 def test_a_stopped_job_requeues_itself_unless_it_is_ending(
-    state, rank, problem, expected, monkeypatch
+    state, rank, problem, expected, slurm_says
 ):
-    asked = []
-    monkeypatch.setattr(slurm, "job_states", lambda job_id: [state] if state else [])
-    monkeypatch.setattr(
-        slurm, "control", lambda action, job_id: asked.append((action, job_id)) or problem
-    )
+    asked = slurm_says(state, problem)
     env = SimpleNamespace(global_rank=rank, cluster="slurm", job_id="7_1")
     with pytest.raises((SystemExit, UserError)) as stopped:
         job._leave(env, "SIGUSR2")
     assert asked == expected
-    if problem:
-        assert str(stopped.value) == "saved, but could not requeue job 7_1: no controller"
-        with pytest.raises(UserError, match=r"job 7 is .*held back \(no controller\): scontr"):
-            submit._release("7")
-    else:
-        assert stopped.value.code == 0
-
-
-@pytest.mark.parametrize(
-    ("error", "printed"),
-    [
-        (OSError("full"), "job 7_0, 7_1 is cancelled\n"),
-        (KeyboardInterrupt(), "job 7_0, 7_1 is cancelled\n"),
-        (UserError("taken"), ""),  # in the error's own line
-    ],
-)
-def test_no_job_is_left_behind(error, printed, capsys):
-    cancelled = []
-    jobs = [
-        SimpleNamespace(job_id=f"7_{task}", cancel=lambda check, task=task: cancelled.append(task))
-        for task in range(2)
-    ]
-    with submit._cancelled_on_failure(jobs):
-        pass
-    assert cancelled == []
-    with pytest.raises(type(error)) as raised, submit._cancelled_on_failure(jobs):
-        raise error
-    assert cancelled == [0, 1]
-    assert capsys.readouterr().err == printed
-    assert printed or str(raised.value) == "taken; job 7_0, 7_1 is cancelled"
+    refused = "saved, but could not requeue job 7_1: no controller"
+    assert str(stopped.value) == (refused if problem else "0")
 
 
 @pytest.mark.parametrize(
@@ -99,17 +145,8 @@ def test_the_state_of_a_job_from_the_controller_or_from_accounting(
 
 @pytest.mark.slow
 def test_local_run_is_stopped_and_continued(tmp_path):
-    updates, batch = 20, 8
-    generator = np.random.default_rng(0)
-    for split, count in (("train", updates * batch), ("val", 4)):
-        for index in range(count):
-            path = tmp_path / "data" / split / f"class{index % 2}" / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
-    words = ["--local", "--ngpus", "1", "--tgpu", "none", "--data-path", str(tmp_path / "data")]
-    words += ["--model", "d2_deit_tiny_patch16_LS", "--input-size", "32", "--epochs", "2"]
-    words += ["--batch", str(batch), "--num-workers", "0", "--warmup-epochs", "0"]
-    words += ["--log-interval", "1", "--threads", "1"]
+    words = ["--local", "--ngpus", "1", "--tgpu", "none", *TINY, "--log-interval", "1"]
+    words += ["--data-path", str(make_images(tmp_path / "data"))]
 
     def start(*more: str, **wait: str) -> tuple[int, Path]:
         done = subprocess.run(
@@ -121,10 +158,8 @@ def test_local_run_is_stopped_and_continued(tmp_path):
             timeout=60,
         )
         assert done.returncode == 0, done.stderr
-        return (
-            int(re.search(r"^  stop    kill (\d+)", done.stdout, re.M)[1]),
-            Path(re.search(r"tail -F (.+)", done.stdout)[1]),
-        )
+        pid = re.search(r"^  stop    kill (\d+)", done.stdout, re.M)[1]
+        return int(pid), Path(re.search(r"tail -F (.+)", done.stdout)[1])
 
     def wait_for(log: Path, text: str) -> str:
         deadline = time.monotonic() + 120
@@ -138,20 +173,8 @@ def test_local_run_is_stopped_and_continued(tmp_path):
     os.kill(pid, signal.SIGTERM)
     step = int(re.search(r"in epoch 2 after step (\d+)", wait_for(log, "saved   "))[1])
     folder = log.parent
-    assert folder == tmp_path / "runs" / str(pid)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [str(pid)], "no folder %j"
-    assert read_checkpoint(folder / "checkpoint.pth")["step"] == step
+    assert list((tmp_path / "runs").iterdir()) == [tmp_path / "runs" / str(pid)], "no folder %j"
+    assert load(folder / "checkpoint.pth")["step"] == step
     _, log = start("--job-dir", str(folder))
-    text = wait_for(log, "\nfinished")
-    assert f"going on at epoch 2, step {step}" in text
-    assert read_checkpoint(folder / "checkpoint.pth")["epoch"] == 1
-
-
-def test_folder_of_another_run_with_the_same_job_id_is_not_gone_on_with(tmp_path):
-    (tmp_path / "checkpoint.pth").touch()
-    jobs = [SimpleNamespace(paths=SimpleNamespace(folder=tmp_path))]
-    asked_for = SimpleNamespace(asked=SimpleNamespace(job_dir=str(tmp_path)))
-    submit._refuse_foreign_folder(asked_for, jobs)
-    by_chance = SimpleNamespace(asked=SimpleNamespace(job_dir=str(tmp_path.parent / "%j")))
-    with pytest.raises(UserError, match="holds another run, whose job had the same id"):
-        submit._refuse_foreign_folder(by_chance, jobs)
+    assert f"going on at epoch 2, step {step}" in wait_for(log, "\nfinished")
+    assert load(folder / "checkpoint.pth")["epoch"] == 1

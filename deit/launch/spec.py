@@ -66,7 +66,7 @@ class JobSpec:
     """One submission."""
 
     name: str
-    recipe: str | None
+    """The recipe's, or the network's."""
     asked: Namespace
     """The launcher's own options, settled: nodes, ngpus, local, job_dir, sbatch, ..."""
     tasks: list[Task]
@@ -101,7 +101,7 @@ class JobSpec:
     def describe(self) -> str:
         """One line for people."""
         asked, args = self.asked, self.tasks[0].args
-        title = f"recipe {self.recipe}" if self.recipe else self.name
+        title = f"recipe {self.name}" if asked.recipe else self.name
         kind = {NO_GPU: "CPU processes", UNTYPED_GPU: "GPUs"}.get(asked.tgpu, asked.tgpu)
         accumulation = f" x {args.update_freq} accumulated" if args.update_freq > 1 else ""
         return (
@@ -180,8 +180,7 @@ def make_spec(argv: Sequence[str]) -> JobSpec:
         raise UserError(
             f"--job-dir {asked.job_dir}: runs of an array need %j in it to tell them apart"
         )
-    name = recipe.name if recipe else tasks[0].args.model
-    return JobSpec(name, recipe.name if recipe else None, asked, tasks)
+    return JobSpec(recipe.name if recipe else tasks[0].args.model, asked, tasks)
 
 
 def _settle(asked: Namespace, given: Set[str], recipe: Recipe | None) -> None:

@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from deit.errors import UserError, one_line
 from deit.launch.cluster import SBATCH_OPTIONS
-from deit.launch.job import STOP_SIGNALS, TrainingJob
+from deit.launch.job import TrainingJob
 from deit.launch.spec import LAUNCHER, JobSpec, Task
 from deit.launch.status import RECORD
 from deit.train import slurm
@@ -31,6 +31,11 @@ from deit.train.folder import LAST
 _REPOSITORY = Path(__file__).resolve().parents[2]
 # Bounds submitit's own count of time-outs, which `TrainingJob` does not use.
 _NO_LIMIT = 1_000_000
+# This interpreter, deaf to the stop signals until the job has installed its handlers. By default
+# they kill; a job preempted while Python still starts would be lost, where one that lives on is
+# requeued by Slurm.
+_DEAF = 'trap "" TERM USR2; exec "$0" "$@"'
+_PYTHON = shlex.join(["sh", "-c", _DEAF, sys.executable])
 # Processes whose partner's node died fail minutes before Slurm misses the node, and then requeues
 # the job by itself. So a failed job in which a node starts nothing any more waits for that.
 _TEARDOWN = [
@@ -59,12 +64,24 @@ def submit(spec: JobSpec) -> None:
     executor = _local_executor(spec) if local else _slurm_executor(spec, hold=True)
     jobs = _submit_all(executor, [TrainingJob(task.argv) for task in spec.tasks])
     print(spec.describe())
-    with _cancelled_on_failure(jobs):
-        _refuse_foreign_folder(spec, jobs)
+    try:
         for task, job in zip(spec.tasks, jobs, strict=True):
             _record(spec, task, job)
+    except BaseException as error:  # the folder is another's, the disk is full, or Ctrl-C
+        for job in jobs:
+            job.cancel(check=False)
+        outcome = f"job {', '.join(job.job_id for job in jobs)} is cancelled"
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {outcome}") from error
+        print(outcome, file=sys.stderr, flush=True)
+        raise
     if not local and not spec.asked.sbatch.get("hold"):
-        _release(jobs[0].job_id.partition("_")[0])
+        job_id = jobs[0].job_id.partition("_")[0]
+        if problem := slurm.control("release", job_id):
+            raise UserError(
+                f"job {job_id} is submitted but held back ({problem}): "
+                f"scontrol release {job_id} starts it"
+            )
 
 
 def dry_run(spec: JobSpec) -> str:
@@ -85,17 +102,6 @@ def dry_run(spec: JobSpec) -> str:
     return "\n\n".join(parts)
 
 
-def _python() -> str:
-    """This interpreter, deaf to the stop signals until the job has installed its handlers.
-
-    By default these signals kill; a job preempted while Python still starts would be lost, where
-    one that lives on is requeued by Slurm.
-    """
-    names = " ".join(signal.name.removeprefix("SIG") for signal in STOP_SIGNALS)
-    script = f'trap \'\' {names}; exec "$0" "$@"'
-    return shlex.join(["sh", "-c", script, sys.executable])
-
-
 class _AnywhereExecutor(SlurmExecutor):
     """One that can be made where there is no Slurm."""
 
@@ -107,7 +113,7 @@ class _AnywhereExecutor(SlurmExecutor):
 def _slurm_executor(spec: JobSpec, **also: bool) -> SlurmExecutor:
     """`also` are further flags of sbatch."""
     asked = spec.asked
-    executor = _AnywhereExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
+    executor = _AnywhereExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_PYTHON)
     path = shlex.quote(str(_REPOSITORY))
     flags = {name: getattr(asked, name) for name in SBATCH_OPTIONS}
     flags |= {"gres": spec.gres, "requeue": True} | asked.sbatch | also
@@ -135,7 +141,7 @@ def _local_executor(spec: JobSpec) -> LocalExecutor:
     # The processes inherit this environment; `setup` lines are for another machine's.
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), inherited)))
-    executor = LocalExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_python())
+    executor = LocalExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_PYTHON)
     executor.update_parameters(
         tasks_per_node=asked.ngpus,
         gpus_per_node=0 if spec.gres is None else asked.ngpus,
@@ -181,41 +187,22 @@ def _silenced() -> Iterator[None]:
             os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _cancelled_on_failure(jobs: list[Job]) -> Iterator[None]:
-    """Leave no job behind when its folder is another's, when the disk is full, or at Ctrl-C."""
-    try:
-        yield
-    except BaseException as error:
-        for job in jobs:
-            job.cancel(check=False)
-        outcome = f"job {', '.join(job.job_id for job in jobs)} is cancelled"
-        if isinstance(error, UserError):
-            raise UserError(f"{error}; {outcome}") from error
-        print(outcome, file=sys.stderr, flush=True)
-        raise
-
-
-def _refuse_foreign_folder(spec: JobSpec, jobs: list[Job]) -> None:
-    """Job ids come again (process ids, a new Slurm), and a folder's checkpoint is gone on with."""
-    taken = [job.paths.folder for job in jobs if (job.paths.folder / LAST).exists()]
-    if "%j" in spec.asked.job_dir and taken:
-        raise UserError(
-            f"{taken[0]} holds another run, whose job had the same id: move it away, or continue "
-            f"it with --job-dir {taken[0]}"
-        )
-
-
 def _record(spec: JobSpec, task: Task, job: Job) -> None:
     """Write into the job's folder what it is, and tell how to follow and stop it."""
     from deit.saving import write_text
 
     folder, asked = job.paths.folder, spec.asked
+    # Job ids come again (process ids, a new Slurm), and a folder's checkpoint is gone on with.
+    if "%j" in asked.job_dir and (folder / LAST).exists():
+        raise UserError(
+            f"{folder} holds another run, whose job had the same id: move it away, or continue "
+            f"it with --job-dir {folder}"
+        )
     output_dir = task.args.output_dir.replace("%j", job.job_id)
     record = {
         "job_id": job.job_id,
         "name": spec.name,
-        "recipe": spec.recipe,
+        "recipe": asked.recipe,
         "local": asked.local,
         "epochs": task.args.epochs,
         "output_dir": os.path.abspath(output_dir) if output_dir else "",
@@ -229,11 +216,3 @@ def _record(spec: JobSpec, task: Task, job: Job) -> None:
     print(f"  log     tail -F {job.paths.stdout}")
     print(f"  status  {LAUNCHER} status {folder}")
     print(f"  stop    {'kill' if asked.local else 'scancel'} {job.job_id}", flush=True)
-
-
-def _release(job_id: str) -> None:
-    if problem := slurm.control("release", job_id):
-        raise UserError(
-            f"job {job_id} is submitted but held back ({problem}): "
-            f"scontrol release {job_id} starts it"
-        )
