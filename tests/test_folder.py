@@ -4,18 +4,26 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import re
+import shutil
 import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from training_runs import differences, load, make_images, run_processes, train
+from torch.utils.tensorboard import SummaryWriter
+from training_runs import differences, load, make_images, train
 
-import deit.main
-import deit.train.folder
+import deit.train.reporting
 from deit.errors import UserError
+from deit.train import slurm
 from deit.train.folder import LOCK, check_unused, claim, clear
-from deit.train.reporting import Reporter
-from deit.train.stopping import request_stop
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -89,87 +97,76 @@ def test_what_counts_as_results(tmp_path):
 
 # the lock
 
+CLAIM = """
+import os, sys
+from pathlib import Path
+from deit.errors import one_line_errors
+from deit.train.folder import claim
 
-def hold_and_die(folder) -> None:
-    with claim(folder):
-        os.kill(os.getpid(), signal.SIGKILL)
+def body():
+    with claim(Path(sys.argv[1])):
+        os.kill(os.getpid(), int(sys.argv[2]))
+
+sys.exit(one_line_errors(body))
+"""
 
 
-def hold_and_report(folder) -> int:
-    try:
-        with claim(folder):
-            return 0
-    except UserError as error:
-        print(error, flush=True)
-        return 2
+def claim_elsewhere(folder, number: int = 0) -> subprocess.CompletedProcess[str]:
+    """Another process claims the folder and sends itself that signal."""
+    command = [sys.executable, "-c", CLAIM, str(folder), str(number)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 
 def test_another_process_is_refused_while_one_trains(tmp_path):
     out = tmp_path / "out"
     with claim(out):
-        [(status, output)] = run_processes([hold_and_report], (out,), tmp_path, distributed=False)
-        assert status == 2
-        assert re.search(rf"in use since 2.* by process {os.getpid()} on .*: stop that", output)
+        refused = claim_elsewhere(out)
+        assert refused.returncode == 2
+        owner = rf"in use since 2.* by process {os.getpid()} on .*: stop that"
+        assert re.search(owner, refused.stderr)
         with pytest.raises(UserError, match="this very process"), claim(out):
             pass
         assert listed(out) == [LOCK]
     assert not out.exists()  # it was made here, and is empty
-    [(status, _)] = run_processes([hold_and_report], (out,), tmp_path, distributed=False)
-    assert status == 0
+    assert claim_elsewhere(out).returncode == 0
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    [(status, _)] = run_processes([hold_and_die], (tmp_path,), tmp_path, distributed=False)
-    assert status == -signal.SIGKILL
+    assert claim_elsewhere(tmp_path, signal.SIGKILL).returncode == -signal.SIGKILL
     assert LOCK in listed(tmp_path)
     with claim(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     assert LOCK not in listed(tmp_path)
 
 
-def leave_lock(folder, **owner) -> None:
-    known = {"host": "elsewhere", "process": 1, "slurm_job": None, "started": "then"}
-    (folder / LOCK).write_text(json.dumps(known | owner))
+HERE = platform.node()
 
 
-def test_the_lock_of_another_host(tmp_path):
-    leave_lock(tmp_path)
-    message = rf"process 1 on elsewhere: if that has ended, remove {tmp_path / LOCK}"
-    with pytest.raises(UserError, match=message), claim(tmp_path):
-        pass
-
-
-def test_a_job_that_slurm_starts_again_elsewhere_goes_on(tmp_path, monkeypatch):
-    """And one that Slurm says may still write is waited for."""
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    answers = "*8) echo JobState=RUNNING;; *9) echo JobState=NODE_FAIL;;"
-    scontrol.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+@pytest.mark.parametrize(
+    ("owner", "locks", "refused"),
+    [
+        ({}, True, "process 1 on elsewhere: if that has ended, remove .*run.lock"),
+        ({"slurm_job": "7"}, True, None),  # this job, which Slurm has started once more
+        ({"slurm_job": "8"}, True, r"\(Slurm job 8\)"),  # it runs
+        ({"slurm_job": "9"}, True, None),  # its node failed
+        ({"slurm_job": "6"}, True, None),  # Slurm has forgotten it
+        ({"host": HERE, "process": os.getppid()}, True, None),
+        # where the file system has no locks
+        ({"host": HERE, "process": os.getppid()}, False, f"process {os.getppid()} on {HERE}: stop"),
+        ({"host": HERE, "process": 2**22 + 1}, False, None),  # more than there can be
+    ],
+)
+def test_a_lock_that_was_left(owner, locks, refused, tmp_path, monkeypatch):
+    states = {"8": ["RUNNING"], "9": ["NODE_FAIL"]}
+    monkeypatch.setattr(slurm, "job_states", lambda job: states.get(job, []))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    for job, free in (("7", True), ("8", False), ("9", True), ("6", True)):
-        leave_lock(tmp_path, slurm_job=job)
-        if free:
-            with claim(tmp_path):
-                pass
-        else:
-            with pytest.raises(UserError, match="Slurm job 8"), claim(tmp_path):
-                pass
-
-
-def test_without_locks_of_the_kernel_processes_count(tmp_path, monkeypatch):
-    def lockf(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", lockf)
-    host = deit.train.folder.platform.node()
-    leave_lock(tmp_path, host=host, process=os.getppid())
-    with pytest.raises(UserError, match=f"process {os.getppid()} on {host}"), claim(tmp_path):
-        pass
-    leave_lock(tmp_path, host=host, process=2**22 + 1)  # more than there can be
-    with claim(tmp_path):
-        pass
+    if not locks:
+        monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
+    known = {"host": "elsewhere", "process": 1, "slurm_job": None, "started": "then"}
+    (tmp_path / LOCK).write_text(json.dumps(known | owner))
+    with pytest.raises(UserError, match=refused) if refused else nullcontext(), claim(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -182,16 +179,11 @@ def test_folders_that_cannot_be_used(tmp_path):
 # failures after the last update of an epoch
 
 
-def bad_image(folder):
+def test_an_unreadable_test_image_loses_no_epoch(data, tmp_path, capsys):
+    folder = make_images(tmp_path / "data")
     path = folder / "val" / "class1" / "1.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:200])
-    return path, whole
-
-
-def test_an_unreadable_test_image_loses_no_epoch(data, tmp_path, capsys):
-    folder = make_images(tmp_path / "data")
-    path, whole = bad_image(folder)
     out = tmp_path / "out"
     assert train(data=folder, out=out) == 2
     error = capsys.readouterr().err
@@ -207,11 +199,7 @@ def test_an_unreadable_test_image_loses_no_epoch(data, tmp_path, capsys):
 
 
 def test_boards_and_curves_that_fail_do_not_end_the_training(data, tmp_path, monkeypatch, capsys):
-    from torch.utils.tensorboard import SummaryWriter
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    fail = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
     monkeypatch.setattr(deit.train.reporting, "draw_curves", fail)
     assert train("--epochs", "1", data=data, out=tmp_path) == 0
@@ -235,12 +223,3 @@ def test_a_log_that_cannot_be_written_says_where_to_go_on(data, tmp_path, monkey
     assert "--resume auto goes on from it" in error
     assert train("--epochs", "1", "--resume", "auto", data=data, out=tmp_path) == 0
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 0
-
-
-def test_the_folder_is_free_after_a_stop(data, tmp_path, monkeypatch):
-    def stop(self, epoch, done, *rest):
-        request_stop("a test")
-
-    monkeypatch.setattr(Reporter, "on_update", stop)
-    assert train(data=data, out=tmp_path) == 0
-    assert LOCK not in listed(tmp_path)
