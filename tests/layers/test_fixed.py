@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
 from deit.layers import (
-    FixedBuffers,
     MirrorDepthwiseConv2d,
     MirrorGrid,
     MirrorHalves,
@@ -39,13 +37,6 @@ def test_an_order_of_another_size_is_an_error():
         MirrorOrder(MirrorGrid(2, 4)).load_state_dict(MirrorOrder(MirrorGrid(2, 6)).state_dict())
 
 
-def test_not_trainable_but_saved_and_moved():
-    module = PrefixToken(8, count=2)
-    assert [k for k, _ in module.named_parameters()] == ["0"]
-    assert list(module.state_dict()) == ["0", "1"]
-    assert module.double().get_buffer("1").dtype == torch.float64
-
-
 def test_modules_made_without_memory_get_their_values_back():
     with torch.device("meta"):
         module = MirrorOrder(MirrorGrid(3, 3))
@@ -54,14 +45,3 @@ def test_modules_made_without_memory_get_their_values_back():
     module.permutation.fill_(-1)
     module.reset_parameters()
     assert torch.equal(module.permutation, MirrorGrid(3, 3).permutation())
-
-
-def test_a_missing_buffer_is_reported_by_torch():
-    class Holder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.order = MirrorOrder(MirrorGrid(1, 2))
-
-    with pytest.raises(RuntimeError, match=r"Missing key.*order.permutation"):
-        Holder().load_state_dict({})
-    assert isinstance(Holder().order, FixedBuffers)

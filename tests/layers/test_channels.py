@@ -1,0 +1,262 @@
+"""What the layers of the last axis compute, by the formulas of the specification."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import BOTH_GROUPS, Packed, cat, close, features, halves, random_layer
+from torch import nn
+
+from deit.groups import FLOP, FLOP_X_FLOP, OCTIC, Rep
+from deit.layers import (
+    GELU,
+    Affine,
+    Attention,
+    InvariantBridge,
+    LayerNorm,
+    LayerScale,
+    Linear,
+    Mlp,
+    OrdinaryAffine,
+    RegularBridge,
+    quick_gelu,
+)
+
+ROOT = 2**0.5
+
+
+def quarters(x: torch.Tensor, tokens: Rep) -> tuple[torch.Tensor, ...]:
+    """ss, sa, as, aa (channels first) of (B, tokens, 2c), symmetric tokens in the first rows."""
+    return tuple(q for part in halves(x) for q in tokens.split(part, 1))
+
+
+# linear maps
+
+
+def test_linear():
+    layer = random_layer(Linear(6, 10))
+    s, a = halves(features(4, 6))
+    sym, asym = layer.linear_sym, layer.linear_asym
+    close(cat(layer((s, a))), torch.cat([s @ sym.weight.T + sym.bias, a @ asym.weight.T], -1))
+    assert asym.bias is None
+
+
+def test_every_part_of_an_invariant_feature_can_be_shifted():
+    """Where the group moves places alone, both maps act on each place with their shifts; but on
+    rows that it leaves in place. One call of each block, whatever it is."""
+    s, a = features(2, 5, 2), features(2, 5, 2, seed=1)
+    for rows in (None, (2, 1), (0, 2), (3, 2), (0, 5)):
+        layer = random_layer(Linear(4, 6, invariant=True, unshifted=rows))
+        calls = []
+        layer.linear_asym.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        y = layer((s, a))
+        close(y[0], layer.linear_sym(s))
+        shift = layer.linear_asym.bias.repeat(5, 1)
+        if rows:
+            shift[rows[0] : sum(rows)] = 0
+        close(y[1], a @ layer.linear_asym.weight.T + shift)
+        assert calls == [1]
+        layer.linear_asym = nn.Sequential(layer.linear_asym)  # has no weight to look at
+        close(layer((s, a))[1], y[1])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_pointwise_weights_look_like_those_of_a_convolution(assign):
+    plain, conv = random_layer(Linear(6, 8)), Linear(6, 8, pointwise=True).double()
+    state = plain.state_dict()
+    shown = {k: v[..., None, None] if v.ndim == 2 else v for k, v in state.items()}
+    for each in (shown, state):  # both shapes load
+        conv.load_state_dict(each, assign=assign)
+        shapes = {k: v.shape for k, v in conv.state_dict().items()}
+        assert shapes == {k: v.shape for k, v in shown.items()}
+        assert conv.linear_sym.weight.shape == (4, 3)
+        x = features(2, 3, 3, 6)
+        close(Packed(conv)(x), Packed(plain)(x))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(conv)))
+    assert copied.state_dict()["linear_asym.weight"].shape == (4, 3, 1, 1)
+
+
+def test_a_linear_map_has_a_block_an_irrep():
+    """Half the weights of a dense map."""
+    assert sum(block.weight.numel() for block in Linear(64, 32).blocks()) == 64 * 32 // 2
+    # the octic group: four blocks of an eighth each way and one of a quarter, used twice
+    octic = Linear(64, 32, group=OCTIC)
+    assert sum(block.weight.numel() for block in octic.blocks()) == 64 * 32 * (4 + 4) // 64
+    assert [name for name, _ in Linear(8, 12, group=FLOP_X_FLOP).named_parameters()] == [
+        "linear_sym_sym.weight", "linear_sym_sym.bias", "linear_sym_asym.weight",
+        "linear_asym_sym.weight", "linear_asym_asym.weight",
+    ]  # fmt: skip
+
+
+# pointwise layers
+
+
+@pytest.mark.parametrize("act", [F.gelu, quick_gelu, lambda x: x * torch.sigmoid(1.702 * x)])
+def test_gelu(act):
+    s, a = halves(features(4, 6))
+    plus, minus = act((s + a) / ROOT), act((s - a) / ROOT)
+    layer = GELU(6, quick_gelu if act is not F.gelu else act)
+    close(cat(layer((s, a))), torch.cat([plus + minus, plus - minus], -1) / ROOT)
+
+
+@BOTH_GROUPS
+def test_scaled_features_stay_scaled(group):
+    x = features(3, 5, 16)
+    plain, scaled = Packed(GELU(16, group=group)), Packed(GELU(16, group=group, scale=3.0))
+    close(scaled(3 * x), 3 * plain(x))
+
+
+@pytest.mark.parametrize("middle", [0, 2])
+def test_affine(middle):
+    """alpha_sym on ss and sa, alpha_asym on the others; beta on s, or on ss and on aa."""
+    layer = random_layer(Affine(4))
+    s, a = halves(features(4, 4))
+    close(
+        cat(layer((s, a))), torch.cat([layer.alpha_sym * s + layer.beta, layer.alpha_asym * a], -1)
+    )
+    tokens = Rep(FLOP, 3, middle)
+    layer = random_layer(Affine(4, across=tokens))
+    x = features(2, tokens.size, 4)
+    ss, sa, as_, aa = quarters(x, tokens)
+    expected = (
+        layer.alpha_sym * ss + layer.beta_sym,
+        layer.alpha_sym * sa,
+        layer.alpha_asym * as_,
+        layer.alpha_asym * aa + layer.beta_asym,
+    )
+    for ours, theirs in zip(quarters(Packed(layer)(x), tokens), expected, strict=True):
+        close(ours, theirs)
+
+
+def test_scales_and_their_initial_values():
+    layer, x = LayerScale(6, 1e-5), features(2, 6)
+    assert list(layer.state_dict()) == ["alpha_sym", "alpha_asym"]
+    torch.testing.assert_close(Packed(layer)(x), 1e-5 * x)
+    random_layer(layer)
+    close(Packed(layer)(x), x * torch.cat([layer.alpha_sym, layer.alpha_asym]))
+    layer.reset_parameters()
+    torch.testing.assert_close(Packed(layer)(x), 1e-5 * x)
+    ordinary = random_layer(OrdinaryAffine(6))
+    close(ordinary(x), ordinary.alpha * x + ordinary.beta)
+    ordinary.reset_parameters()
+    assert torch.equal(ordinary(x), x)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_layer_norm(eps):
+    layer = random_layer(LayerNorm(10, eps))
+    s, a = halves(features(4, 3, 10))
+    variance = s.var(-1, correction=0, keepdim=True) + a.var(-1, correction=0, keepdim=True)
+    sigma, scaling = ((variance + eps) / 2).sqrt(), layer.scaling
+    y = layer((s, a))
+    close(y[0], scaling.alpha_sym * (s - s.mean(-1, keepdim=True)) / sigma + scaling.beta)
+    close(y[1], scaling.alpha_asym * (a - a.mean(-1, keepdim=True)) / sigma)
+
+
+@BOTH_GROUPS
+def test_normed_features_have_unit_scale(group):
+    y = Packed(LayerNorm(64, eps=0, group=group)).double()(7 + 30 * features(5, 64))
+    close(y.square().mean(-1), torch.ones(5, dtype=torch.float64))
+    # and every component of every irrep is centred
+    for block, irrep in zip(group.regular(64).split(y), group.irreps, strict=True):
+        means = block.unflatten(-1, (irrep.dim, -1)).mean(-1)
+        close(means, torch.zeros_like(means))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_norm_computes_in_float32(dtype):
+    layer = Packed(LayerNorm(512))
+    x = (300 * features(16, 512)).to(dtype)  # squares overflow float16, their sum loses bfloat16
+    y = layer(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), layer(x.float()), rtol=8e-3, atol=1e-5)
+
+
+def test_bridges():
+    s, a = x = halves(features(2, 5, 8))
+    close(RegularBridge(8)(x), torch.cat([s + a, s - a], -1) / ROOT)
+    close(InvariantBridge(8)(x), torch.cat([s, a.abs()], -1))
+
+
+# perceptron and attention
+
+
+@pytest.mark.parametrize("act", [F.gelu, quick_gelu])
+def test_mlp(act):
+    layer = random_layer(Mlp(6, 8, act=act))
+    x = halves(features(2, 3, 6))
+    hidden = FLOP.regular(8).to_regular(cat(layer.fc1(x)))
+    expected = layer.fc2(halves(FLOP.regular(8).from_regular(act(hidden))))
+    close(cat(layer(x)), cat(expected))
+
+
+@pytest.mark.parametrize("mixer", [None, (1.0, 0.0), (0.7, -0.4)])
+def test_attention(mixer):
+    """Head by head: q = [q_s, q_a], each irrep's outputs laid out (3, heads, width)."""
+    dim, heads = 12, 3
+    width = dim // heads // 2
+    layer = random_layer(
+        Attention(dim, heads, use_attn_mixer=mixer is not None, use_fused_attn=False)
+    )
+    m = mixer or (1.0, 1.0)
+    if mixer:
+        layer.attn_mixer.data = torch.tensor(mixer, dtype=torch.float64)
+    s, a = halves(features(2, 5, dim))
+    sym, asym = (part.view(2, 5, 3, heads, width) for part in layer.qkv((s, a)))
+    outputs = []
+    for h in range(heads):
+        (q_s, k_s, v_s), (q_a, k_a, v_a) = sym[..., h, :].unbind(2), asym[..., h, :].unbind(2)
+        logits = (m[0] * q_s @ k_s.mT + m[1] * q_a @ k_a.mT) * (dim / heads) ** -0.5
+        outputs.append((logits.softmax(-1) @ v_s, logits.softmax(-1) @ v_a))
+    expected = layer.proj(tuple(torch.cat(parts, -1) for parts in zip(*outputs, strict=True)))
+    close(cat(layer((s, a))), cat(expected))
+
+
+@BOTH_GROUPS
+def test_fused_attention_is_explicit_attention(group):
+    fused = random_layer(Attention(16, 2, use_fused_attn=True, group=group))
+    explicit = Attention(16, 2, use_fused_attn=False, group=group).double()
+    explicit.load_state_dict(fused.state_dict())
+    assert (fused.fused_attn, explicit.fused_attn) == (True, False)
+    x = features(3, 7, 16)
+    close(Packed(fused)(x), Packed(explicit)(x))
+    # left to the layer, fused attention gives way to the mixer, which starts at the trivial irrep
+    mixed = Attention(16, 2, use_attn_mixer=True, group=group)
+    assert not mixed.fused_attn
+    assert mixed.attn_mixer.tolist() == [1] + [0] * (len(group.irreps) - 1)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Mlp(8, 16, drop=0.5),
+        Attention(8, 2, attn_drop=0.5, use_fused_attn=True),
+        Attention(8, 2, attn_drop=0.5, use_fused_attn=False),
+        Attention(8, 2, proj_drop=0.5),
+    ],
+)
+def test_dropout_acts_in_training_alone(layer):
+    layer, x = Packed(layer, FLOP.regular(8)), features(2, 6, 8).float()
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear(7, 4), r"7 features.*multiple of 2"),
+        (lambda: Linear(16, 12, group=OCTIC), r"12 features.*multiple of 8"),
+        (lambda: Linear(FLOP.regular(8), OCTIC.regular(8)), "different groups: flop and octic"),
+        (lambda: LayerNorm(Rep(FLOP, 3, 1)), "whole copies"),
+        (lambda: Attention(10, 2), r"width 10 .* 2 heads .* multiple of 4"),
+        (lambda: Attention(8, 2, use_fused_attn=True, use_attn_mixer=True), "never forms"),
+        (lambda: Affine(16, group=OCTIC, across=OCTIC.regular(8)), "more than one dimension"),
+        (lambda: InvariantBridge(16, OCTIC), "more than one dimension"),
+    ],
+)
+def test_errors_name_the_rule(make, message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        make()
