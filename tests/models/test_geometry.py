@@ -18,7 +18,14 @@ from tiny import (
 )
 from torch import Tensor
 
-from deit.equivariance import assert_equivariant, equivariance_error, image, invariant
+from deit.equivariance import (
+    assert_equivariant,
+    equivariance_error,
+    image,
+    invariant,
+    measure,
+    tolerance_of,
+)
 from deit.groups import FLOP
 from deit.layers import MirrorGrid
 from deit.models.vit import checkpoint_filter_fn
@@ -33,118 +40,89 @@ GEOMETRIES = [
     ((21, 28), 7),
     ((32, 8), 8),
 ]
+TOKENS = ("d2_deit", "d2_inv_early_deit", "resmlp_equi_d2")
+# a family, the size of images, options
+CASES = [
+    *((f, size, dict(img_size=size, patch_size=p)) for f in TOKENS for size, p in GEOMETRIES),
+    *(("d2_convnext_isotropic", size, dict(patch_size=p)) for size, p in GEOMETRIES),
+    *(("d2_convnext", size, {}) for size in ((32, 32), (48, 80), (80, 48), (35, 64))),
+    *((f, (35, 64), dict(use_symmetrized_asym_feats=True))
+      for f in ("d2_convnext_isotropic", "d2_convnext")),
+    # where nothing is downsampled behind it, an odd map has a column that is its own mirror
+    ("d2_convnext_isotropic", (16, 40), dict(global_pool="", num_classes=0)),
+    ("d2_convnext", (32, 48), dict(global_pool="")),
+    ("resmlp_equi_d2", (32, 32), dict(global_pool="")),
+    ("resmlp_equi_d2", (24, 40), dict(img_size=(24, 40), use_symmetrized_asym_feats=True)),
+    # the grids of DINOv2 and of large patches, whose odd widths are why there are middle columns
+    ("d2_deit", (518, 518), dict(img_size=518, patch_size=14, embed_dim=8, depth=2)),
+    ("d2_deit", (224, 224), dict(img_size=224, patch_size=32)),
+    *(("d2_deit", (24, 40),
+       dict(img_size=(24, 40), class_token=pool == "token", global_pool=pool, reg_tokens=count,
+            use_symmetrized_asym_feats=symmetrized))
+      for pool in ("token", "avg") for count in (0, 3) for symmetrized in (False, True)),
+    ("d2_deit", (24, 40), dict(img_size=(24, 40), global_pool="avg")),
+    *((f, (16, 24), dict(img_size=(16, 24), global_pool="", num_classes=count))
+      for f in ("d2_deit", "d2_inv_early_deit") for count in (0, 10)),
+    ("hybrid_deit", (32, 40), dict(img_size=(32, 40))),
+    *(("d2_deit", size, dict(img_size=made, dynamic_img_size=True))
+      for made in (32, (24, 40)) for size in ((32, 32), (40, 40), (24, 56), (72, 16))),
+]  # fmt: skip
 
 
-def on_map(symmetric: int | None):
+def on_map(symmetric: int):
     """Flopping of (B, C, H, W) maps in image order whose first channels are symmetric."""
 
     def act(g: int, x: Tensor) -> Tensor:
-        if not g:
-            return x
-        signs = torch.ones(x.shape[1], dtype=x.dtype)
-        signs[symmetric:] = -1
-        return x.flip(-1) * signs[:, None, None]
+        s, a = x[:, :symmetric], x[:, symmetric:]
+        return torch.cat([s, -a], 1).flip(-1) if g else x
 
     return act
 
 
+def on_logits(model):
+    """Pooled logits are left alone; without pooling places move, but where they are rows of
+    decomposed tokens, or lie before those of the grid."""
+    if model.global_pool or hasattr(model, "tokens"):
+        return invariant
+    if not hasattr(model, "patch_embed"):
+        return image(FLOP)
+    prefix = model.num_prefix_tokens
+
+    def act(g: int, x: Tensor) -> Tensor:
+        grid = x[:, prefix:].unflatten(1, model.patch_embed.grid_size)
+        return torch.cat([x[:, :prefix], grid.flip(2).flatten(1, 2)], 1) if g else x
+
+    return act
+
+
+@torch.no_grad()
 def assert_network_equivariant(model, x: Tensor) -> None:
     """The logits, and the maps after every block up to a bridge that gives equivariance up."""
-    if model.num_classes > 0 and getattr(model, "bridge_keeps_equivariance", True):
-        assert_equivariant(model, FLOP, x, image(FLOP), invariant)
-    for i, info in enumerate(model.feature_info):
-        if info["symmetric_channels"] is None:
-            continue
-
-        def feature_map(y: Tensor, i: int = i) -> Tensor:
-            (z,) = model.forward_intermediates(y, indices=[i], intermediates_only=True)
-            return z
-
-        assert_equivariant(feature_map, FLOP, x, image(FLOP), on_map(info["symmetric_channels"]))
-
-
-@pytest.mark.parametrize(("img_size", "patch_size"), GEOMETRIES)
-@pytest.mark.parametrize("family", ["d2_deit", "d2_inv_early_deit", "resmlp_equi_d2"])
-def test_every_grid(family, img_size, patch_size):
-    model = create_random(family, img_size=img_size, patch_size=patch_size)
-    assert_network_equivariant(model, images(size=img_size))
-
-
-@pytest.mark.parametrize(("img_size", "patch_size"), GEOMETRIES)
-def test_every_grid_of_an_isotropic_convnext(img_size, patch_size):
-    model = create_random("d2_convnext_isotropic", patch_size=patch_size)
-    assert_network_equivariant(model, images(size=img_size))
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 80), (80, 48)])
-def test_every_grid_of_a_hierarchical_convnext(size):
-    assert_network_equivariant(create_random("d2_convnext"), images(size=size))
-
-
-def test_the_grids_that_motivate_odd_widths():
-    dinov2 = create_random("d2_deit", img_size=518, patch_size=14, embed_dim=8, depth=2)
-    assert dinov2.patch_embed.grid_size == (37, 37)
-    assert_network_equivariant(dinov2, images(size=(518, 518)))
-    wide = create_random("d2_deit", img_size=224, patch_size=32)
-    assert wide.patch_embed.grid_size == (7, 7)
-    assert_network_equivariant(wide, images(size=(224, 224)))
-
-
-@pytest.mark.parametrize("symmetrized", [False, True])
-@pytest.mark.parametrize("reg_tokens", [0, 3])
-@pytest.mark.parametrize(
-    ("class_token", "global_pool"), [(True, "token"), (True, "avg"), (False, "avg")]
-)
-def test_every_pooling_and_prefix(class_token, global_pool, reg_tokens, symmetrized):
-    model = create_random(
-        "d2_deit",
-        img_size=(24, 40),
-        class_token=class_token,
-        global_pool=global_pool,
-        reg_tokens=reg_tokens,
-        use_symmetrized_asym_feats=symmetrized,
+    maps, flopped = (
+        model.forward_intermediates(y, intermediates_only=True) for y in (x, x.flip(-1))
     )
-    assert model.num_prefix_tokens == class_token + reg_tokens
-    assert_network_equivariant(model, images(size=(24, 40)))
-
-
-@pytest.mark.parametrize("num_classes", [0, 10])
-@pytest.mark.parametrize("family", ["d2_deit", "d2_inv_early_deit"])
-def test_without_pooling_flopping_flips_the_tokens(family, num_classes):
-    model = create_random(family, img_size=(16, 24), global_pool="", num_classes=num_classes)
-    x = images(size=(16, 24))
-    y, flopped = model(x), model(x.flip(-1))
-    assert y.shape == (2, 1 + 2 * 3, num_classes or model.num_features)
-    torch.testing.assert_close(flopped[:, 0], y[:, 0])
-    grid = y[:, 1:].unflatten(1, (2, 3))
-    torch.testing.assert_close(flopped[:, 1:].unflatten(1, (2, 3)), grid.flip(2))
-    assert not torch.allclose(grid, grid.flip(2))
-
-
-@pytest.mark.parametrize("pool", ["max", "avgmax", "map"])
-def test_a_pooling_that_is_not_equivariant_is_refused(pool):
-    with pytest.raises(ValueError, match=f"{pool}.*use 'token', 'avg', or ''"):
-        create("d2_deit", global_pool=pool)
-    with pytest.raises(ValueError, match=pool):
-        create("d2_deit").reset_classifier(10, pool)
-    with pytest.raises(ValueError, match="needs class_token=True"):
-        create("d2_deit", class_token=False)
-
-
-def test_a_hybrid_is_equivariant_up_to_its_bridge_alone():
-    model = create_random("hybrid_deit")
     symmetric = [info["symmetric_channels"] for info in model.feature_info]
-    assert symmetric == [16, 16, None, None]
-    x = images()
-    assert equivariance_error(model, FLOP, x, image(FLOP), invariant).error > 1e-3
-    model.bridge_keeps_equivariance = False
-    assert_network_equivariant(model, x)
+    compared = [
+        (before, after, on_map(count))
+        for before, after, count in zip(maps, flopped, symmetric, strict=True)
+        if count is not None
+    ]
+    if symmetric[-1] is not None:
+        compared.append((model(x), model(x.flip(-1)), on_logits(model)))
+    for before, after, act in compared:
+        assert measure(before, [(1, after)], act).problem(tolerance_of(x.dtype)) is None
 
 
-def test_an_invariant_early_network_is_invariant_to_the_end():
-    model = create_random("d2_inv_early_deit")
-    assert [info["symmetric_channels"] for info in model.feature_info] == [16, 16, 32, 32]
-    assert_network_equivariant(model, images())
+@pytest.mark.parametrize(("family", "size", "options"), CASES, ids=str)
+def test_equivariance(family, size, options):
+    assert_network_equivariant(create_random(family, **options), images(size=size))
+
+
+def test_a_bridge_gives_equivariance_up_or_makes_features_invariant():
+    hybrid, early = create_random("hybrid_deit"), create_random("d2_inv_early_deit")
+    symmetric = [[i["symmetric_channels"] for i in m.feature_info] for m in (hybrid, early)]
+    assert symmetric == [[16, 16, None, None], [16, 16, 32, 32]]
+    assert equivariance_error(hybrid, FLOP, images(), image(FLOP), invariant).error > 1e-3
 
 
 @pytest.mark.parametrize("family", INVARIANT)
@@ -163,13 +141,6 @@ def test_a_broken_twin_is_found(family):
 
 
 # images of other sizes
-
-
-@pytest.mark.parametrize("size", [(32, 32), (40, 40), (24, 56), (72, 16)])
-@pytest.mark.parametrize("constructed", [32, (24, 40)])
-def test_dynamic_images(constructed, size):
-    model = create_random("d2_deit", img_size=constructed, dynamic_img_size=True)
-    assert_network_equivariant(model, images(size=size))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 40), (24, 56), (72, 16)])
@@ -216,11 +187,8 @@ def test_impossible_sizes_are_refused_and_change_nothing():
     with pytest.raises(ValueError, match="patches of 7 x 7"):
         model.set_input_size(patch_size=7)
     assert torch.equal(model(x), before)
-    with pytest.raises(ValueError, match=r"40 x 40 pixels.*made for 32 x 32.*dynamic_img_size"):
-        model(images(size=(40, 40)))
-    dynamic = create("d2_deit", dynamic_img_size=True)
-    with pytest.raises(ValueError, match="cannot be cut into patches"):
-        dynamic(images(size=(36, 32), dtype=torch.float32))
+    with pytest.raises(ValueError, match="avgmax"):
+        model.reset_classifier(10, "avgmax")
 
 
 # checkpoints of other sizes
@@ -274,25 +242,25 @@ def test_fine_tuning_at_another_size(tmp_path, old, new):
     assert (embedding_image(model) - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("family", EQUIVARIANT_TRANSFORMERS)
-def test_another_token_order_is_an_error_that_says_why(family):
+@pytest.mark.parametrize(
+    ("family", "other", "message"),
+    [
+        *((f, dict(img_size=64), "is not the token order of a 4 x 4 grid")
+          for f in EQUIVARIANT_TRANSFORMERS),
+        ("resmlp_equi_d2", dict(img_size=(16, 64)), "is not the token order of a 4 x 4 grid"),
+        ("d2_deit", "patch_embed.flatten_and_permute.permutation", "is not the token order of a 4"),
+        ("resmlp_equi_d2", "patch_embed.flatten_and_permute_to_fourier.left_idx", "token order"),
+        ("d2_deit", "cls_token.1", "is not zero, as equivariance demands"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_geometry_are_an_error_that_says_why(family, other, message):
     model = create(family)
-    state = model.state_dict()
-    key = "patch_embed.flatten_and_permute.permutation"
-    state[key] = state[key].roll(1)
-    with pytest.raises(RuntimeError, match=f"{key} .* is not the token order of a 4 x 4 grid"):
-        model.load_state_dict(state)
-    state = create(family, img_size=64).state_dict()
-    with pytest.raises(RuntimeError, match="is not the token order of a 4 x 4 grid"):
-        model.load_state_dict(state)
-
-
-@pytest.mark.parametrize("family", EQUIVARIANT_TRANSFORMERS)
-def test_an_antisymmetric_class_token_is_an_error_that_says_why(family):
-    model = create(family)
-    state = model.state_dict()
-    state["cls_token.1"] = torch.full_like(state["cls_token.1"], 1e-3)
-    with pytest.raises(RuntimeError, match=r"cls_token\.1 .* is not zero, as equivariance demands"):
+    if isinstance(other, str):
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        state[other] += 1
+    else:
+        state = create(family, **other).state_dict()
+    with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state)
 
 
@@ -318,16 +286,51 @@ def test_what_is_no_image_is_refused_with_its_shape(family):
 
 @pytest.mark.parametrize("family", NAMES)
 def test_sizes_that_make_no_network_are_refused(family):
-    stages = family == "d2_convnext"
-    for size in ("in_chans", *(() if stages else ("depth", "embed_dim"))):
-        with pytest.raises(ValueError, match=f"{size} must be at least 1, not 0"):
-            create(family, **{size: 0})
-    with pytest.raises(ValueError, match=r"patch_size must be at least 1, not .*0"):
-        create(family, patch_size=(4, 0))
-    with pytest.raises(ValueError, match="num_classes must be at least 0, not -1"):
-        create(family, num_classes=-1)
-    if stages:
-        with pytest.raises(ValueError, match=r"depths \(\) and dims.*equally many"):
-            create(family, depths=())
-        with pytest.raises(ValueError, match=r"depths must be at least 1, not \(1, 0"):
-            create(family, depths=(1, 0, 1, 1))
+    wrong = {"in_chans": 0, "patch_size": (4, 0), "num_classes": -1}
+    if family == "d2_convnext":
+        wrong |= {"depths": (1, 0, 1, 1), "dims": (4, 4, 4, 0)}
+    else:
+        wrong |= {"depth": 0, "embed_dim": 0}
+    for size, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{size} must be at least .*, not .*[0-]"):
+            create(family, **{size: value})
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        *(("d2_deit", dict(global_pool=pool), f"{pool}.*use 'token', 'avg', or ''")
+          for pool in ("max", "avgmax", "map")),
+        ("d2_deit", dict(class_token=False), "needs class_token=True"),
+        ("resmlp_equi_d2", dict(global_pool="token"), "'token'.*use 'avg', or ''"),
+        ("d2_convnext", dict(global_pool="max"), "'max'.*use 'avg', or ''"),
+        ("d2_convnext", dict(depths=()), r"depths \(\) and dims.*equally many"),
+        ("convnext_isotropic", dict(use_symmetrized_asym_feats=True), "no antisymmetric part"),
+        ("hybrid_deit", dict(use_symmetrized_asym_feats=True), "no antisymmetric part"),
+        ("d2_deit", dict(break_layer=2), "this network has none"),
+        ("resmlp_equi_d2", dict(img_size=33), "33 pixels cannot be cut into patches of 8 x 8"),
+        ("resmlp", dict(nlhb=True), "nlhb"),
+        ("d2_convnext_isotropic", dict(img_size=(64, 28)), "64 x 28 .* stride, 8.* 64 x"),
+        ("d2_convnext", dict(img_size=(64, 56)), "64 x 56 .* stride, 16.* 64 x"),
+    ],
+)  # fmt: skip
+def test_options_that_make_no_network_are_refused(family, options, message):
+    with pytest.raises(ValueError, match=message):
+        create(family, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "size", "message"),
+    [
+        ("d2_deit", {}, (40, 40), r"40 x 40 pixels.*made for 32 x 32.*dynamic_img_size"),
+        ("d2_deit", dict(dynamic_img_size=True), (36, 32), "cannot be cut into patches"),
+        ("resmlp_equi_d2", {}, (32, 40), "images are 32 x 40 pixels.*made for 32 x 32"),
+        ("d2_convnext_isotropic", {}, (64, 28), "64 x 28 .* stride, 8.* 64 x"),
+        ("d2_convnext", {}, (64, 56), "64 x 56 .* stride, 16.* 64 x"),
+        ("d2_convnext_isotropic", {}, (7, 8), "height.*8 x 8"),
+        ("d2_convnext", {}, (15, 16), "height.*16 x 16"),
+    ],
+)
+def test_images_of_sizes_that_do_not_fit_are_refused(family, options, size, message):
+    with pytest.raises(ValueError, match=message):
+        create(family, **options)(torch.zeros(1, 3, *size))
