@@ -1,15 +1,13 @@
 """Weights in files: timm's ways to load them, and to save and rebuild a model."""
 
-import importlib.util
-
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
+from timm.models._hub import save_for_hf
 from tiny import FAMILIES, NAMES, TRANSFORMERS, create, create_random, images
-
-OLD_TIMM = importlib.util.find_spec("timm.models._input") is None
 
 
 def x32() -> torch.Tensor:
@@ -34,8 +32,6 @@ def test_weights_from_files(family, suffix, tmp_path):
         state = {f"_orig_mod.{k}": v for k, v in source.state_dict().items()}
         torch.save({"model": state, "epoch": 3}, path)
     else:
-        from safetensors.torch import save_file
-
         save_file(source.state_dict(), path)
     x = x32()
     loaded = timm.create_model(name, checkpoint_path=path, num_classes=10, **tiny).eval()
@@ -60,12 +56,9 @@ def test_weights_from_files(family, suffix, tmp_path):
     torch.testing.assert_close(grey.double()(one), expected, rtol=1.3e-6, atol=1e-5)
 
 
-@pytest.mark.skipif(OLD_TIMM, reason="this timm does not record how to rebuild models")
 @pytest.mark.parametrize("family", NAMES)
 def test_saved_models_are_rebuilt_with_their_changes(family, tmp_path):
     """timm's save_for_hf and 'local-dir:' bring back a resized network with another head."""
-    from timm.models._hub import save_for_hf
-
     source = create_random(family, in_chans=4).float()
     size = (32, 32)
     if family in TRANSFORMERS:
