@@ -102,7 +102,7 @@ class _ConvNeXt(Classifier):
         """Maps (B, C, H, W) to normalised invariants (B, C'), or without pooling (B, H, W, C')."""
         x = x.permute(0, 2, 3, 1)
         if self.invariants is not None:
-            x = self.invariants(tuple(self.invariants.rep.split(x)))
+            x = self.invariants(tuple(FLOP.regular(self.num_features).split(x)))
         x = x[..., : self.head_hidden_size]
         return self.norm(x.mean((1, 2)) if self.global_pool == "avg" else x)
 

@@ -13,53 +13,34 @@ from deit.equivariance import randomize_
 
 SIZE, CLASSES = 16, 5
 VIT = dict(img_size=SIZE, patch_size=4, embed_dim=16, depth=2, num_heads=2)
-RATES = dict(proj_drop_rate=0.1, drop_path_rate=0.2, drop_rate=0.1)
-CONVNEXT_RATES = dict(drop_path_rate=0.2, drop_rate=0.1)
+RESMLP = dict(img_size=SIZE, patch_size=4, embed_dim=16, depth=2)
+ISOTROPIC = dict(patch_size=4, embed_dim=16, depth=2, layer_scale_init_value=0.1)
+HIERARCHICAL = dict(patch_size=2, depths=(1, 2), dims=(8, 16), layer_scale_init_value=0.1)
+WHOLE = dict(use_symmetrized_asym_feats=True)  # the head sees all that the last block gives
+DROP = dict(drop_path_rate=0.2, drop_rate=0.1)
+RATES = dict(proj_drop_rate=0.1, **DROP)
 
 # id: a registered name, arguments that make it tiny, rates of what is random in training
-NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+Table = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
+NETWORKS: Table = {
     "vit": ("d2_deit_small_patch16_LS", VIT, {**RATES, "pos_drop_rate": 0.1}),
     "vit, explicit attention": (
         "d2_deit_small_patch16_LS",
-        dict(**VIT, use_fused_attn=False, reg_tokens=1, use_symmetrized_asym_feats=True),
+        dict(**VIT, **WHOLE, use_fused_attn=False, reg_tokens=1),
         {**RATES, "attn_drop_rate": 0.1},
     ),
     "hybrid": ("hybrid_deit_small_patch16_LS", VIT, RATES),
     "invariant-early": ("d2_inv_early_deit_small_patch16_LS", VIT, RATES),
-    "resmlp": (
-        "resmlp_equi_d2_12",
-        dict(img_size=SIZE, patch_size=4, embed_dim=16, depth=2),
-        RATES,
-    ),
-    "isotropic convnext": (
-        "d2_convnext_isotropic_small",
-        dict(patch_size=4, embed_dim=16, depth=2, layer_scale_init_value=0.1),
-        CONVNEXT_RATES,
-    ),
-    "hierarchical convnext": (
-        "d2_convnext_tiny",
-        dict(patch_size=2, depths=(1, 2), dims=(8, 16), layer_scale_init_value=0.1),
-        CONVNEXT_RATES,
-    ),
+    "resmlp": ("resmlp_equi_d2_12", dict(**RESMLP, **WHOLE), RATES),
+    "isotropic convnext": ("d2_convnext_isotropic_small", dict(**ISOTROPIC, **WHOLE), DROP),
+    "hierarchical convnext": ("d2_convnext_tiny", dict(**HIERARCHICAL, **WHOLE), DROP),
 }
-
 # the ordinary twins whose classes are at least in part ours
-ORDINARY: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+ORDINARY: Table = {
     "ordinary vit": ("deit_small_patch16_LS", VIT, RATES),
-    "ordinary resmlp": (
-        "resmlp_12",
-        dict(img_size=SIZE, patch_size=4, embed_dim=16, depth=2),
-        RATES,
-    ),
-    "ordinary isotropic convnext": (
-        "convnext_isotropic_small",
-        dict(patch_size=4, embed_dim=16, depth=2, layer_scale_init_value=0.1),
-        CONVNEXT_RATES,
-    ),
+    "ordinary resmlp": ("resmlp_12", RESMLP, RATES),
+    "ordinary isotropic convnext": ("convnext_isotropic_small", ISOTROPIC, DROP),
 }
-
-# of the last antisymmetric features of a ConvNeXt its classifier sees nothing
-UNSEEN = r"(blocks\.1|stages\.1\.1)\.pwconv2\.linear_asym"
 
 
 def create(network: str, **kwargs: Any) -> nn.Module:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import pytest
 import torch
-from networks import UNSEEN, create, create_noisy, equivariance_errors, images, inner_linears, train
+from networks import create, create_noisy, equivariance_errors, images, inner_linears, train
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -63,8 +62,7 @@ def test_lora_trains(network, build):
     losses = train(wrapped, steps=6, after=after)
     if build is create:
         assert losses[-1] < losses[0]
-    idle = {n for n, size in gradients.items() if size == 0}
-    assert all(re.search(UNSEEN, name) for name in idle)
+    assert all(gradients.values())
     for name, value in frozen.items():
         assert torch.equal(wrapped.get_parameter(name), value)
     assert max(equivariance_errors(wrapped.eval().base_model.model, images())) < 1e-4

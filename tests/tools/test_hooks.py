@@ -28,17 +28,6 @@ def skipped_by_fused_attention(model: nn.Module) -> set[str]:
     }
 
 
-def expected(model: nn.Module) -> set[str]:
-    """The layers that hold parameters themselves, and those of `RANDOM_OR_POINTWISE`."""
-    names = {
-        name
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-        or isinstance(module, RANDOM_OR_POINTWISE)
-    }
-    return names - skipped_by_fused_attention(model)
-
-
 def called(model: nn.Module) -> dict[str, nn.Module]:
     """All modules inside but lists of modules, holders of published index tensors, and what timm's
     block has for a LayerScale that ours replaces."""
@@ -69,10 +58,7 @@ def test_hooks_fire_once_on_every_layer(network, build):
         module.register_full_backward_hook(count("backward", name))
     model(images().requires_grad_()).square().sum().backward()
     for kind, fired in counts.items():
-        assert {name: n for name, n in fired.items() if n != 1} == {}, kind
-        assert expected(model) - set(fired) == set(), kind
-    # and more: blocks, attention, perceptrons and norms as wholes, which hold none themselves
-    assert set(called(model)) == set(counts["forward"]) - {""}
+        assert fired == Counter(["", *called(model)]), kind
 
 
 def test_what_hooks_are_given():
@@ -123,10 +109,7 @@ def ramp(y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("change", [ramp, torch.zeros_like], ids=["more", "zero"])
 def test_a_wrapper_in_the_place_of_any_layer_has_its_effect(network, change):
-    # the head sees the antisymmetric features too, so that the last ones matter
-    bridged = network in ("hybrid", "invariant-early")
-    model = create(network, **({} if bridged else {"use_symmetrized_asym_feats": True}))
-    x = images(2)
+    model, x = create(network), images(2)
     with torch.no_grad():
         before = model(x)
         without = []
