@@ -15,7 +15,8 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from deit.data.workers import worker_death
 from deit.errors import UserError, run_command
 from deit.train.args import parse_args
 from deit.train.build import set_precision
-from deit.train.distributed import RankInfo, choose_device, connect
+from deit.train.distributed import DistContext, RankInfo, choose_device, connect
 from deit.train.engine import (
     Batches,
     NonFiniteLossError,
@@ -42,11 +43,11 @@ from deit.train.engine import (
     train_one_epoch,
 )
 from deit.train.evaluation import evaluate_once
+from deit.train.folder import LAST, check_unused, claim
 from deit.train.metrics import Scores
 from deit.train.reporting import duration
-from deit.train.run import LAST, Run, claim_folder
+from deit.train.run import Run
 from deit.train.stopping import Stopped, request_stop, stop_on_signals
-from deit.train.training import build_run
 
 __all__ = ["main", "request_stop"]
 
@@ -70,13 +71,26 @@ def main(args: Namespace) -> int:
             for ema in (False, True) if both else (args.model_ema_eval,):
                 evaluate_once(args, processes, ema=ema)
             return 0
-        with stop_on_signals(announce=processes.is_main), claim_folder(args, processes):
-            run = build_run(args, processes)
+        with stop_on_signals(announce=processes.is_main), _claim_folder(args, processes):
+            run = Run(args, processes)
             try:
                 train(run)
             finally:
                 run.close()
     return 0
+
+
+@contextmanager
+def _claim_folder(args: Namespace, processes: DistContext) -> Iterator[None]:
+    """Have the output folder for this training alone, on rank 0, until it ends."""
+    if not args.output_dir or not processes.is_main:
+        yield
+        return
+    folder = Path(args.output_dir)
+    with claim(folder):
+        if not args.overwrite:
+            check_unused(folder, args.resume)
+        yield
 
 
 def train(run: Run) -> None:

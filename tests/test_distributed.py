@@ -298,9 +298,9 @@ def test_a_rank_that_dies_ends_the_others(rank, action, data, tmp_path):
 
 def fail_alone(data: Path) -> int:
     """Ranks 1 and 2 fail for reasons of their own."""
-    original = deit.main.build_run
+    original = deit.main.Run
 
-    def build_run(*args):
+    def build(*args):
         rank = int(os.environ["RANK"])
         if rank == 1:
             raise UserError("own error of rank 1")
@@ -308,7 +308,7 @@ def fail_alone(data: Path) -> int:
             raise ValueError("a defect")
         return original(*args)
 
-    deit.main.build_run = build_run
+    deit.main.Run = build
     return train("--resume", "no.pth", data=data)
 
 
@@ -321,14 +321,14 @@ def test_errors_of_single_ranks_are_told(data, tmp_path):
 
 def resume_late(rank: int, *argv: str, data: Path) -> int:
     """Train, but `rank` takes long before it looks for the checkpoint."""
-    original = deit.main.build_run
+    original = deit.main.Run
 
-    def build_run(*args):
+    def build(*args):
         if os.environ["RANK"] == str(rank):
             time.sleep(5)
         return original(*args)
 
-    deit.main.build_run = build_run
+    deit.main.Run = build
     return train(*argv, data=data)
 
 

@@ -1,6 +1,7 @@
 """One update, one epoch, one evaluation, with objects in place of a command line."""
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -216,16 +217,8 @@ def test_evaluation(pad):
     images = torch.randn(10, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(10) % 4
     loader = [(images[i : i + 4], targets[i : i + 4]) for i in range(0, 10, 4)]
-    scores = evaluate(
-        net,
-        loader,
-        precision=Precision(CPU, None),
-        processes=PROCESSES,
-        sharded=True,
-        batch_size=4,
-        input_size=2,
-        pad=pad,
-    )
+    args = Namespace(batch_size=4, input_size=2, compile=pad, dist_eval=True, flop_eval=False)
+    scores = evaluate(net, loader, args, precision=Precision(CPU, None), processes=PROCESSES)
     logits = images.flatten(1)[:, :4]
     assert net.seen == [4, 4, 4 if pad else 2]
     assert scores.count == 10

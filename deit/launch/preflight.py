@@ -23,11 +23,11 @@ from deit.train.build import (
     build_val_dataset,
     number_of_classes,
     train_transform_of,
+    updates_per_epoch,
 )
 from deit.train.distributed import choose_device
 from deit.train.folder import LAST
 from deit.train.optim import build_optimizer
-from deit.train.training import updates_per_epoch
 
 
 def check(spec: JobSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping
@@ -20,8 +21,12 @@ from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.data import (
+    DeviceLoader,
     ImageDataset,
+    ResumableBatchSampler,
     build_dataset,
+    build_eval_loader,
+    build_train_loader,
     eval_transform,
     train_transform,
 )
@@ -29,6 +34,7 @@ from deit.data.transforms import Transform
 from deit.errors import UserError, one_line, suggest
 from deit.models.inputs import check_image_size
 from deit.train.args import get_parser
+from deit.train.distributed import DistContext
 
 # Arguments of a network: the options that they come from, and the values that say nothing.
 _ARGUMENTS = {
@@ -190,6 +196,74 @@ def number_of_classes(args: Namespace, data: ImageDataset) -> int:
             f"--nb-classes {args.nb_classes} is too few: the data have {data.num_classes} classes"
         )
     return args.nb_classes
+
+
+def build_train_stream(
+    args: Namespace, dataset: ImageDataset, processes: DistContext, epoch: int, step: int
+) -> DeviceLoader:
+    """The batches of this process, from update `step` of `epoch` to the end of the training."""
+    mean, std = mean_and_std(args)
+    sampler = ResumableBatchSampler(
+        len(dataset),
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        start_epoch=epoch,
+        start_step=step * args.update_freq,
+        seed=args.seed,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        repeats=3 if args.repeated_aug else 1,
+    )
+    return build_train_loader(
+        dataset,
+        sampler,
+        num_workers=workers(args),
+        pin_memory=args.pin_mem,
+        device=processes.device,
+        mean=mean,
+        std=std,
+        re_prob=0.0 if args.ThreeAugment else args.reprob,  # as published
+        re_mode=args.remode,
+        re_count=args.recount,
+        resplit=args.resplit,
+    )
+
+
+def build_val_loader(
+    args: Namespace, dataset: ImageDataset, processes: DistContext
+) -> DeviceLoader:
+    """The validation batches of this process; all of them without --dist-eval."""
+    mean, std = mean_and_std(args)
+    return build_eval_loader(
+        dataset,
+        batch_size=args.batch_size,
+        world_size=processes.world_size if args.dist_eval else 1,
+        rank=processes.rank if args.dist_eval else 0,
+        num_workers=workers(args),
+        pin_memory=args.pin_mem,
+        device=processes.device,
+        mean=mean,
+        std=std,
+    )
+
+
+def workers(args: Namespace) -> int:
+    """`--num-workers`, but no more than the cores of this process: they would only wait."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux; not what others share the machine
+    return min(args.num_workers, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+def updates_per_epoch(args: Namespace, images: int, processes: int) -> int:
+    """Optimizer updates in an epoch of `images`. UserError if they do not fill one batch."""
+    updates = images // (args.batch_size * processes) // args.update_freq
+    if updates == 0:
+        batch = args.batch_size * processes * args.update_freq
+        raise UserError(
+            f"the training set has {images} images, fewer than one global batch of {batch} "
+            f"(--batch-size {args.batch_size} x {processes} processes x "
+            f"--update-freq {args.update_freq}): use a smaller one"
+        )
+    return updates
 
 
 def set_precision(args: Namespace, device: torch.device) -> None:

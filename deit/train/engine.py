@@ -1,9 +1,10 @@
-"""One epoch of training, one evaluation. Both take objects, never command-line arguments."""
+"""One epoch of training, one evaluation."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -262,14 +263,10 @@ def mean_loss(running: RunningLoss, processes: DistContext) -> float:
 def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
+    args: Namespace,
     *,
     precision: Precision,
     processes: DistContext,
-    sharded: bool,
-    batch_size: int,
-    input_size: int,
-    pad: bool = False,
-    flop: bool = False,
     agreement: StopAgreement | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Scores:
@@ -277,10 +274,11 @@ def evaluate(
 
     Args:
         model: the network itself, not its DDP wrapper.
-        loader: batches of at most `batch_size` images, of which ranks may have different numbers.
-        sharded: whether each process has its own part of the data, and the parts are summed.
-        pad: fill the last batch up to `batch_size`, so that a compiled network sees one shape.
-        flop: evaluate the mirrored images too.
+        loader: batches of at most `args.batch_size` images, of which ranks may have different
+            numbers.
+        args: of these `dist_eval`, with which each process has its own part of the data, and the
+            parts are summed; `compile`, with which the last batch is filled up, so that a compiled
+            network sees one shape; `flop_eval`, to evaluate the mirrored images too.
         on_batch: called with the numbers of batches done and to do.
 
     Raises:
@@ -294,26 +292,27 @@ def evaluate(
     # agreed on, by all of them together.
     steps = max(processes.gather(own))
     batches = iter(loader)
-    idle = torch.zeros(batch_size if pad else 1, 3, input_size, input_size, device=device)
+    size, padded = args.input_size, args.batch_size if args.compile else 1
+    idle = torch.zeros(padded, 3, size, size, device=device)
     for step in range(steps):
         if step < own:
             images, targets = next(batches)
             count = len(images)
-            if pad and count < batch_size:
+            if count < padded:
                 images = torch.cat([images, idle[count:]])
             with precision.autocast():
                 logits = model(images)[:count]
-                mirrored = model(images.flip(-1))[:count] if flop else None
+                mirrored = model(images.flip(-1))[:count] if args.flop_eval else None
             accuracy.update(logits, targets, mirrored)
         elif isinstance(model, FSDPModule):
             with precision.autocast():
                 model(idle)
-                if flop:
+                if args.flop_eval:
                     model(idle)
         on_batch(step + 1, steps)
         if agreement is not None:
             agreement.poll()
-    return accuracy.compute(distributed=sharded and processes.world_size > 1)
+    return accuracy.compute(distributed=args.dist_eval and processes.world_size > 1)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,14 +10,18 @@ from torch import nn
 from deit.data import ImageDataset, match_classes, names_of_outputs, read_class_map
 from deit.deploy import fold
 from deit.errors import UserError
-from deit.train.build import build_model, build_val_dataset, number_of_classes
+from deit.train.build import (
+    build_model,
+    build_val_dataset,
+    build_val_loader,
+    number_of_classes,
+)
 from deit.train.checkpoint import Checkpoint
 from deit.train.compilation import compile_network
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, describe, evaluate
 from deit.train.folder import LAST
 from deit.train.loading import DATA, NETWORK, adopt, classifier_weight, find_checkpoints
-from deit.train.training import build_val_loader
 from deit.train.weights import load_weights
 
 __all__ = ["evaluate_once"]
@@ -52,13 +56,9 @@ def evaluate_once(args: Namespace, processes: DistContext, *, ema: bool) -> None
     scores = evaluate(
         model,
         build_val_loader(args, data, processes),
+        args,
         precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
         processes=processes,
-        sharded=args.dist_eval,
-        batch_size=args.batch_size,
-        input_size=args.input_size,
-        pad=args.compile,
-        flop=args.flop_eval,
     )
     if scores.bad:
         raise UserError(

@@ -1,54 +1,158 @@
-"""A training under way: its objects, its place, its folder."""
+"""A training run under way: what it learns, from which data, its place and its folder."""
 
 from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from deit.data import DeviceLoader
+from deit.data import (
+    ImageDataset,
+    check_same_classes,
+    match_classes,
+    names_of_outputs,
+    read_class_map,
+)
+from deit.errors import UserError
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
+from deit.train.args import config_dict
+from deit.train.build import (
+    build_train_dataset,
+    build_train_stream,
+    build_val_dataset,
+    build_val_loader,
+    number_of_classes,
+    updates_per_epoch,
+    workers,
+)
+from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
-from deit.train.engine import NonFiniteLossError, TrainStep, evaluate
-from deit.train.folder import BEST, EPOCH_COPY, LAST, check_unused, claim, clear
+from deit.train.engine import NonFiniteLossError, count_parameters, evaluate
+from deit.train.folder import BEST, EPOCH_COPY, LAST, clear, read_log
+from deit.train.loading import NETWORK, adopt, find_checkpoints
 from deit.train.metrics import Scores
-from deit.train.reporting import Reporter
-from deit.train.resume import TrainingState
+from deit.train.reporting import Reporter, environment
 from deit.train.stopping import StopAgreement
+from deit.train.training import peak_lr, start_training
 
-__all__ = ["LAST", "Run", "claim_folder", "open_writer"]
 
-
-@dataclass
 class Run:
-    """A training that is ready to start or to go on."""
+    """A training run that is ready to start, or to go on where `--resume` says.
 
-    args: Namespace
-    processes: DistContext
-    train_step: TrainStep
-    state: TrainingState
-    evaluated: dict[str, nn.Module]
-    """What is evaluated: as "" the averaged network or the trained one, as "_ema" the averaged one
-    beside it, if both are."""
-    train_loader: DeviceLoader
-    val_loader: DeviceLoader | None
-    """None with --disable-eval."""
-    batches: int
-    """Batches in an epoch; those that do not fill an update at its end are not used."""
-    updates: int
-    """Optimizer updates in an epoch."""
-    images: int
-    """Images in an update, over all processes."""
-    parameters: int
-    """Trainable ones."""
-    agreement: StopAgreement
-    reporter: Reporter
-    writer: CheckpointWriter | None
+    Attributes:
+        evaluated: what is evaluated: as "" the averaged network or the trained one, as "_ema" the
+            averaged one beside it, if both are.
+        val_loader: None with --disable-eval.
+        batches: in an epoch; those that do not fill an update at its end are not used.
+        updates: optimizer updates in an epoch.
+        images: in an update, over all processes.
+        parameters: trainable ones.
+        writer: what saves checkpoints; None without an output folder, and on other ranks than 0.
+    """
+
+    def __init__(self, args: Namespace, processes: DistContext) -> None:
+        self.args, self.processes = args, processes
+        checkpoint, origin = find_checkpoints(args, processes)
+        self.source = "" if checkpoint is None else checkpoint.source
+        train_set, val_set, notes = _build_data(args, checkpoint, origin)
+        classes = number_of_classes(args, train_set)
+        self.updates = updates_per_epoch(args, len(train_set), processes.world_size)
+        batch = args.batch_size * processes.world_size
+        self.batches, self.images = len(train_set) // batch, batch * args.update_freq
+        self.train_step, self.state, remarks = start_training(
+            args,
+            processes,
+            classes,
+            updates=self.updates,
+            images=self.images,
+            checkpoint=checkpoint,
+            origin=origin,
+            class_names=train_set.class_names,
+        )
+        self.parameters = count_parameters(self.state.model)
+        model, average = self.state.model, self.state.ema
+        self.evaluated = {"": model}
+        if average is not None and args.model_ema_eval:
+            both = args.model_ema_eval == "both"
+            self.evaluated = {"": model, "_ema": average} if both else {"": average}
+        self.writer: CheckpointWriter | None = None
+        if args.output_dir and processes.is_main:
+            clean_temporaries(Path(args.output_dir))
+            if checkpoint is None:
+                clear(Path(args.output_dir))
+            self.writer = CheckpointWriter(Path(args.output_dir))
+        epoch, step = self.state.progress.epoch, self.state.progress.step
+        self.train_loader = build_train_stream(args, train_set, processes, epoch, step)
+        self.val_loader = None if val_set is None else build_val_loader(args, val_set, processes)
+        self.agreement = StopAgreement(processes.control)
+        self.reporter = self._build_reporter()
+        self._introduce(len(train_set), len(val_set or ()), classes, notes + remarks)
+
+    def _build_reporter(self) -> Reporter:
+        """The reporter, with the run's configuration written and its log where the run stands."""
+        args, processes, progress = self.args, self.processes, self.state.progress
+        if self.source and not progress.history and args.output_dir:
+            # A published checkpoint brings no log: keep what the folder's knows.
+            log = read_log(Path(args.output_dir))
+            progress.history = [record for record in log if record["epoch"] < progress.epoch]
+        config = {
+            "args": config_dict(args),
+            "environment": environment(processes.device, processes.world_size),
+            "trainable_parameters": self.parameters,
+            "precision": str(self.state.precision),
+            "global_batch": self.images,
+            "updates_per_epoch": self.updates,
+            "peak_learning_rate": peak_lr(args, self.images),
+            "resumed_from": self.source or None,
+        }
+        reporter = Reporter(
+            args,
+            processes,
+            updates=self.updates,
+            images=self.images,
+            config=config,
+            done=progress.epoch * self.updates + progress.step,
+        )
+        reporter.restore(progress.history)
+        return reporter
+
+    def _introduce(self, train: int, val: int, classes: int, notes: Sequence[str]) -> None:
+        """Tell in a few lines what is about to happen, on how many images of how many classes."""
+        args, processes, progress = self.args, self.processes, self.state.progress
+        device = f"{processes.device} ({torch.get_num_threads()} threads)"
+        if processes.device.type == "cuda":
+            device = torch.cuda.get_device_name(processes.device)
+        lines = [
+            f"model   {args.model}, {self.parameters / 1e6:.2f} M trainable parameters, "
+            f"{args.input_size} x {args.input_size} pixels, {classes} classes",
+            f"data    {f'{args.data_set} {args.data_path}'.rstrip()}, {train:,} training and "
+            f"{val:,} test images",
+            f"run     {processes.world_size} x {device}, {self.state.precision}; "
+            f"global batch {self.images}, {self.updates} updates an epoch, {args.epochs} epochs; "
+            f"{args.opt}, peak learning rate {peak_lr(args, self.images):.3g}",
+            f"output  {args.output_dir or 'none: nothing is saved without --output-dir'}",
+        ]
+        if workers(args) < args.num_workers:
+            lines.append(
+                f"note    {workers(args)} loading processes, as many as this process has cores"
+            )
+        if args.compile:
+            lines.append("note    --compile: the first steps of training and testing take minutes")
+        lines += [f"note    {note}" for note in notes]
+        if self.source:
+            going_on = f"going on at epoch {progress.epoch + 1}, step {progress.step}"
+            over = progress.epoch >= args.epochs
+            done = f"all {args.epochs} epochs are done"
+            lines.append(f"resume  {self.source}: {done if over else going_on}")
+        elif args.resume:
+            lines.append(f"resume  there is no {LAST} in {args.output_dir} yet: starting afresh")
+        for line in lines:
+            self.reporter.say(line)
 
     def note_update(self, done: int, loss: float | None) -> None:
         """After each update of an epoch: remember the place, and show it."""
@@ -64,18 +168,13 @@ class Run:
 
     def evaluate(self, network: nn.Module) -> Scores:
         """The scores of one of the `evaluated` networks on the validation data."""
-        args = self.args
         self.reporter.start("testing", len(self.val_loader))
         return evaluate(
             network,
             self.val_loader,
+            self.args,
             precision=self.state.precision,
             processes=self.processes,
-            sharded=args.dist_eval,
-            batch_size=args.batch_size,
-            input_size=args.input_size,
-            pad=args.compile,
-            flop=args.flop_eval,
             agreement=self.agreement,
             on_batch=self.reporter.on_batch,
         )
@@ -91,11 +190,11 @@ class Run:
     def _drop_copies(self, coming: list[str]) -> None:
         """Keep the last `--save-ckpt-num` of the epochs' copies; `coming` are being written."""
         folder, kept = Path(self.args.output_dir), self.args.save_ckpt_num
-        present = {path.name for path in folder.iterdir()}
-        numbers = {re.fullmatch(r"checkpoint_(\d+)\.pth", name) for name in present | {*coming}}
-        epochs = sorted(int(match[1]) for match in numbers if match)
-        for epoch in epochs[:-kept] if kept else ():
-            (folder / EPOCH_COPY.format(epoch)).unlink(missing_ok=True)
+        present = {path.name for path in folder.iterdir()} | {*coming}
+        copies = [name for name in present if re.fullmatch(r"checkpoint_\d{4,}\.pth", name)]
+        copies.sort(key=lambda name: int(name[11:-4]))
+        for name in copies[:-kept] if kept else ():
+            (folder / name).unlink(missing_ok=True)
 
     def save_epoch(self, epoch: int, best: list[str]) -> None:
         """Save the end of `epoch`, the best so far of the kinds `best` of evaluated networks."""
@@ -127,41 +226,51 @@ class Run:
 
     def close(self) -> None:
         """End the loader's workers and wait for the last write; also after a failure."""
-        self.train_loader.close()
-        if self.val_loader is not None:
-            self.val_loader.close()
-        if self.writer is not None:
-            self.writer.close()
+        for part in (self.train_loader, self.val_loader, self.writer):
+            if part is not None:
+                part.close()
 
 
-@contextmanager
-def claim_folder(args: Namespace, processes: DistContext) -> Iterator[None]:
-    """Have the output folder for this training alone, on rank 0, until it ends.
+def _build_data(
+    args: Namespace, checkpoint: Checkpoint | None, origin: Checkpoint | None
+) -> tuple[ImageDataset, ImageDataset | None, list[str]]:
+    """Training and test images, with what `args` take on from a checkpoint; remarks."""
+    notes = []
+    if checkpoint is not None:  # all its outputs are needed
+        notes = adopt(args, checkpoint, (*NETWORK, "nb_classes"))
+    elif origin is not None:  # the data decide
+        notes = adopt(args, origin, NETWORK)
+    train_set = build_train_dataset(args)
+    val_set = None if args.disable_eval else build_val_dataset(args)
+    if val_set is not None:
+        check_same_classes(train_set, val_set)
+    sets = [data for data in (train_set, val_set) if data is not None]
+    notes += _label(args, sets, checkpoint)
+    notes += [data.note for data in sets if data.note]
+    if args.ThreeAugment and args.reprob > 0:
+        notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
+    return train_set, val_set, notes
 
-    Raises:
-        UserError: it cannot be made, another process trains in it, or it holds a training that
-            this one would replace.
-    """
-    if not args.output_dir or not processes.is_main:
-        yield
-        return
-    folder = Path(args.output_dir)
-    with claim(folder):
-        if not args.overwrite:
-            check_unused(folder, args.resume)
-        yield
 
-
-def open_writer(args: Namespace, processes: DistContext, fresh: bool) -> CheckpointWriter | None:
-    """What saves checkpoints, on rank 0 if there is an output folder, which this process holds.
-
-    Args:
-        fresh: the training starts; what an earlier one has left goes.
-    """
-    if not args.output_dir or not processes.is_main:
-        return None
-    folder = Path(args.output_dir)
-    clean_temporaries(folder)
-    if fresh:
-        clear(folder)
-    return CheckpointWriter(folder)
+def _label(
+    args: Namespace, data: Sequence[ImageDataset], checkpoint: Checkpoint | None
+) -> list[str]:
+    """Number the classes as --class-map says, or as the training did that goes on."""
+    classes = data[0].class_names
+    if args.class_map:
+        names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
+    elif checkpoint is None:
+        return []
+    else:
+        names, origin = checkpoint.class_names, checkpoint.source
+        if not names and (args.nb_classes or 0) > len(classes):
+            try:
+                names, origin = names_of_outputs(classes, args.nb_classes, source=origin)
+            except UserError:
+                return [
+                    f"{origin} does not say which output is which class: taken in the data's order"
+                ]
+    if not names:
+        return []
+    outputs = len(names) if args.nb_classes is None else args.nb_classes
+    return [match_classes(each, names, outputs, origin=origin) for each in data][-1]

@@ -17,13 +17,12 @@ from deit.saving import CheckpointWriter
 from deit.train.args import parse_args
 from deit.train.checkpoint import read_checkpoint
 from deit.train.distributed import DistContext, RankInfo
-from deit.train.engine import TrainStep, evaluate, train_one_epoch
+from deit.train.engine import count_parameters, evaluate, train_one_epoch
+from deit.train.folder import LAST
 from deit.train.metrics import Accuracy
-from deit.train.networks import build_networks
 from deit.train.reporting import environment
-from deit.train.resume import TrainingState, seed_all
 from deit.train.stopping import StopAgreement, Stopped
-from deit.train.training import LAST, build_state, build_train_step
+from deit.train.training import start_training
 from experiments.fashion_mnist.grid import Cell, Plan
 from experiments.fashion_mnist.images import Images, TestBatches, training_batches
 from experiments.fashion_mnist.networks import CLASSES, IMAGE_SIZE
@@ -90,17 +89,15 @@ class Training:
         checkpoint = read_checkpoint(last) if last.exists() else None
         if checkpoint is not None and checkpoint.get("origin") != self.origin:
             checkpoint = None  # of another plan
-        networks = build_networks(self.args, CLASSES, self.processes, checkpoint)
-        self.parameters = networks.parameters
-        self.state: TrainingState = build_state(
-            self.args, networks, self.processes, plan.updates, plan.batch_size
+        self.train_step, self.state, _ = start_training(
+            self.args,
+            self.processes,
+            CLASSES,
+            updates=plan.updates,
+            images=plan.batch_size,
+            checkpoint=checkpoint,
         )
-        self.train_step: TrainStep = build_train_step(self.args, networks, self.state, CLASSES)
-        seed_all(cell.seed)
-        if checkpoint is not None:
-            self.state.load_state_dict(checkpoint, global_batch=plan.batch_size)
         self.start = self.state.progress.epoch * plan.updates + self.state.progress.step
-        self.state.schedule.step_update(self.start)
 
     def run(self, command: str) -> dict[str, Any]:
         """Train to the end and test; returns the result.
@@ -127,7 +124,7 @@ class Training:
             self.writer.close()
         progress = self.state.progress
         return self.origin | {
-            "parameters": self.parameters,
+            "parameters": count_parameters(self.state.model),
             "training_images": len(train),
             "test_images": len(self.data.test),
             "seconds": round(sum(leg["seconds"] for leg in progress.history), 3),
@@ -162,11 +159,9 @@ class Training:
         scores = evaluate(
             self.state.model,
             TestBatches(self.data.test, TEST_BATCH),
+            self.args,
             precision=self.state.precision,
             processes=self.processes,
-            sharded=False,
-            batch_size=TEST_BATCH,
-            input_size=IMAGE_SIZE,
             agreement=agreement,
         )
         progress.next_epoch(
