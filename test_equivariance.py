@@ -16,22 +16,16 @@ import sys
 import torch
 
 from deit.errors import one_line_errors
-from deit.verify.check import check
+from deit.verify.check import DTYPES, Settings, check
 from deit.verify.cli import main
 from deit.verify.layers import LAYER_CASES
-from deit.verify.mutations import MUTATIONS, apply_mutation
-from deit.verify.networks import DEFAULT
-from deit.verify.settings import DTYPES, Settings
+from deit.verify.mutations import MUTATIONS, find
+from deit.verify.networks import VARIANTS
 
 
 def pytest_generate_tests(metafunc) -> None:
     """pytest's hook for parameters; the script itself does not need pytest."""
-    cases = {
-        "layer": LAYER_CASES,
-        "dtype": list(DTYPES),
-        "network": [case for case in DEFAULT if max(case.img_size) < 224],
-        "broken": MUTATIONS,
-    }
+    cases = {"layer": LAYER_CASES, "dtype": list(DTYPES), "network": VARIANTS, "broken": MUTATIONS}
     for name in metafunc.fixturenames:
         if name in cases:
             metafunc.parametrize(name, cases[name], ids=str)
@@ -46,7 +40,8 @@ def test_network(network):
 
 
 def test_broken_layer_is_found_and_located(broken):
-    assert apply_mutation(broken, Settings(torch.float32)).failures == []
+    *_, failures = find(broken, Settings(torch.float32))
+    assert failures == []
 
 
 if __name__ == "__main__":

@@ -19,33 +19,15 @@ blocks. An ordinary network is off by more than 1e-1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite, isnan
+from math import inf, isfinite, isnan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deit.groups import Group, Rep
-
-__all__ = [
-    "Action",
-    "EquivarianceReport",
-    "Feature",
-    "as_parts",
-    "assert_equivariant",
-    "channels",
-    "compose",
-    "equivariance_error",
-    "image",
-    "invariant",
-    "measure",
-    "randomize_",
-    "tokens",
-    "tolerance_of",
-    "worst",
-]
 
 Feature = Tensor | tuple[Tensor, ...]
 Action = Callable[[int, Any], Any]  # of a group element on a feature
@@ -69,13 +51,14 @@ def as_parts(x: Feature) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-def _each(change: Callable[[Tensor], Tensor], x: Feature) -> Feature:
-    return tuple(change(part) for part in x) if isinstance(x, tuple) else change(x)
+def map_parts(change: Callable[[Tensor], Tensor], x: Feature) -> Feature:
+    """Change a tensor, or each part of a tuple."""
+    return tuple(map(change, x)) if isinstance(x, tuple) else change(x)
 
 
 def image(group: Group) -> Action:
     """The group moves pixels: (..., H, W)."""
-    return lambda g, x: _each(lambda part: group.act_on_image(g, part), x)
+    return lambda g, x: map_parts(lambda part: group.act_on_image(g, part), x)
 
 
 def invariant(g: int, x: Feature) -> Feature:
@@ -90,7 +73,7 @@ def channels(rep: Rep, dim: int = -1) -> Action:
 
 def tokens(mirror: Callable[[Tensor], Tensor]) -> Action:
     """Flopping exchanges tokens, of every part, by `mirror`, for instance `MirrorGrid.mirror`."""
-    return lambda g, x: _each(mirror, x) if g else x
+    return lambda g, x: map_parts(mirror, x) if g else x
 
 
 def compose(*actions: Action) -> Action:
@@ -137,37 +120,35 @@ class EquivarianceReport:
 
 def worst(*errors: float) -> float:
     """The largest, where NaN is larger than all."""
-    return max(errors, key=lambda error: float("inf") if isnan(error) else error)
+    return max(errors, key=lambda error: inf if isnan(error) else error)
 
 
 def measure(
-    y: Feature,
-    moved: Iterable[tuple[int, Feature]],
+    outputs: Sequence[Feature],
     act: Action,
     pieces: Callable[[Feature], tuple[Tensor, ...]] = as_parts,
     constant: bool = False,
 ) -> EquivarianceReport:
-    """Compare y = f(x), (B, ...), with pairs (g, f(gx)).
-
-    Computed in float64, so that the measurement adds no rounding of its own.
+    """Compare f(gx) with g f(x); computed in float64, which adds no rounding of its own.
 
     Args:
-        act: how the group acts on y.
-        pieces: what of y must differ between samples, each by itself.
-        constant: y is not a batch and depends on no input, as a position embedding.
+        outputs: f(gx), (B, ...), for each element g of the group; the first is f(x).
+        act: how the group acts on them.
+        pieces: what of f(x) must differ between samples, each by itself.
+        constant: f(x) is not a batch and depends on no input, as a position embedding.
 
     Raises:
         ValueError: if there are fewer than two samples to tell apart.
     """
-    y = _exact(y)
-    count = as_parts(y)[0].shape[0]
+    y, *moved = (map_parts(lambda part: part.detach().double(), output) for output in outputs)
+    count = len(as_parts(y)[0])
     if count < 2 and not constant:
         raise ValueError(f"{count} samples cannot show that outputs differ: give two or more")
     errors = []
-    for g, z in moved:
-        difference = [p - q for p, q in zip(as_parts(_exact(z)), as_parts(act(g, y)), strict=True)]
+    for g, z in enumerate(moved, 1):
+        difference = [p - q for p, q in zip(as_parts(z), as_parts(act(g, y)), strict=True)]
         errors.append(_relative(difference, as_parts(y), constant))
-    contrast = float("inf")
+    contrast = inf
     if not constant:
         # each sample against the one before it; amin and amax pass NaN on
         steps = [
@@ -177,10 +158,6 @@ def measure(
         ]
         contrast = float(torch.stack(steps).amin())
     return EquivarianceReport(tuple(torch.stack(errors).amax(0).tolist()), contrast)
-
-
-def _exact(x: Feature) -> Feature:
-    return _each(lambda part: part.detach().double(), x)
 
 
 def _relative(
@@ -215,8 +192,8 @@ def equivariance_error(
     Raises:
         ValueError: if the batch holds fewer than two samples.
     """
-    moved = [(g, module(on_input(g, x))) for g in range(1, group.order)]
-    return measure(module(x), moved, on_output)
+    moved = [module(on_input(g, x)) for g in range(1, group.order)]
+    return measure([module(x), *moved], on_output)
 
 
 def assert_equivariant(

@@ -159,7 +159,7 @@ def test_training_goes_on_and_starts_with_the_network_of_the_file(file, data, tm
 def test_the_check_of_equivariance_builds_the_network_of_the_file(file, monkeypatch, capsys):
     from deit.verify import cli as verify
 
-    monkeypatch.setattr(verify, "LAYER_CASES", [])
+    monkeypatch.setattr(verify.layers, "LAYER_CASES", [])
     run = lambda *argv: one_line_errors(lambda: verify.main([*argv, "--device", "cpu"]))  # noqa: E731
     assert run("--checkpoint", str(file)) == 0
     assert f"{MODEL}, checkpoint" in capsys.readouterr().out

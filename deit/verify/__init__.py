@@ -10,7 +10,5 @@ this package. Errors and tolerances are those of `deit.equivariance`.
     networks   the networks, and how they are made
     mutations  layers broken on purpose, which must be found
     samples    natural and random images, and features made from them
-    settings   in which arithmetic, with how many images
-    report     tables
-    cli        the command line
+    cli        the command line and its tables
 """

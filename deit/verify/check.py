@@ -10,24 +10,33 @@ end. A hybrid is equivariant up to and including its bridge, and nothing is prom
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from math import nan
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deit import layers as L
-from deit.equivariance import Action, Feature, as_parts, invariant, measure, randomize_, worst
-from deit.groups import FLOP
-from deit.verify.rules import INTO, OUT_OF, Rule, Rules
-from deit.verify.settings import Settings
-from deit.verify.trace import Event, Trace, first_failure, measure_batch, together
+from deit.equivariance import (
+    Action,
+    Feature,
+    as_parts,
+    invariant,
+    map_parts,
+    measure,
+    randomize_,
+    tolerance_of,
+    worst,
+)
+from deit.groups import FLOP, Group
+from deit.train.compilation import compile_network
+from deit.train.engine import lower_precision
+from deit.verify.rules import INTO, OUT_OF, Rule, Rules, packed_map
+from deit.verify.trace import BLOCKS, Event, measure_batch, trace
 
-__all__ = ["Case", "Result", "check", "gradient_errors", "is_far_off"]
-
-BLOCKS = (L.Block, L.OrdinaryBlock, L.MixerBlock, L.ConvBlock)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 HALVES = (torch.bfloat16, torch.float16)
 # For layers and for networks. Gradients go through every layer of a network twice, and some are
 # small differences of large terms: they are compared relative to the largest of them, and may be
@@ -36,44 +45,74 @@ FLOOR, SLACK = (1e-2, 1.0), (1.0, 128)
 INPUT, TRAINING = "the input", "the output in training"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How to check: in which arithmetic, with how many images.
+
+    Attributes:
+        dtype: of parameters and images.
+        count: natural images, and random ones.
+        amp: automatic mixed precision; parameters and images are float32 then.
+        compile_mode: check what `torch.compile` makes in this mode too; None for not.
+        compile_blocks: compile each block of a network by itself.
+    """
+
+    dtype: torch.dtype = torch.float64
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a device is immutable
+    count: int = 2
+    seed: int = 0
+    amp: bool = False
+    compile_mode: str | None = None
+    compile_blocks: bool = False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What features are rounded to."""
+        return lower_precision(self.device) if self.amp else self.dtype
+
+    @property
+    def arithmetic(self) -> str:
+        """For tables."""
+        name = str(self.compute_dtype).removeprefix("torch.")
+        return f"amp {name}" if self.amp else name
+
+    def tolerance(self, depth: int = 1) -> float:
+        """For layers, or for networks of `depth` blocks."""
+        return tolerance_of(self.compute_dtype, depth)
+
+    def autocast(self) -> AbstractContextManager:
+        """To be entered around a forward pass."""
+        return torch.autocast(self.device.type, self.compute_dtype) if self.amp else nullcontext()
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What to check, a layer or a network.
+    """A layer or a network to check.
 
     Attributes:
         name, variant: for the table.
+        build: makes the module, with any parameters.
+        build_twin: makes the ordinary module of the same job, which the same check must refuse: a
+            function of the input's parts, and if there are several of the output's, side by side
+            on the last axis.
+        inputs: makes a number of natural samples, then as many random ones, from a seed; float64,
+            on the CPU.
+        group, grid: as in `Rules`.
         is_network: its gradients are compared with more tolerance, on one natural and one random
             sample, so that a large network's activations fit, and not in 16-bit arithmetic.
     """
 
     name: str
-    variant: str = ""
-    group = FLOP
-    is_network = False
+    variant: str
+    build: Callable[[], nn.Module]
+    build_twin: Callable[[], nn.Module]
+    inputs: Callable[[int, int], Feature]
+    group: Group = FLOP
+    grid: tuple[int, int] | None = None
+    is_network: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}, {self.variant}" if self.variant else self.name
-
-    def build(self) -> nn.Module:
-        """The module, with any parameters."""
-        raise NotImplementedError
-
-    def build_twin(self) -> nn.Module:
-        """The ordinary module of the same job, which the same check must refuse: a function of the
-        input's parts, and if there are several of the output's, side by side on the last axis."""
-        raise NotImplementedError
-
-    def inputs(self, count: int, seed: int) -> Feature:
-        """`count` natural samples, then `count` random ones; float64, on the CPU."""
-        raise NotImplementedError
-
-    def rules(self, module: nn.Module) -> Rules:
-        """How the group acts on its features."""
-        return Rules(module, self.group)
-
-    def maps(self, module: nn.Module) -> list[tuple[str, Rule]]:
-        """Names and rules of what its `forward_intermediates` hands out."""
-        return []
 
 
 @dataclass(frozen=True)
@@ -82,33 +121,30 @@ class Result:
 
     Attributes:
         events: measurements, in the order of computation; the last are of maps and of the output.
-        depth: number of blocks.
         promised: whether anything is promised of the output.
         output: its error, promised or not.
         gradients: relative errors by name, and of the output in training; none if not compared.
         compiled: how far the compiled output is from that of eager code; None if not compiled.
-        twin: the ordinary twin's error, in float32.
+        twin: the ordinary twin's error, in float32; None if not measured.
+        unseen: layers that should have been measured, and were not.
     """
 
     case: Case
     settings: Settings
-    depth: int
-    promised: bool
+    tolerance: float
     events: list[Event]
+    unseen: list[str]
+    promised: bool
     output: float
-    gradients: Mapping[str, float]
     compiled: float | None
-    twin: float
-    unseen: list[str] = field(default_factory=list)
-
-    @property
-    def tolerance(self) -> float:
-        return self.settings.tolerance(self.depth)
+    gradients: Mapping[str, float]
+    twin: float | None
 
     @property
     def culprit(self) -> Event | None:
         """The first event that fails."""
-        return first_failure(self.events, self.tolerance)
+        failing = (each for each in self.events if each.measurement.problem(self.tolerance))
+        return next(failing, None)
 
     @property
     def worst(self) -> Event:
@@ -141,15 +177,17 @@ class Result:
         if event := self.culprit:
             failures.append(f"{event} ({event.kind}): {event.measurement.problem(tol)}")
         limit = SLACK[self.case.is_network] * tol
-        wrong = [name for name, error in self.gradients.items() if not error <= limit]
+        wrong = {name: error for name, error in self.gradients.items() if not error <= limit}
         if wrong:
-            error = worst(*(self.gradients[name] for name in wrong))
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            where = f"{wrong[0]}{more}"
-            failures.append(f"gradients, {where}: error {error:.1e} > tolerance {limit:.1e}")
+            error = worst(*wrong.values())
+            failures.append(
+                f"gradients, {next(iter(wrong))}{more}: error {error:.1e} > tolerance {limit:.1e}"
+            )
         if self.compiled is not None and not self.compiled <= tol:
             failures.append(f"compiling changes the output: error {self.compiled:.1e} > {tol:.1e}")
-        if not is_far_off(self.twin, self.output if self.promised else 0.0, tol):
+        own = self.output if self.promised else 0.0
+        if self.twin is not None and not is_far_off(self.twin, own, tol):
             failures.append(f"the ordinary twin is hardly worse (error {self.twin:.1e})")
         return failures + [f"{name} was never measured" for name in self.unseen]
 
@@ -160,133 +198,129 @@ def is_far_off(twin: float, own: float, tol: float) -> bool:
 
 
 def check(
-    case: Case, settings: Settings, module: nn.Module | None = None, train: bool = True
+    case: Case, settings: Settings, module: nn.Module | None = None, features_only: bool = False
 ) -> Result:
     """Check a case with random parameters, or `module` as it is.
 
     The whole batch, first the samples and then the same ones moved, goes through in one pass.
 
     Args:
-        train: whether to compare gradients too, where they are promised and telling.
+        features_only: leave out gradients and the twin. Gradients are compared only where they are
+            promised and telling.
     """
     place = {"device": settings.device, "dtype": settings.dtype}
     module = randomize_(case.build(), settings.seed) if module is None else module
     module = module.to(**place).eval()
-    rules, order = case.rules(module), range(case.group.order)
-    x = case.inputs(settings.count, settings.seed)
-    x = _each(lambda part: part.to(**place), x)
+    rules, group = Rules(module, case.group, case.grid), case.group
+    x = map_parts(lambda part: part.to(**place), case.inputs(settings.count, settings.seed))
     before = rules.rule(module, INTO, x).act
-    batch = together([before(g, x) for g in order])
+    moved = [as_parts(before(g, x)) for g in range(group.order)]
+    parts = tuple(map(torch.cat, zip(*moved, strict=True)))
+    batch = parts if isinstance(x, tuple) else parts[0]
 
     compiled = None
     with torch.no_grad(), settings.autocast():
-        with Trace(module, rules) as trace:
+        y, events, unseen = trace(module, rules, batch)
+        if settings.compile_mode is not None:
+            blocks = settings.compile_blocks and case.is_network
+            module, eager = _compiled_copy(module, settings.compile_mode, blocks), y
             y = module(batch)
-        run = settings.compiled(module)
-        if run is not module:
-            eager, y = y, run(batch)
-            compiled = max(measure(y, [(0, eager)], invariant).errors)
-        events = trace.events + _maps(case, module, batch, settings)
-    after = rules.rule(module, OUT_OF, y)
-    promised = after is not None
-    after = after or Rule(invariant)
-    output = measure_batch(y, after, case.group)
-    widths = [part.shape[-1] for part in y] if isinstance(y, tuple) else None
-    if promised and run is not module:
+            compiled = measure([y, eager], invariant).error
+        events += _maps(module, batch, group)
+    after = rules.rule(rules.network, OUT_OF, y)
+    promised, after = after is not None, after or Rule(invariant)
+    output = measure_batch(y, after, group)
+    if promised and compiled is not None:
         events.append(Event("", "compiled", OUT_OF, output))
-    gradients = {}
-    if train and promised and not (case.is_network and settings.compute_dtype in HALVES):
-        picked = x[[0, settings.count]] if case.is_network else x
-        gradients = _train(case, module, run, picked, before, after, settings)
+    telling = not (case.is_network and settings.compute_dtype in HALVES)
+    gradients, twin = {}, None
+    if not features_only:
+        if promised and telling:
+            picked = x[[0, settings.count]] if case.is_network else x
+            gradients = _train(case, module, picked, before, after, settings)
+        twin = _twin_error(case, batch, y, after, settings)
     return Result(
         case,
         settings,
-        sum(isinstance(m, BLOCKS) for m in module.modules()),
-        promised,
+        settings.tolerance(sum(isinstance(m, BLOCKS) for m in module.modules())),
         events,
+        unseen,
+        promised,
         output.error,
-        gradients,
         compiled,
-        _twin_error(case, batch, widths, after, settings),
-        _never_measured(module, trace),
+        gradients,
+        twin,
     )
 
 
-def _each(change: Callable[..., Tensor], *features: Feature) -> Feature:
-    """Change features part by part."""
-    first = features[0]
-    return tuple(map(change, *features)) if isinstance(first, tuple) else change(*features)
+def _compiled_copy(module: nn.Module, mode: str, blocks: bool) -> nn.Module:
+    """What torch compiles a module to, and the maps that it hands out if it is a network."""
+    # each case is a new network: without this, recompilations stop at a limit, silently
+    torch.compiler.reset()
+    module = copy.deepcopy(module)
+    compile_network(module, mode, blocks=blocks)
+    if not blocks and hasattr(module, "forward_intermediates"):
+        module.forward_intermediates = torch.compile(module.forward_intermediates, mode=mode)
+    return module
 
 
-def _never_measured(module: nn.Module, trace: Trace) -> list[str]:
-    """Layers with parameters that no hook has seen have not been checked; the outermost ones."""
-    unseen: list[str] = []
-    for name, layer in module.named_modules():
-        has_own = any(True for _ in layer.parameters(recurse=False)) or isinstance(layer, BLOCKS)
-        inside = any(name.startswith(f"{outer}.") for outer in unseen)
-        missed = has_own and not inside and name not in trace.seen
-        if missed and trace.rules.promises(layer):
-            unseen.append(name)
-    return unseen
+def _maps(module: nn.Module, batch: Feature, group: Group) -> list[Event]:
+    """The maps that a network hands out are flipped, and half of their channels negated.
 
-
-def _maps(case: Case, module: nn.Module, batch: Feature, settings: Settings) -> list[Event]:
-    """The maps that a network hands out are flipped, and half of their channels negated."""
-    promised = case.maps(module)
-    if not promised:
+    Nothing is promised of those behind the bridge of a hybrid, which have no symmetric channels.
+    """
+    symmetric = {
+        info["module"]: info["symmetric_channels"]
+        for info in getattr(module, "feature_info", ())
+        if info["symmetric_channels"] is not None
+    }
+    if not symmetric:
         return []
-    found = settings.compiled(module.forward_intermediates)(batch, intermediates_only=True)
+    found = module.forward_intermediates(batch, intermediates_only=True)
     return [
-        Event(f"map of {name}", "map", OUT_OF, measure_batch(y, rule, case.group))
-        for (name, rule), y in zip(promised, found, strict=False)
+        Event(f"map of {name}", "map", OUT_OF, measure_batch(y, packed_map(count), group))
+        for (name, count), y in zip(symmetric.items(), found, strict=False)
     ]
 
 
 def _train(
-    case: Case,
-    module: nn.Module,
-    run: Callable[[Any], Feature],
-    x: Feature,
-    before: Action,
-    after: Rule,
-    settings: Settings,
+    case: Case, module: nn.Module, x: Feature, before: Action, after: Rule, settings: Settings
 ) -> dict[str, float]:
     """Relative errors of gradients in the input and in parameters, and of the output in training,
     which may take other paths through a layer than inference."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    count = len(as_parts(x))
+    inputs = [f"{INPUT}, part {i}" for i in range(count)] if count > 1 else [INPUT]
     module.train()
 
     def backward(g: int) -> tuple[Feature, dict[str, Tensor]]:
-        inputs = _each(lambda part: part.detach().requires_grad_(), before(g, x))
+        x_g = map_parts(lambda part: part.detach().requires_grad_(), before(g, x))
         torch.manual_seed(settings.seed)  # the same masks of stochastic depth for each element
         with settings.autocast():
-            y = run(inputs)
+            y = module(x_g)
         # linear, for a loss that saturates would amplify the rounding of the output
         generator = torch.Generator().manual_seed(1)
-        weights = _each(
+        weights = map_parts(
             lambda part: torch.randn(part.shape, generator=generator, dtype=torch.float64), y
         )
-        values = torch.autograd.grad(
+        weights = as_parts(after.act(g, weights))
+        found = torch.autograd.grad(
             as_parts(y),
-            [*as_parts(inputs), *parameters.values()],
-            as_parts(_each(torch.Tensor.to, after.act(g, weights), y)),
+            [*as_parts(x_g), *parameters.values()],
+            [weight.to(part) for weight, part in zip(weights, as_parts(y), strict=True)],
             materialize_grads=True,
         )
-        count = len(as_parts(x))
-        of_input = values[:count] if isinstance(x, tuple) else values[0]
-        names = [f"{INPUT}, part {i}" for i in range(count)] if count > 1 else [INPUT]
-        found = dict(zip(names, as_parts(before(case.group.inverse(g), of_input)), strict=True))
-        return y, found | dict(zip(parameters, values[count:], strict=True))
+        of_input = found[:count] if isinstance(x, tuple) else found[0]
+        of_input = as_parts(before(case.group.inverse(g), of_input))
+        names = [*inputs, *parameters]
+        return y, dict(zip(names, [*of_input, *found[count:]], strict=True))
 
-    y, expected = backward(0)
-    errors = {TRAINING: 0.0}
-    for g in range(1, case.group.order):
-        z, found = backward(g)
-        found = gradient_errors(expected, found, FLOOR[case.is_network])
-        found[TRAINING] = measure(y, [(g, z)], after.act).error
-        errors |= {name: worst(error, errors.get(name, 0.0)) for name, error in found.items()}
+    outputs, gradients = zip(*map(backward, range(case.group.order)), strict=True)
     module.eval()
-    return errors
+    expected, floor = gradients[0], FLOOR[case.is_network]
+    errors = [gradient_errors(expected, found, floor) for found in gradients[1:]]
+    of_output = {TRAINING: measure(outputs, after.act).error}
+    return of_output | {name: worst(*(each[name] for each in errors)) for name in expected}
 
 
 def gradient_errors(
@@ -298,27 +332,22 @@ def gradient_errors(
     error is taken relative to less than `floor` times the largest norm. If all gradients vanish,
     the errors are NaN.
     """
-
-    def norm(gradient: Tensor) -> float:
-        return float(torch.linalg.vector_norm(gradient.double()))
-
-    norms = {name: norm(gradient) for name, gradient in expected.items()}
+    norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
     least = floor * worst(*norms.values())
     return {
-        name: norm(found[name].double() - gradient.double()) / worst(norms[name], least)
+        name: float((found[name].double() - gradient.double()).norm()) / worst(norms[name], least)
         if least != 0
         else nan
         for name, gradient in expected.items()
     }
 
 
-def _twin_error(
-    case: Case, batch: Feature, widths: list[int] | None, after: Rule, settings: Settings
-) -> float:
-    """The error of the ordinary twin with random parameters; it gives parts of `widths`, if any."""
+def _twin_error(case: Case, batch: Feature, own: Feature, after: Rule, settings: Settings) -> float:
+    """The error of the ordinary twin with random parameters, cut into parts as our `own` output."""
     place = {"device": settings.device, "dtype": torch.float32}
     twin = randomize_(case.build_twin(), settings.seed).to(**place).eval()
-    x = torch.cat(batch, -1) if isinstance(batch, tuple) else batch
     with torch.no_grad():
-        y = twin(x.to(**place))
-    return measure_batch(y.split(widths, -1) if widths else y, after, case.group).error
+        y = twin(torch.cat(as_parts(batch), -1).to(**place))
+    if isinstance(own, tuple):
+        y = y.split([part.shape[-1] for part in own], -1)
+    return measure_batch(y, after, case.group).error

@@ -5,26 +5,22 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import timm
 import torch
+from rich.console import Console
 from torch import nn
 
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_value, number
 from deit.equivariance import worst
 from deit.errors import UserError, one_line
-from deit.verify import mutations
-from deit.verify.check import Case, Result, check
-from deit.verify.checkpoints import network_of
-from deit.verify.layers import LAYER_CASES
-from deit.verify.networks import DEFAULT, NetworkCase, choose
-from deit.verify.report import Column, Table, shown
+from deit.verify import layers, mutations, networks
+from deit.verify.check import DTYPES, Case, Result, Settings, check
 from deit.verify.samples import CANDIDATES
-from deit.verify.settings import DTYPES, Settings
-
-__all__ = ["get_parser", "main"]
 
 DESCRIPTION = """\
 Check that layers and networks are equivariant under flopping (mirroring left to right).
@@ -33,7 +29,9 @@ With random parameters, on natural and random images: every layer, its gradients
 inside each network, the maps it hands out, its logits. Errors are relative to the feature's norm.
 Exit code 0 if everything held, 1 if a check failed, 2 for wrong input.
 """
-SIZE = 224
+MOST_FAILURES = 3  # are listed of a row
+# Of a table: a title, the format of cells, and what gives a row's cell.
+Column = tuple[str, str, Callable[..., Any]]
 
 
 def get_parser() -> CommandLine:
@@ -77,7 +75,8 @@ def get_parser() -> CommandLine:
     )
     how.add(
         "--img-size", number(int, 1), None, "N",
-        f"height and width of images (default: {SIZE}, or what a checkpoint was trained on)",
+        f"height and width of images (default: {networks.SIZE}, or what a checkpoint was trained "
+        "on)",
     )  # fmt: skip
     how.add("--seed", number(int, 0), 0, "N", "of parameters and random images")
     add_kernels(how)
@@ -98,21 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [] if args.self_test else _networks(args)
     _print_header(settings)
     if args.self_test:
-        tables = [_self_test(each) for each in settings]
+        counts = [_self_test(each) for each in settings]
     else:
-        checks = [
-            (case, each, network)
-            for case, network in cases
-            for each in _arithmetic(args, case, settings)
-        ]
-        tables = [_check_layers(settings), _check_networks(checks)]
-    rows, failed = sum(t.rows for t in tables), sum(t.failed for t in tables)
-    took = f"{time.monotonic() - start:.0f} s"
-    if failed:
-        print(f"\n{failed} of {rows} checks FAILED ({took})")
-        return 1
-    print(f"\nall {rows} checks held ({took})")
-    return 0
+        counts = [_check_layers(settings), _check_networks(args, cases, settings)]
+    rows, failed = map(sum, zip(*counts, strict=True))
+    verdict = f"{failed} of {rows} checks FAILED" if failed else f"all {rows} checks held"
+    print(f"\n{verdict} ({time.monotonic() - start:.0f} s)")
+    return 1 if failed else 0
 
 
 def _settings(args: argparse.Namespace) -> list[Settings]:
@@ -144,29 +135,21 @@ def _settings(args: argparse.Namespace) -> list[Settings]:
     return [*(replace(common, dtype=d) for d in DTYPES.values()), replace(common, amp=True)]
 
 
-def _networks(args: argparse.Namespace) -> list[tuple[NetworkCase, nn.Module | None]]:
+def _networks(args: argparse.Namespace) -> list[tuple[Case, nn.Module | None]]:
     """The cases, with the network itself where it comes from a checkpoint."""
     if args.checkpoint:
         name = args.model[0] if args.model else None
-        return [network_of(args.checkpoint, name, args.img_size, dict(args.model_kwargs or ()))]
-    size = (args.img_size or SIZE,) * 2
+        kwargs = dict(args.model_kwargs or ())
+        return [networks.network_of(args.checkpoint, name, args.img_size, kwargs)]
+    size = args.img_size or networks.SIZE
     if args.model:
-        cases = [NetworkCase(name, img_size=size) for name in choose(args.model)]
-    else:  # the variants keep their own sizes, which are part of what they check
-        cases = [case if case.variant else replace(case, img_size=size) for case in DEFAULT]
+        cases = [networks.network_case(name, size=size) for name in networks.choose(args.model)]
+    else:
+        cases = networks.default_networks(size)
     with torch.device("meta"):  # complain about a size now, not after minutes
         for case in cases:
             case.build()
     return [(case, None) for case in cases]
-
-
-def _arithmetic(
-    args: argparse.Namespace, case: NetworkCase, settings: list[Settings]
-) -> list[Settings]:
-    """How to check a network: by default a large one without the slow float64, and without AMP."""
-    if args.dtype or len(settings) == 1 or case.variant:
-        return settings
-    return [each for each in settings if each.dtype != torch.float64 and not each.amp]
 
 
 def _print_header(settings: list[Settings]) -> None:
@@ -183,107 +166,129 @@ def _print_header(settings: list[Settings]) -> None:
     print("times sqrt(blocks / 12) in networks of more than 12 blocks")
 
 
-def _check_layers(settings: list[Settings]) -> Table:
+def _check_layers(settings: list[Settings]) -> tuple[int, int]:
+    def error(index: int, *results: Result) -> float:
+        return worst(results[index].error(), results[index].gradient)
+
     columns = [
-        Column("layer", 46, right=False),
-        *(Column(each.arithmetic, 8) for each in settings),
-        Column("images differ", 13),
-        Column("ordinary twin", 13),
+        ("layer", "<46", lambda *results: results[0].case),
+        *((each.arithmetic, ">8", partial(error, i)) for i, each in enumerate(settings)),
+        ("images differ", ">13", lambda *results: min(r.contrast for r in results)),
+        ("ordinary twin", ">13", lambda *results: min(r.twin for r in results)),
     ]
     notes = ["the largest error of features, output and gradients; 'images differ': the smallest "
              "difference of features of different images"]  # fmt: skip
-    rows = [[(case, each, None) for each in settings] for case in LAYER_CASES]
-    return _check("Layers", columns, notes, rows, _layer_cells)
+    rows = [(case, partial(_check, case, settings, None)) for case in layers.LAYER_CASES]
+    return _print_table("Layers", columns, rows, notes)
 
 
-def _layer_cells(results: list[Result]) -> list[str]:
-    return [
-        str(results[0].case),
-        *(shown(worst(result.error(), result.gradient)) for result in results),
-        shown(min(result.contrast for result in results)),
-        shown(min(result.twin for result in results)),
-    ]
-
-
-def _check_networks(checks: list[tuple[NetworkCase, Settings, nn.Module | None]]) -> Table:
+def _check_networks(
+    args: argparse.Namespace, cases: list[tuple[Case, nn.Module | None]], settings: list[Settings]
+) -> tuple[int, int]:
     columns = [
-        Column("network", 57, right=False),
-        Column("arithmetic", 12, right=False),
-        Column("layers", 6),
-        Column("natural", 7),
-        Column("random", 7),
-        Column("worst at", 34, right=False),
-        Column("gradients", 9),
-        Column("logits", 9),
-        Column("images differ", 13),
-        Column("ordinary twin", 13),
+        ("network", "<57", lambda r: r.case),
+        ("arithmetic", "<12", lambda r: r.settings.arithmetic),
+        ("layers", ">6", lambda r: str(r.layers)),
+        ("natural", ">7", lambda r: r.error(slice(None, r.settings.count))),
+        ("random", ">7", lambda r: r.error(slice(r.settings.count, None))),
+        ("worst at", "<34", lambda r: r.worst),
+        ("gradients", ">9", lambda r: r.gradient),
+        ("logits", ">9", lambda r: r.output if r.promised else f"({r.output:.1e})"),
+        ("images differ", ">13", lambda r: r.contrast),
+        ("ordinary twin", ">13", lambda r: r.twin),
     ]
     notes = ["natural, random: the largest error of a feature on these images; ordinary twin: its "
              "error in the logits"]  # fmt: skip
-    if any(case.name.startswith("hybrid_") for case, *_ in checks):
+    if any(case.name.startswith("hybrid_") for case, _ in cases):
         notes.append("(logits) of a hybrid are not promised: it is equivariant up to its bridge, "
                      "and its features are checked so far")  # fmt: skip
-    return _check("Networks", columns, notes, [[row] for row in checks], _network_cells)
-
-
-def _network_cells(results: list[Result]) -> list[str]:
-    (result,) = results
-    logits, count = shown(result.output), result.settings.count
-    return [
-        str(result.case),
-        result.settings.arithmetic,
-        str(result.layers),
-        shown(result.error(slice(None, count))),
-        shown(result.error(slice(count, None))),
-        str(result.worst),
-        shown(result.gradient),
-        logits if result.promised else f"({logits})",
-        shown(result.contrast),
-        shown(result.twin),
+    # by default a large network is checked without the slow float64, and without AMP
+    quick = [each for each in settings if each.dtype != torch.float64 and not each.amp]
+    rows = [
+        (case, partial(_check, case, [each], network))
+        for case, network in cases
+        for each in (settings if args.dtype or len(settings) == 1 or case.variant else quick)
     ]
+    return _print_table("Networks", columns, rows, notes)
 
 
 def _check(
+    case: Case, settings: list[Settings], network: nn.Module | None
+) -> tuple[list[Result], list[str]]:
+    """The results in several arithmetics, and what fails in each."""
+    results = [check(case, each, network) for each in settings]
+    return results, [f"{r.settings.arithmetic}: {text}" for r in results for text in r.failures]
+
+
+def _self_test(settings: Settings) -> tuple[int, int]:
+    columns = [
+        ("broken", "<22", lambda row: row[0]),
+        ("how", "<50", lambda row: row[1]),
+        ("where", "<28", lambda row: row[2]),
+        ("found", "<47", lambda row: row[3]),
+        ("error", ">8", lambda row: row[4]),
+    ]
+
+    def intact(case: Case) -> tuple[Any, list[str]]:
+        event = check(case, settings, features_only=True).culprit
+        wrong = [] if event is None else [f"{event} fails although nothing is broken"]
+        return [("nothing", case, "-", event or "nothing", None)], wrong
+
+    def broken(mutation: mutations.Mutation) -> tuple[Any, list[str]]:
+        kind = "network" if mutation.kind is nn.Module else mutation.kind.__name__
+        case = mutation.case
+        where = mutation.where or ("network" if case.is_network else case)
+        found, error, wrong = mutations.find(mutation, settings)
+        row = (kind, mutation.what, where, found, error)
+        return [row], [f"{mutation.what}: {text}" for text in wrong]
+
+    rows = [(case, partial(intact, case)) for case in mutations.INTACT]
+    rows += [(each, partial(broken, each)) for each in mutations.MUTATIONS]
+    return _print_table(f"Self-test in {settings.arithmetic}", columns, rows)
+
+
+def _print_table(
     title: str,
     columns: list[Column],
-    notes: list[str],
-    rows: list[list[tuple[Case, Settings, nn.Module | None]]],
-    cells: Callable[[list[Result]], list[str]],
-) -> Table:
-    """A table of checks; a row can have several of one case."""
-    with Table(title, columns, notes) as table:
-        for row in rows:
-            try:
-                results = [check(*each) for each in row]
-            except UserError:
-                raise
-            except Exception as error:
-                table.crash(str(row[0][0]), error)
-                continue
-            failures = [f"{r.settings.arithmetic}: {text}" for r in results for text in r.failures]
-            table.row(cells(results), failures)
-    return table
+    rows: Iterable[tuple[Any, Callable[[], tuple[list[Any], list[str]]]]],
+    notes: Sequence[str] = (),
+) -> tuple[int, int]:
+    """Print rows as they come, each with a verdict, which is coloured in a terminal; then failures.
+
+    Args:
+        rows: names, and checks that return what the columns take and failures. A check that
+            crashes is a failure like others.
+
+    Returns:
+        The number of rows, and of those with failures.
+    """
+    # soft_wrap: a pipe or a file can take a line whole
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    titles = "  ".join(f"{name:{width}}" for name, width, _ in columns)
+    console.print(f"\n{title}\n\n{titles.rstrip()}")
+    count = failed = 0
+    listed = list(notes)
+    for name, run in rows:
+        try:
+            found, failures = run()
+            cells = [_shown(cell(*found)) for _, _, cell in columns]
+        except UserError:
+            raise
+        except Exception as error:
+            cells = [str(name), *["-"] * (len(columns) - 1)]
+            failures = [f"{type(error).__name__}: {one_line(error)}"]
+        line = "  ".join(f"{c:{width}}" for c, (_, width, _) in zip(cells, columns, strict=True))
+        console.print(line, end="  ")
+        console.print("FAILED" if failures else "ok", style="red" if failures else "green")
+        count, failed = count + 1, failed + bool(failures)
+        listed += [f"FAILED: {cells[0]}: {failure}" for failure in failures[:MOST_FAILURES]]
+        if len(failures) > MOST_FAILURES:
+            listed.append(f"FAILED: {cells[0]}: and {len(failures) - MOST_FAILURES} more")
+    for line in listed:
+        console.print(line)
+    return count, failed
 
 
-def _self_test(settings: Settings) -> Table:
-    columns = [
-        Column("broken", 22, right=False),
-        Column("how", 50, right=False),
-        Column("where", 28, right=False),
-        Column("found", 47, right=False),
-        Column("error", 8),
-    ]
-    with Table(f"Self-test in {settings.arithmetic}", columns) as table:
-        for case in mutations.INTACT:
-            event = mutations.intact_failure(case, settings)
-            found = [] if event is None else [f"{event} fails although nothing is broken"]
-            table.row(["nothing", str(case), "-", str(event or "nothing"), "-"], found)
-        for each in mutations.MUTATIONS:
-            result = mutations.apply_mutation(each, settings)
-            kind = "network" if each.kind is nn.Module else each.kind.__name__
-            where = each.where or ("network" if each.case.is_network else str(each.case))
-            table.row(
-                [kind, each.what, where, str(result.found or "nothing"), shown(result.error)],
-                [f"{each.what}: {failure}" for failure in result.failures],
-            )
-    return table
+def _shown(value: Any) -> str:
+    """A cell: relative errors with two digits, a dash for none."""
+    return "-" if value is None else f"{value:.1e}" if isinstance(value, float) else str(value)

@@ -7,68 +7,55 @@ cannot be confused, and of even and of odd width, because an odd one has a middl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import Permute
 
 from deit import layers as L
-from deit.equivariance import Feature
-from deit.groups import FLOP, OCTIC, Group, Rep
+from deit.equivariance import Feature, map_parts
+from deit.groups import FLOP, OCTIC, Rep
 from deit.verify import samples
 from deit.verify.check import Case
-from deit.verify.rules import Rules
-
-__all__ = ["LAYER_CASES", "LayerCase"]
 
 WIDTH, WIDER, HEADS, PATCH = 32, 48, 2, 4
 EVEN, ODD = (3, 4), (3, 5)  # height and width of the token grids
+GRIDS = [(kind, size, L.MirrorGrid(*size)) for kind, size in (("even", EVEN), ("odd", ODD))]
 CHANNELS = FLOP.regular(WIDTH)
 COLOURS = Rep(FLOP, free=0, fixed=3)
-GRIDS = (("even", EVEN), ("odd", ODD))
+Build = Callable[..., Any]  # makes a module
 
 
-@dataclass(frozen=True, eq=False)
-class LayerCase(Case):
-    """A layer, as a network of its own.
+def case(
+    layer: Build,
+    variant: str,
+    twin: Build,
+    *args: Any,
+    name: str = "",
+    size: tuple[int, int] = EVEN,
+    form: str = "tokens",
+    **options: Any,
+) -> Case:
+    """`layer(*args, **options)`, checked as a network of one layer.
 
-    Attributes:
-        layer, twin: make the layer and the ordinary one, with any parameters.
-        size: height and width of the input.
-        kind: of input. "tokens" are parts (B, N, C/2); "maps" are parts (B, H, W, C/2), "image" is
+    Args:
+        name: of the layer if `layer` is a function.
+        size: height and width of the input, and of the grid unless the layer makes that.
+        form: of the input. "tokens" are parts (B, N, C/2), "maps" parts (B, H, W, C/2), "image" is
             one of three colours.
-        grid: of the tokens; the size unless it is given.
-        prefix: number of tokens before the grid's.
-        rows: the representation along decomposed tokens.
     """
+    name, group = name or layer.__name__, options.get("group", FLOP)
 
-    layer: Callable[[], nn.Module] = nn.Identity
-    twin: Callable[[], nn.Module] = nn.Identity
-    size: tuple[int, int] = EVEN
-    kind: str = "tokens"
-    grid: tuple[int, int] | None = None
-    prefix: int = 0
-    rows: Rep | None = None
-    group: Group = FLOP
+    def inputs(count: int, seed: int) -> Feature:
+        if form == "image":
+            return samples.images(count, size, seed)
+        x = samples.features(count, size, WIDTH, seed).permute(0, 2, 3, 1)
+        return tuple(group.regular(WIDTH).split(x if form == "maps" else x.flatten(1, 2)))
 
-    def build(self) -> nn.Module:
-        return self.layer()
-
-    def build_twin(self) -> nn.Module:
-        return self.twin()
-
-    def rules(self, module: nn.Module) -> Rules:
-        grid = (self.grid or self.size) if self.group is FLOP else None
-        return Rules(module, self.group, grid, self.prefix, self.rows)
-
-    def inputs(self, count: int, seed: int) -> Feature:
-        if self.kind == "image":
-            return samples.images(count, self.size, seed)
-        x = samples.features(count, self.size, WIDTH, seed).permute(0, 2, 3, 1)
-        x = x if self.kind == "maps" else x.flatten(1, 2)
-        return tuple(self.group.regular(WIDTH).split(x))
+    grid = size if group is FLOP else None
+    return Case(name, variant, partial(layer, *args, **options), twin, inputs, group, grid)
 
 
 class Call(nn.Module):
@@ -77,184 +64,118 @@ class Call(nn.Module):
     def __init__(self, function: Callable[[Any, Any], Any], module: nn.Module) -> None:
         super().__init__()
         self.function, self.module = function, module
+        self.num_prefix_tokens = 2 if isinstance(module, L.PrefixToken) else 0
 
     def forward(self, x: Feature) -> Feature:
         return self.function(x, self.module)
 
 
-class OrdinaryEmbedding(nn.Module):
-    """A learned embedding of any form, (1, N, C)."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.empty(1, tokens, WIDTH))
-
-    def forward(self, batch: int) -> Tensor:
-        return self.embedding.expand(batch, -1, -1)
+def channels_last(*args: Any, **options: Any) -> Build:
+    """An ordinary convolution with channels last."""
+    conv = partial(nn.Conv2d, *args, **options)
+    return lambda: nn.Sequential(Permute([0, 3, 1, 2]), conv(), Permute([0, 2, 3, 1]))
 
 
-def channels_last(conv: Callable[[], nn.Module], first: bool = False) -> Callable[[], nn.Module]:
-    """An ordinary convolution with channels last; its input has them `first` if that is said."""
-
-    def run(x: Tensor, module: nn.Module) -> Tensor:
-        return module(x if first else x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    return lambda: Call(run, conv())
+def stem() -> nn.Module:
+    """The same of an image."""
+    return nn.Sequential(nn.Conv2d(3, WIDTH, PATCH, PATCH), Permute([0, 2, 3, 1]))
 
 
-def octic(name: str, layer: Callable[..., nn.Module], twin: Callable[[], nn.Module]) -> LayerCase:
-    return LayerCase(name, "octic", partial(layer, group=OCTIC), twin, group=OCTIC)
-
-
-def decomposed(
-    name: str, layer: Callable[[Rep], nn.Module], twin: Callable[[], nn.Module], more: str = ""
-) -> list[LayerCase]:
-    """Cases on features whose token axis is decomposed too."""
-    return [
-        LayerCase(name, f"decomposed tokens, {kind}{more}", partial(layer, L.MirrorGrid(*size).rep),
-                  twin, size, rows=L.MirrorGrid(*size).rep)
-        for kind, size in GRIDS
-    ]  # fmt: skip
-
-
-def _pointwise() -> list[LayerCase]:
-    linear, twin = partial(L.Linear, WIDTH, WIDER), partial(nn.Linear, WIDTH, WIDER)
-    affine, norm = partial(L.OrdinaryAffine, WIDTH), partial(nn.LayerNorm, WIDTH)
-    own_norm = partial(L.LayerNorm, WIDTH)
-
-    def in_regular_basis(x: Tensor, scale: nn.Module) -> Tensor:
-        return CHANNELS.from_regular(scale(CHANNELS.to_regular(x)))
-
-    return [
-        LayerCase("Linear", "", linear, twin),
-        LayerCase("Linear", "no bias", partial(linear, bias=False), twin),
-        LayerCase("Linear", "weights of a 1x1 convolution", partial(linear, pointwise=True), twin,
-                  kind="maps"),
-        octic("Linear", linear, twin),
-        LayerCase("Affine", "", partial(L.Affine, WIDTH), affine),
-        octic("Affine", partial(L.Affine, WIDTH), affine),
-        *decomposed("Affine", lambda rows: L.Affine(CHANNELS, across=rows), affine),
-        # any scale of parts is equivariant, one of ordinary channels is not
-        LayerCase("LayerScale", "", partial(L.LayerScale, WIDTH),
-                  lambda: Call(in_regular_basis, affine())),
-        LayerCase("LayerNorm", "", own_norm, norm),
-        LayerCase("LayerNorm", "channels last", own_norm, norm, kind="maps"),
-        octic("LayerNorm", own_norm, norm),
-        LayerCase("GELU", "", partial(L.GELU, WIDTH), nn.GELU),
-        LayerCase("GELU", "quick, scaled", partial(L.GELU, WIDTH, L.quick_gelu, scale=2**0.5),
-                  nn.GELU),
-        octic("GELU", partial(L.GELU, WIDTH), nn.GELU),
-        LayerCase("InvariantBridge", "", partial(L.InvariantBridge, WIDTH), nn.Identity),
-        LayerCase("RegularBridge", "", partial(L.RegularBridge, WIDTH), nn.Identity),
-    ]  # fmt: skip
-
-
-def _blocks() -> list[LayerCase]:
-    attention, block = partial(L.Attention, WIDTH, HEADS), partial(L.Block, WIDTH, HEADS)
-    twin, mlp = partial(L.OrdinaryBlock, WIDTH, HEADS), partial(L.Mlp, WIDTH, 2 * WIDTH)
-    drop, odd = {"drop_path": 0.5}, {"kind": "maps", "size": ODD}
-    plain, fused, mixer = (
-        {"use_fused_attn": False},
-        {"use_fused_attn": True},
-        {"use_attn_mixer": True},
+def learned(tokens: int, add: Callable[[Tensor, Tensor], Tensor]) -> Build:
+    """An ordinary embedding (1, N, C), and how tokens and it make the output."""
+    return lambda: Call(
+        lambda x, own: add(x, own[0]), nn.ParameterList([torch.empty(1, tokens, WIDTH)])
     )
-    return [
-        LayerCase("Mlp", "", mlp, lambda: twin().mlp),
-        octic("Mlp", mlp, lambda: twin().mlp),
-        LayerCase("Attention", "fused", partial(attention, **fused), lambda: twin().attn),
-        LayerCase("Attention", "explicit", partial(attention, **plain), lambda: twin().attn),
-        LayerCase("Attention", "mixer", partial(attention, **mixer), lambda: twin().attn),
-        octic("Attention", attention, lambda: twin().attn),
-        LayerCase("Block", "fused", partial(block, **fused), twin),
-        LayerCase("Block", "mixer", partial(block, **mixer), twin),
-        LayerCase("Block", "stochastic depth", partial(block, **drop), twin),
-        octic("Block", block, twin),
-        *decomposed("MixerBlock", lambda rows: L.MixerBlock(CHANNELS, rows), twin),
-        *decomposed("MixerBlock", lambda rows: L.MixerBlock(CHANNELS, rows, **drop), twin,
-                    ", stochastic depth"),
-        LayerCase("ConvBlock", "", partial(L.ConvBlock, WIDTH, 7),
-                  partial(L.OrdinaryConvBlock, WIDTH, 7), **odd),
-        LayerCase("ConvBlock", "LayerScale, stochastic depth",
-                  partial(L.ConvBlock, WIDTH, 3, init_value=1.0, **drop),
-                  partial(L.OrdinaryConvBlock, WIDTH, 3), **odd),
-    ]  # fmt: skip
 
 
-def _convolutions() -> list[LayerCase]:
-    conv, maps = partial(L.MirrorConv2d, CHANNELS), {"kind": "maps"}
-    depthwise = partial(nn.Conv2d, WIDTH, WIDTH, groups=WIDTH, padding="same")
-    return [
-        LayerCase("MirrorConv2d", "stem", partial(L.MirrorConv2d, COLOURS, WIDTH, (4, 4), (4, 4)),
-                  channels_last(partial(nn.Conv2d, 3, WIDTH, 4, 4), first=True), (12, 20), "image"),
-        LayerCase("MirrorConv2d", "2x2 stride 2", partial(conv, WIDER, (2, 2), (2, 2)),
-                  channels_last(partial(nn.Conv2d, WIDTH, WIDER, 2, 2)), (4, 6), **maps),
-        LayerCase("MirrorConv2d", "3x3, padded", partial(conv, WIDTH, (3, 3), padding=(1, 1)),
-                  channels_last(partial(nn.Conv2d, WIDTH, WIDTH, 3, padding=1)), ODD, **maps),
-        LayerCase("MirrorDepthwiseConv2d", "7x7", partial(L.MirrorDepthwiseConv2d, WIDTH),
-                  channels_last(partial(depthwise, kernel_size=7)), (6, 9), **maps),
-        LayerCase("MirrorDepthwiseConv2d", "3x3, no bias, even width",
-                  partial(L.MirrorDepthwiseConv2d, WIDTH, 3, bias=False),
-                  channels_last(partial(depthwise, kernel_size=3)), **maps),
-    ]  # fmt: skip
+def prepended(x: Tensor, token: Tensor) -> Tensor:
+    """Tokens are made small, so that the embeddings matter."""
+    return torch.cat([token.expand(len(x), -1, -1), 0.1 * x], 1)
 
 
-def _tokens() -> list[LayerCase]:
-    # tokens are made small, so that the embeddings matter
-
-    def embed(x: Feature, positions: L.PositionEmbedding, grid: L.MirrorGrid) -> Feature:
-        return tuple(0.1 * part + own for part, own in zip(x, positions(grid), strict=True))
-
-    def embed_anything(x: Tensor, embedding: OrdinaryEmbedding) -> Tensor:
-        return 0.1 * x + embedding(x.shape[0])
-
-    def prepend(x: Feature, token: L.PrefixToken) -> Feature:
-        own = token(x[0].shape[0])
-        return tuple(torch.cat([t, 0.1 * part], 1) for t, part in zip(own, x, strict=True))
-
-    def prepend_anything(x: Tensor, token: OrdinaryEmbedding) -> Tensor:
-        return torch.cat([token(x.shape[0]), 0.1 * x], 1)
-
-    def row_major(x: Tensor, conv: nn.Module) -> Tensor:
-        return conv(x).flatten(2).mT
-
-    def patches(grid: tuple[int, int], variant: str, **options: Any) -> LayerCase:
-        size = (grid[0] * PATCH, grid[1] * PATCH)
-        return LayerCase(
-            "PatchEmbed", variant, partial(L.PatchEmbed, size, PATCH, 3, WIDTH, **options),
-            lambda: Call(row_major, nn.Conv2d(3, WIDTH, PATCH, PATCH)), size, "image", grid,
-        )  # fmt: skip
-
-    def positions(variant: str, own: tuple[int, int], used: tuple[int, int]) -> LayerCase:
-        layer = partial(embed, grid=L.MirrorGrid(*used))
-        return LayerCase(
-            "PositionEmbedding", variant,
-            lambda: Call(layer, L.PositionEmbedding(WIDTH, L.MirrorGrid(*own))),
-            lambda: Call(embed_anything, OrdinaryEmbedding(used[0] * used[1])), used,
-        )  # fmt: skip
-
-    def order(variant: str, size: tuple[int, int]) -> list[LayerCase]:
-        grid = L.MirrorGrid(*size)
-
-        def call(change: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
-            return lambda: Call(lambda x, _: tuple(map(change, x)), nn.Identity())
-
-        return [
-            LayerCase("MirrorGrid", f"to mirror order, {variant}", call(grid.to_mirror_order),
-                      lambda: nn.Flatten(1, 2), size, "maps"),
-            LayerCase("MirrorGrid", f"to image order, {variant}", call(grid.to_image_order),
-                      partial(nn.Unflatten, 1, size), size),
-        ]  # fmt: skip
-
-    return [
-        patches(EVEN, "even grid"),
-        patches(ODD, "odd grid", scale=1.0),
-        *(case for variant, size in GRIDS for case in order(variant, size)),
-        positions("even", EVEN, EVEN),
-        positions("odd", ODD, ODD),
-        positions("resampled", EVEN, (4, 5)),
-        LayerCase("PrefixToken", "", lambda: Call(prepend, L.PrefixToken(WIDTH, 2)),
-                  lambda: Call(prepend_anything, OrdinaryEmbedding(2)), prefix=2),
-    ]  # fmt: skip
+def prefix() -> nn.Module:
+    return Call(
+        lambda x, token: tuple(map(prepended, x, token(len(x[0])))), L.PrefixToken(WIDTH, 2)
+    )
 
 
-LAYER_CASES = (*_pointwise(), *_blocks(), *_convolutions(), *_tokens())
+def positions(own: tuple[int, int], used: tuple[int, int]) -> nn.Module:
+    def embed(x: Feature, embedding: L.PositionEmbedding) -> Feature:
+        added = embedding(L.MirrorGrid(*used))
+        return tuple(0.1 * part + each for part, each in zip(x, added, strict=True))
+
+    return Call(embed, L.PositionEmbedding(WIDTH, L.MirrorGrid(*own)))
+
+
+def order(change: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Call(lambda x, _: map_parts(change, x), nn.Identity())
+
+
+dense, norm, affine, block = (
+    partial(nn.Linear, WIDTH, WIDER),
+    partial(nn.LayerNorm, WIDTH),
+    partial(L.OrdinaryAffine, WIDTH),
+    partial(L.OrdinaryBlock, WIDTH, HEADS),
+)
+depthwise = partial(channels_last, WIDTH, WIDTH, groups=WIDTH, padding="same")
+
+LAYER_CASES = (
+    case(L.Linear, "", dense, WIDTH, WIDER),
+    case(L.Linear, "no bias", dense, WIDTH, WIDER, bias=False),
+    case(L.Linear, "weights of a 1x1 convolution", dense, WIDTH, WIDER, pointwise=True,
+         form="maps"),
+    case(L.Linear, "octic", dense, WIDTH, WIDER, group=OCTIC),
+    case(L.Affine, "", affine, WIDTH),
+    case(L.Affine, "octic", affine, WIDTH, group=OCTIC),
+    *(case(L.Affine, f"decomposed tokens, {kind}", affine, CHANNELS, across=grid.rep, size=size)
+      for kind, size, grid in GRIDS),
+    # any scale of parts is equivariant, one of ordinary channels is not
+    case(L.LayerScale, "", lambda: Call(
+        lambda x, scale: CHANNELS.from_regular(scale(CHANNELS.to_regular(x))), affine()), WIDTH),
+    case(L.LayerNorm, "", norm, WIDTH),
+    case(L.LayerNorm, "channels last", norm, WIDTH, form="maps"),
+    case(L.LayerNorm, "octic", norm, WIDTH, group=OCTIC),
+    case(L.GELU, "", nn.GELU, WIDTH),
+    case(L.GELU, "quick, scaled", nn.GELU, WIDTH, L.quick_gelu, scale=2**0.5),
+    case(L.GELU, "octic", nn.GELU, WIDTH, group=OCTIC),
+    case(L.InvariantBridge, "", nn.Identity, WIDTH),
+    case(L.RegularBridge, "", nn.Identity, WIDTH),
+    case(L.Mlp, "", lambda: block().mlp, WIDTH, 2 * WIDTH),
+    case(L.Mlp, "octic", lambda: block().mlp, WIDTH, 2 * WIDTH, group=OCTIC),
+    case(L.Attention, "fused", lambda: block().attn, WIDTH, HEADS, use_fused_attn=True),
+    case(L.Attention, "explicit", lambda: block().attn, WIDTH, HEADS, use_fused_attn=False),
+    case(L.Attention, "mixer", lambda: block().attn, WIDTH, HEADS, use_attn_mixer=True),
+    case(L.Attention, "octic", lambda: block().attn, WIDTH, HEADS, group=OCTIC),
+    case(L.Block, "fused", block, WIDTH, HEADS, use_fused_attn=True),
+    case(L.Block, "mixer", block, WIDTH, HEADS, use_attn_mixer=True),
+    case(L.Block, "stochastic depth", block, WIDTH, HEADS, drop_path=0.5),
+    case(L.Block, "octic", block, WIDTH, HEADS, group=OCTIC),
+    *(case(L.MixerBlock, f"decomposed tokens, {kind}{more}", block, CHANNELS, grid.rep,
+           drop_path=rate, size=size)
+      for more, rate in (("", 0.0), (", stochastic depth", 0.5)) for kind, size, grid in GRIDS),
+    case(L.ConvBlock, "", partial(L.OrdinaryConvBlock, WIDTH, 7), WIDTH, 7, size=ODD, form="maps"),
+    case(L.ConvBlock, "LayerScale, stochastic depth", partial(L.OrdinaryConvBlock, WIDTH, 3),
+         WIDTH, 3, init_value=1.0, drop_path=0.5, size=ODD, form="maps"),
+    case(L.MirrorConv2d, "stem", stem, COLOURS, WIDTH, (4, 4), (4, 4), size=(12, 20),
+         form="image"),
+    case(L.MirrorConv2d, "2x2 stride 2", channels_last(WIDTH, WIDER, 2, 2), CHANNELS, WIDER,
+         (2, 2), (2, 2), size=(4, 6), form="maps"),
+    case(L.MirrorConv2d, "3x3, padded", channels_last(WIDTH, WIDTH, 3, padding=1), CHANNELS, WIDTH,
+         (3, 3), padding=(1, 1), size=ODD, form="maps"),
+    case(L.MirrorDepthwiseConv2d, "7x7", depthwise(kernel_size=7), WIDTH, size=(6, 9),
+         form="maps"),
+    case(L.MirrorDepthwiseConv2d, "3x3, no bias, even width", depthwise(kernel_size=3), WIDTH, 3,
+         bias=False, form="maps"),
+    *(case(L.PatchEmbed, f"{kind} grid", lambda: nn.Sequential(stem(), nn.Flatten(1, 2)), size,
+           PATCH, 3, WIDTH, scale=scale, size=size, form="image")
+      for kind, size, scale in (("even", (12, 16), 0.5**0.5), ("odd", (12, 20), 1.0))),
+    *(case(order, f"to mirror order, {kind}", partial(nn.Flatten, 1, 2), grid.to_mirror_order,
+           name="MirrorGrid", size=size, form="maps") for kind, size, grid in GRIDS),
+    *(case(order, f"to image order, {kind}", partial(nn.Unflatten, 1, size), grid.to_image_order,
+           name="MirrorGrid", size=size) for kind, size, grid in GRIDS),
+    *(case(positions, kind, learned(used[0] * used[1], lambda x, own: 0.1 * x + own), own, used,
+           name="PositionEmbedding", size=used)
+      for kind, own, used in (
+          ("even", EVEN, EVEN), ("odd", ODD, ODD), ("resampled", EVEN, (4, 5)))),
+    case(prefix, "", learned(2, prepended), name="PrefixToken"),
+)  # fmt: skip

@@ -3,87 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from timm.layers import to_2tuple
+from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError, one_line, suggest
 from deit.models.published import twin_of
+from deit.train.build import model_arguments
+from deit.train.checkpoint import read_checkpoint
+from deit.train.loading import build_as_trained
 from deit.verify import samples
 from deit.verify.check import Case
-from deit.verify.rules import Rule, packed_map
 
-__all__ = ["DEFAULT", "NetworkCase", "choose", "known_networks"]
-
-
-@dataclass(frozen=True, eq=False)
-class NetworkCase(Case):
-    """A registered network, the arguments it is made with, and the image size, (height, width)."""
-
-    options: Mapping[str, Any] = field(default_factory=dict)
-    img_size: tuple[int, int] = (224, 224)
-    is_network = True
-
-    def build(self) -> nn.Module:
-        """The network with its initial parameters, on the CPU.
-
-        Raises:
-            UserError: if it cannot be built for these images.
-        """
-        try:
-            return timm.create_model(self.name, img_size=self.img_size, **self.options)
-        except ValueError as error:
-            raise UserError(f"{self.name} cannot be built: {one_line(error)}") from error
-
-    def build_twin(self) -> nn.Module:
-        options: dict[str, Any] = {} if "convnext" in self.name else {"img_size": self.img_size}
-        if "patch_size" in self.options:
-            options["patch_size"] = self.options["patch_size"]
-        return timm.create_model(twin_of(self.name), **options)
-
-    def inputs(self, count: int, seed: int) -> Tensor:
-        return samples.images(count, self.img_size, seed)
-
-    def maps(self, module: nn.Module) -> list[tuple[str, Rule]]:
-        """Up to the bridge of a hybrid, behind which `symmetric_channels` is None."""
-        return [
-            (info["module"], packed_map(info["symmetric_channels"]))
-            for info in module.feature_info
-            if info["symmetric_channels"] is not None
-        ]
-
-
+SIZE = 224
+ODD = (112, 112)  # a grid with a middle column, for patches of 16 pixels
+SMALL = (64, 96)
 SYMMETRIZED = {"use_symmetrized_asym_feats": True}
 MIXER = {"use_attn_mixer": True}
-REGISTERS = {"class_token": False, "reg_tokens": 2, "global_pool": "avg"}
-ODD = (112, 112)  # a grid with a middle column, for patches of 16 pixels
-# The smallest network of each family as it is used, and on small images with its options.
-DEFAULT = (
-    NetworkCase("d2_deit_tiny_patch16_LS"),
-    NetworkCase(
+
+
+def network_case(
+    name: str,
+    variant: str = "",
+    options: Mapping[str, Any] | None = None,
+    size: int | tuple[int, int] = SIZE,
+) -> Case:
+    """A registered network, the arguments it is made with, and the image size, (height, width).
+
+    Its `build` raises `UserError` if it cannot be built for these images.
+    """
+    size, options = to_2tuple(size), dict(options or {})
+
+    def build() -> nn.Module:
+        try:
+            return timm.create_model(name, img_size=size, **options)
+        except ValueError as error:
+            raise UserError(f"{name} cannot be built: {one_line(error)}") from error
+
+    def build_twin() -> nn.Module:
+        same = {key: options[key] for key in ("patch_size",) if key in options}
+        return timm.create_model(
+            twin_of(name), **same, **({} if "convnext" in name else {"img_size": size})
+        )
+
+    def inputs(count: int, seed: int) -> Any:
+        return samples.images(count, size, seed)
+
+    return Case(name, variant, build, build_twin, inputs, is_network=True)
+
+
+# On small images, with the options of each family.
+VARIANTS = (
+    network_case(
         "d2_deit_tiny_patch16_LS", "mixer, symmetrized, odd", {**SYMMETRIZED, **MIXER}, ODD
     ),
-    NetworkCase("d2_deit_tiny_patch16_LS", "registers, mean", REGISTERS, (64, 96)),
-    NetworkCase("hybrid_deit_tiny_patch16_LS"),
-    NetworkCase("hybrid_deit_tiny_patch16_LS", "mixer, odd", MIXER, ODD),
-    NetworkCase("d2_inv_early_deit_tiny_patch16_LS"),
-    NetworkCase("d2_inv_early_deit_tiny_patch16_LS", "mixer, odd", MIXER, ODD),
-    NetworkCase("resmlp_equi_d2_12"),
-    NetworkCase("resmlp_equi_d2_12", "symmetrized, odd", SYMMETRIZED, ODD),
-    NetworkCase("d2_convnext_isotropic_small"),
-    NetworkCase(
+    network_case(
+        "d2_deit_tiny_patch16_LS",
+        "registers, mean",
+        {"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
+        SMALL,
+    ),
+    network_case("hybrid_deit_tiny_patch16_LS", "mixer, odd", MIXER, ODD),
+    network_case("d2_inv_early_deit_tiny_patch16_LS", "mixer, odd", MIXER, ODD),
+    network_case("resmlp_equi_d2_12", "symmetrized, odd", SYMMETRIZED, ODD),
+    network_case(
         "d2_convnext_isotropic_small",
         "LayerScale, symmetrized, odd",
         {**SYMMETRIZED, "layer_scale_init_value": 1e-6},
         ODD,
     ),
-    NetworkCase("d2_convnext_tiny"),
-    NetworkCase("d2_convnext_tiny", "symmetrized, not square", SYMMETRIZED, (64, 96)),
+    network_case("d2_convnext_tiny", "symmetrized, not square", SYMMETRIZED, SMALL),
 )
+
+
+def default_networks(size: int = SIZE) -> list[Case]:
+    """The smallest network of each family as it is used, each followed by its variants, which keep
+    their own sizes."""
+    cases: list[Case] = []
+    for name in dict.fromkeys(variant.name for variant in VARIANTS):
+        cases.append(network_case(name, size=size))
+        cases += [variant for variant in VARIANTS if variant.name == name]
+    return cases
 
 
 def known_networks() -> list[str]:
@@ -107,3 +111,26 @@ def choose(patterns: list[str]) -> list[str]:
             raise UserError(f"no network matches {pattern!r}{suggest(pattern, known)}")
         chosen.update(dict.fromkeys(matches))
     return list(chosen)
+
+
+def network_of(
+    source: str, name: str | None, img_size: int | None, kwargs: Mapping[str, Any]
+) -> tuple[Case, nn.Module]:
+    """Build the network of a checkpoint and load its trained weights (not their average).
+
+    Args:
+        name: the model; None for the one that the checkpoint says it was trained as.
+        img_size: for other images than it was trained on, if the network can take them.
+        kwargs: arguments of the network in place of those that it was trained with.
+
+    Raises:
+        UserError: if the file cannot be read, its weights do not fit, or the model is unknown.
+    """
+    if name is not None:
+        (name,) = choose([name])
+    checkpoint = read_checkpoint(source)
+    network, args = build_as_trained(checkpoint, model=name, img_size=img_size, kwargs=kwargs)
+    choose([args.model])
+    options = model_arguments(args, network.num_classes)
+    size = options.pop("img_size")
+    return network_case(args.model, "checkpoint", options, size), network

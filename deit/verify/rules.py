@@ -23,8 +23,6 @@ from deit import layers as L
 from deit.equivariance import Action, Feature, as_parts, compose, image, invariant, tokens
 from deit.groups import FLOP, Group, Rep
 
-__all__ = ["INTO", "OUT_OF", "Rule", "Rules", "decomposed", "is_feature", "packed_map", "swap"]
-
 INTO, OUT_OF = "into", "out of"
 # Ordinary layers: a network that is invariant to its end uses them on invariant features alone.
 ORDINARY = (
@@ -35,7 +33,6 @@ ORDINARY = (
     OrdinaryAttention,
     OrdinaryMlp,
 )
-EMBEDDINGS = (L.PositionEmbedding, L.PrefixToken)
 
 
 @dataclass(frozen=True)
@@ -50,31 +47,14 @@ class Rule:
     constant: bool = False
 
 
-def is_feature(x: Any) -> bool:
-    """A tensor, or a tuple of them."""
-    return isinstance(x, Tensor) or (
-        isinstance(x, tuple) and len(x) > 0 and all(isinstance(part, Tensor) for part in x)
-    )
-
-
 def swap(height: int, width: int, prefix: int = 0) -> Action:
     """Exchange mirror images among tokens (B, prefix + N, ...) of a grid in mirror order: the left
     half row by row, then the middle column, then the right half mirrored."""
-    left, middle = height * (width // 2), height * (width % 2)
-    start, end = torch.arange(prefix), prefix + height * width
-    order = torch.cat(
-        [
-            start,
-            torch.arange(prefix + left + middle, end),
-            torch.arange(prefix + left, prefix + left + middle),
-            torch.arange(prefix, prefix + left),
-        ]
-    )
+    half, middle = height * (width // 2), height * (width % 2)
 
     def mirror(x: Tensor) -> Tensor:
-        if x.shape[1] != len(order):
-            raise ValueError(f"{x.shape[1]} tokens, expected {len(order)}")
-        return x[:, order.to(x.device)]
+        before, left, centre, right = x.split([prefix, half, middle, half], 1)
+        return torch.cat([before, right, centre, left], 1)
 
     return tokens(mirror)
 
@@ -96,15 +76,14 @@ def exchange(dim: int) -> Action:
 
 def exchange_places(rows: Rep) -> Action:
     """On parts whose rows are places [l | m | r]: l and r are exchanged, m of a is negated."""
-    sizes = [rows.free, rows.fixed, rows.free]
 
-    def act(g: int, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def act(g: int, x: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         if not g:
             return x
-        (s_left, s_middle, s_right), (a_left, a_middle, a_right) = (p.split(sizes, 1) for p in x)
-        return (
-            torch.cat([s_right, s_middle, s_left], 1),
-            torch.cat([a_right, -a_middle, a_left], 1),
+        pieces = [part.split([rows.free, rows.fixed, rows.free], 1) for part in x]
+        return tuple(
+            torch.cat([right, sign * middle, left], 1)
+            for sign, (left, middle, right) in zip((1, -1), pieces, strict=True)
         )
 
     return act
@@ -134,87 +113,67 @@ class Rules:
 
     Args:
         network: itself a layer, or a network that takes images.
-        grid: height and width of the token grid; None if nothing moves tokens. A network with a
-            patch embedding sets it itself.
-        prefix: number of tokens before those of the grid.
-        rows: the representation along decomposed tokens, as in ResMLP.
-
-    Attributes:
-        invariant: nothing is promised behind a bridge to the regular basis; without one, logits
-            and what ordinary layers see are invariant.
+        grid: height and width of the token grid; None if nothing moves tokens. Where there is a
+            patch embedding it follows from the images.
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        group: Group = FLOP,
-        grid: tuple[int, int] | None = None,
-        prefix: int = 0,
-        rows: Rep | None = None,
+        self, network: nn.Module, group: Group = FLOP, grid: tuple[int, int] | None = None
     ) -> None:
         self.network, self.group, self.grid = network, group, grid
-        self.prefix = getattr(network, "num_prefix_tokens", prefix)
-        self.rows = getattr(network, "tokens", None) if rows is None else rows
-        modules = list(network.modules())
-        self.invariant = not any(isinstance(m, L.RegularBridge) for m in modules)
-        # the blocks of equivariant linear maps see single parts: the layer around them is measured
-        self._inner = {
-            inner
-            for m in modules
-            if isinstance(m, L.Linear)
-            for inner in m.modules()
-            if inner is not m
-        }
-        # and these work on sums and differences, which flopping exchanges; see MixerBlock
-        self._mixed = {
-            inner: Rule(action)
-            for m in modules
-            if isinstance(m, L.MixerBlock)
-            for mixed, action in ((m.attn, exchange(1)), (m.mlp, exchange_places(m.tokens)))
-            for inner in mixed.modules()
-        }
+        self.prefix = getattr(network, "num_prefix_tokens", 0)
+        # how flopping acts along tokens that are decomposed, as in ResMLP
+        self.rows = getattr(network, "tokens", getattr(network, "across", None))
+        # Nothing is promised behind a bridge to the regular basis. Without one, logits and what
+        # ordinary layers see are invariant.
+        self.invariant = not any(isinstance(m, L.RegularBridge) for m in network.modules())
+        self._own: dict[nn.Module, Rule | None] = {}
+        for m in network.modules():  # those outside first
+            if isinstance(m, L.MixerBlock):
+                # these work on sums and differences, which flopping exchanges
+                self._own |= dict.fromkeys(m.attn.modules(), Rule(exchange(1)))
+                self._own |= dict.fromkeys(m.mlp.modules(), Rule(exchange_places(m.tokens)))
+            elif isinstance(m, L.Linear):
+                # its blocks see single parts: the layer around them is measured
+                inner = (each for block in m.blocks() for each in block.modules())
+                self._own |= dict.fromkeys(inner)
+            elif isinstance(m, L.MirrorKernel):
+                self._own[m] = Rule(
+                    lambda g, kernel, sign=m.sign: sign * kernel.flip(-1) if g else kernel,
+                    constant=True,
+                )
 
     def promises(self, module: nn.Module) -> bool:
         """Whether anything is promised of a layer that has parameters."""
-        return module not in self._inner and (self.invariant or not isinstance(module, ORDINARY))
+        if self._own.get(module, True) is None:
+            return False
+        return self.invariant or not isinstance(module, ORDINARY)
 
     def rule(self, module: nn.Module, side: str, x: Feature) -> Rule | None:
         """How the input (INTO) or the output (OUT_OF) transforms; None if nothing is promised."""
-        if module in self._inner:
-            return None
-        if isinstance(module, L.MirrorKernel):
-            act = lambda g, kernel: module.sign * kernel.flip(-1) if g else kernel  # noqa: E731
-            return Rule(act, constant=True)
+        if module in self._own:
+            return self._own[module]
         if isinstance(x, tuple):
-            return self._parts(module, side, x)
-        if side == INTO:
-            if module is self.network and x.ndim == 4:
-                self._locate(x)
-                return Rule(image(FLOP))
-            if isinstance(module, L.MirrorConv2d):
-                return Rule(image(FLOP))
+            if len(x) != len(self.group.irreps):
+                return None
+            if self.rows is not None and not isinstance(module, L.PatchEmbed):
+                return decomposed(self.rows)
+            constant = isinstance(module, (L.PositionEmbedding, L.PrefixToken))
+            return Rule(compose(on_parts(self.group), self._places(module, x)), constant=constant)
+        if side == INTO and module is self.network and x.ndim == 4:
+            patches = getattr(module, "patch_embed", module)
+            if isinstance(patches, L.PatchEmbed):
+                self.grid = patches.dynamic_feat_size(tuple(x.shape[-2:]))
+            return Rule(image(FLOP))
+        if side == INTO and isinstance(module, L.MirrorConv2d):
+            return Rule(image(FLOP))
+        places = self._places(module, x)
         if isinstance(module, L.RegularBridge):
-            return Rule(compose(exchange(-1), self._places(module, x)))
-        if isinstance(module, L.InvariantBridge):
-            return Rule(self._places(module, x))
-        if self.invariant and (module is self.network or isinstance(module, ORDINARY)):
-            return Rule(self._places(module, x))
+            return Rule(compose(exchange(-1), places))
+        ordinary = module is self.network or isinstance(module, ORDINARY)
+        if isinstance(module, L.InvariantBridge) or (self.invariant and ordinary):
+            return Rule(places)
         return None
-
-    def _parts(self, module: nn.Module, side: str, x: tuple[Tensor, ...]) -> Rule | None:
-        if len(x) != len(self.group.irreps):
-            return None
-        if module in self._mixed:
-            return self._mixed[module]
-        if self.rows is not None and not isinstance(module, L.PatchEmbed):
-            return decomposed(self.rows)
-        constant = isinstance(module, EMBEDDINGS)
-        return Rule(compose(on_parts(self.group), self._places(module, x)), constant=constant)
-
-    def _locate(self, images: Tensor) -> None:
-        if (patches := getattr(self.network, "patch_embed", None)) is not None:
-            grid = patches.grid_for(images.shape[-2], images.shape[-1])
-            self.grid = (grid.height, grid.width)
 
     def _places(self, module: nn.Module, x: Feature) -> Action:
         first = as_parts(x)[0]

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from deit.data import build_dataset
 
-__all__ = ["CANDIDATES", "features", "images"]
-
 # natural images are chosen among so many
 CANDIDATES = 256
 COARSE = (3, 4)  # height and width of the coarse noise; it should not look the same when flopped
@@ -26,30 +24,33 @@ def _natural() -> Tensor:
     Mirror-symmetric images, of which a sample of clothes has many, would show little.
     """
     dataset = build_dataset("val", name="SAMPLE")
-    pixels = torch.stack(
-        [torch.from_numpy(np.array(dataset[i][0])).permute(2, 0, 1) for i in range(CANDIDATES)]
-    )
+    pixels = torch.from_numpy(np.stack([np.array(dataset[i][0]) for i in range(CANDIDATES)]))
     mean, std = (
-        torch.tensor(values, dtype=torch.float64).view(3, 1, 1)
+        torch.tensor(values, dtype=torch.float64)
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
-    batch = (pixels.double() / 255 - mean) / std
+    batch = ((pixels.double() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
     asymmetry = (batch - batch.flip(-1)).flatten(1).norm(dim=1) / batch.flatten(1).norm(dim=1)
     return batch[asymmetry.argsort(descending=True)]
 
 
+def _resized(count: int, height: int, width: int) -> Tensor:
+    return F.interpolate(_natural()[:count], (height, width), mode="bicubic", antialias=True)
+
+
+def _with_random(natural: Tensor, seed: int) -> Tensor:
+    """Natural samples, then as many of white noise on coarse noise: white noise alone looks much
+    the same wherever it is pooled."""
+    generator = torch.Generator().manual_seed(seed)
+    fine = torch.randn(natural.shape, generator=generator, dtype=torch.float64)
+    coarse = torch.randn((*natural.shape[:2], *COARSE), generator=generator, dtype=torch.float64)
+    noise = fine + F.interpolate(coarse, natural.shape[-2:], mode="nearest")
+    return torch.cat([natural, noise])
+
+
 def images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     """`count` natural images, then `count` random ones: (2 count, 3, H, W), float64, CPU."""
-    natural = F.interpolate(_natural()[:count], size, mode="bicubic", antialias=True)
-    return torch.cat([natural, _random(natural.shape, seed)])
-
-
-def _random(shape: torch.Size, seed: int) -> Tensor:
-    """White noise on coarse noise: white noise alone looks much the same wherever it is pooled."""
-    generator = torch.Generator().manual_seed(seed)
-    fine = torch.randn(shape, generator=generator, dtype=torch.float64)
-    coarse = torch.randn((*shape[:2], *COARSE), generator=generator, dtype=torch.float64)
-    return fine + F.interpolate(coarse, shape[-2:], mode="nearest")
+    return _with_random(_resized(count, *size), seed)
 
 
 def features(count: int, size: tuple[int, int], width: int, seed: int = 0) -> Tensor:
@@ -57,12 +58,8 @@ def features(count: int, size: tuple[int, int], width: int, seed: int = 0) -> Te
 
     Returns (2 count, width, H, W) in float64 on the CPU; entries have about unit variance.
     """
-    natural = F.interpolate(
-        _natural()[:count], (2 * size[0], 2 * size[1]), mode="bicubic", antialias=True
-    )
-    natural = F.pixel_unshuffle(natural, 2)
+    natural = F.pixel_unshuffle(_resized(count, 2 * size[0], 2 * size[1]), 2)
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(width, natural.shape[1], generator=generator, dtype=torch.float64)
     natural = torch.einsum("oc,bchw->bohw", projection, natural)
-    natural = natural / natural.std()
-    return torch.cat([natural, _random(natural.shape, seed)])
+    return _with_random(natural / natural.std(), seed)

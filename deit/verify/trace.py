@@ -9,20 +9,18 @@ between layers, the module that was computing in between.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from deit import layers as L
 from deit.equivariance import EquivarianceReport, Feature, as_parts, measure
 from deit.groups import Group
-from deit.layers import MirrorKernel
-from deit.verify.rules import INTO, OUT_OF, Rule, Rules, is_feature
+from deit.verify.rules import INTO, OUT_OF, Rule, Rules
 
-__all__ = ["Event", "Trace", "first_failure", "measure_batch", "together"]
+BLOCKS = (L.Block, L.OrdinaryBlock, L.MixerBlock, L.ConvBlock)
 
 
 @dataclass(frozen=True)
@@ -45,89 +43,80 @@ class Event:
         return f"{self.inside or 'the whole'}, before {name}" if self.side == INTO else name
 
 
-def first_failure(events: Iterable[Event], tolerance: float) -> Event | None:
-    """The event that names the culprit, or None if all hold."""
-    return next((event for event in events if event.measurement.problem(tolerance)), None)
-
-
-def together(features: list[Feature]) -> Feature:
-    """One batch of several."""
-    if isinstance(features[0], tuple):
-        return tuple(torch.cat(parts) for parts in zip(*features, strict=True))
-    return torch.cat(features)
-
-
 def measure_batch(x: Feature, rule: Rule, group: Group) -> EquivarianceReport:
     """Compare what came out for the samples, and for the moved ones behind them in the batch."""
     if rule.constant:
-        return measure(x, [(g, x) for g in range(1, group.order)], rule.act, constant=True)
-    pieces = [part.chunk(group.order) for part in as_parts(x)]
-    pieces = list(zip(*pieces, strict=True)) if isinstance(x, tuple) else pieces[0]
-    return measure(pieces[0], list(enumerate(pieces))[1:], rule.act, rule.pieces)
+        return measure([x] * group.order, rule.act, constant=True)
+    chunks = [part.chunk(group.order) for part in as_parts(x)]
+    outputs = list(zip(*chunks, strict=True)) if isinstance(x, tuple) else chunks[0]
+    return measure(outputs, rule.act, rule.pieces)
 
 
-class Trace:
-    """Measures the features of `network` while it runs on a batch such as
+def trace(
+    network: nn.Module, rules: Rules, batch: Feature
+) -> tuple[Feature, list[Event], list[str]]:
+    """Run a network on a batch such as `torch.cat([x, x.flip(-1)])`, and measure all within.
 
-    with Trace(network, rules) as trace:
-        network(torch.cat([x, x.flip(-1)]))
-    trace.events
+    Returns:
+        The output; the measurements, in the order of computation; the names of layers that were
+        never measured although something is promised of them.
     """
+    names = {module: name for name, module in network.named_modules()}
+    seen: set[str] = set()
+    running: list[str] = []
+    events: list[Event] = []
+    last: tuple[Tensor, ...] = ()  # the parts that were measured last
 
-    def __init__(self, network: nn.Module, rules: Rules | None = None) -> None:
-        self.rules = Rules(network) if rules is None else rules
-        self.events: list[Event] = []
-        self.seen: set[str] = set()  # names of the layers that something was promised of
-        self._names = {module: name for name, module in network.named_modules()}
-        self._running: list[str] = []
-        self._measured: dict[tuple[int, ...], list[weakref.ref[Tensor]]] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> Trace:
-        for module in self._names:
-            self._handles += [
-                module.register_forward_pre_hook(self._before),
-                module.register_forward_hook(self._after),
-            ]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs and is_feature(inputs[0]):
-            self._compare(module, INTO, inputs[0])
-        self._running.append(self._names[module])
-
-    def _after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self._running.pop()
-        if isinstance(module, MirrorKernel):
-            output, _ = output  # the rest is a bias
-        if not is_feature(output):
-            return
-        passed_on = inputs and is_feature(inputs[0]) and _key(output) == _key(inputs[0])
-        if not passed_on:  # as dropout passes on in inference
-            self._compare(module, OUT_OF, output)
-
-    def _compare(self, module: nn.Module, side: str, x: Feature) -> None:
-        rule = self.rules.rule(module, side, x)
+    def compare(module: nn.Module, side: str, x: Any) -> None:
+        nonlocal last
+        parts = as_parts(x)
+        is_feature = parts and all(isinstance(part, Tensor) for part in parts)
+        rule = rules.rule(module, side, x) if is_feature else None
         if rule is None:
             return
-        self.seen.add(self._names[module])
-        # what comes out of one layer and goes into the next is measured once
-        parts, key = as_parts(x), _key(x)
-        known = zip(self._measured.get(key, [None] * len(key)), parts, strict=True)
-        if side == INTO and all(ref and ref() is part for ref, part in known):
+        seen.add(names[module])
+        # What comes out of one layer and goes into the next is measured once. Zero is invariant,
+        # but has no relative error.
+        if (side == INTO and _same(parts, last)) or (
+            rule.constant and not any(part.any() for part in parts)
+        ):
             return
-        if rule.constant and not any(part.any() for part in parts):
-            return  # zero is invariant, but has no relative error
-        found = measure_batch(x, rule, self.rules.group)
-        inside = self._running[-1] if self._running else ""
-        kind = type(module).__name__
-        self.events.append(Event(self._names[module], kind, side, found, inside))
-        self._measured[key] = [weakref.ref(part) for part in parts]
+        found = measure_batch(x, rule, rules.group)
+        inside = running[-1] if running else ""
+        events.append(Event(names[module], type(module).__name__, side, found, inside))
+        last = parts
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs:
+            compare(module, INTO, inputs[0])
+        running.append(names[module])
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        running.pop()
+        if isinstance(module, L.MirrorKernel):
+            output, _ = output  # the rest is a bias
+        # dropout passes on what it is given
+        if not (inputs and _same(as_parts(inputs[0]), as_parts(output))):
+            compare(module, OUT_OF, output)
+
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.callback(module.register_forward_pre_hook(before).remove)
+            hooks.callback(module.register_forward_hook(after).remove)
+        output = network(batch)
+    return output, events, _unseen(network, rules, seen)
 
 
-def _key(x: Feature) -> tuple[int, ...]:
-    return tuple(map(id, as_parts(x)))
+def _same(x: tuple[Any, ...], y: tuple[Any, ...]) -> bool:
+    return len(x) == len(y) and all(p is q for p, q in zip(x, y, strict=True))
+
+
+def _unseen(network: nn.Module, rules: Rules, seen: set[str]) -> list[str]:
+    """The outermost layers with parameters that no hook has seen."""
+    unseen: list[str] = []
+    for name, layer in network.named_modules():
+        has_own = any(True for _ in layer.parameters(recurse=False)) or isinstance(layer, BLOCKS)
+        inside = any(name.startswith(f"{outer}.") for outer in unseen)
+        if has_own and not inside and name not in seen and rules.promises(layer):
+            unseen.append(name)
+    return unseen

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 
-import deit.models  # noqa: F401 - registers the networks
-from deit.errors import UserError, one_line_errors
+from deit.errors import one_line_errors
 from deit.verify import cli
 from deit.verify.layers import LAYER_CASES
 from deit.verify.mutations import MUTATIONS, VIT, Mutation
-from deit.verify.networks import NetworkCase
+from deit.verify.networks import network_case
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "d2_deit_tiny_patch16_LS"
@@ -24,57 +24,47 @@ NAME = "d2_deit_tiny_patch16_LS"
 @pytest.fixture
 def few(monkeypatch):
     """One layer and one small network."""
-    monkeypatch.setattr(cli, "LAYER_CASES", LAYER_CASES[:1])
-    monkeypatch.setattr(cli, "DEFAULT", [VIT])
+    case = network_case(NAME, "1 block", {"depth": 1}, (64, 96))
+    monkeypatch.setattr(cli.layers, "LAYER_CASES", LAYER_CASES[:1])
+    monkeypatch.setattr(cli.networks, "default_networks", lambda size: [case])
 
 
 def run(*argv: str) -> int:
     return one_line_errors(lambda: cli.main(argv))
 
 
-def test_what_holds_exits_with_zero(few, capsys):
-    assert run("--seed", "1") == 0
+@pytest.mark.parametrize(
+    ("argv", "checks", "words"),
+    [
+        (["--seed", "1"], 5,  # one layer, one network in four arithmetics
+         ["float64", "float32", "bfloat16", "amp bfloat16", "worst at", "ordinary twin", NAME]),
+        (["--amp"], 2, ["amp bfloat16"]),
+        pytest.param(["--compile"], 2, ["compiled (default)"], marks=pytest.mark.slow),
+        pytest.param(["--compile-blocks"], 2, ["block by block"], marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_what_holds_exits_with_zero(few, capsys, argv, checks, words):
+    assert run(*argv) == 0
     output = capsys.readouterr().out
-    assert "all 5 checks held" in output  # one layer, one network in four arithmetics
-    for word in (
-        "float64",
-        "float32",
-        "bfloat16",
-        "amp bfloat16",
-        "worst at",
-        "ordinary twin",
-        "d2_deit_tiny",
-    ):
-        assert word in output
+    assert all(word in output for word in [f"all {checks} checks held", *words]), output
 
 
-def test_what_fails_exits_with_one_and_is_named(few, monkeypatch, capsys):
+def test_what_fails_or_crashes_exits_with_one_and_is_named(few, monkeypatch, capsys):
     def broken():
         layer = LAYER_CASES[0].build()
-        layer.linear_asym.bias = torch.nn.Parameter(torch.ones(layer.linear_asym.out_features))
+        layer.linear_asym.bias = nn.Parameter(torch.ones(layer.linear_asym.out_features))
         return layer
-
-    monkeypatch.setattr(cli, "LAYER_CASES", [replace(LAYER_CASES[0], layer=broken)])
-    assert run("--dtype", "float32") == 1
-    output = capsys.readouterr().out
-    assert "1 of 2 checks FAILED" in output
-    assert "FAILED: Linear: float32: the whole (Linear): error" in output
-
-
-def test_a_check_that_crashes_fails_and_the_others_go_on(few, monkeypatch, capsys):
-    def crash(x):
-        raise RuntimeError("no such\nkernel")
 
     def crashing():
-        layer = LAYER_CASES[0].build()
-        layer.forward = crash
-        return layer
+        raise RuntimeError("no such\nkernel")
 
-    case = replace(LAYER_CASES[0], variant="crashing", layer=crashing)
-    monkeypatch.setattr(cli, "LAYER_CASES", [case, LAYER_CASES[0]])
+    changed = {"broken": broken, "crashing": crashing, "intact": LAYER_CASES[0].build}
+    cases = [replace(LAYER_CASES[0], variant=v, build=build) for v, build in changed.items()]
+    monkeypatch.setattr(cli.layers, "LAYER_CASES", cases)
     assert run("--dtype", "float32") == 1
     output = capsys.readouterr().out
-    assert "1 of 3 checks FAILED" in output
+    assert "2 of 4 checks FAILED" in output
+    assert "FAILED: Linear, broken: float32: the whole (Linear): error" in output
     assert "FAILED: Linear, crashing: RuntimeError: no such kernel" in output
 
 
@@ -82,7 +72,6 @@ def test_a_check_that_crashes_fails_and_the_others_go_on(few, monkeypatch, capsy
     ("argv", "message"),
     [
         (["--model", "d2_deit_tini_patch16_LS"], "did you mean d2_deit_tiny_patch16_LS"),
-        (["--model", "deit_tiny_patch16_LS"], "is an ordinary network"),
         (["--model", "resnet50"], "is an ordinary network"),
         (["--dtype", "float8"], "invalid choice"),
         (["--compile-mode", "fast"], "invalid choice"),
@@ -94,6 +83,7 @@ def test_a_check_that_crashes_fails_and_the_others_go_on(few, monkeypatch, capsy
         (["--self-test", "--model", NAME], "--self-test breaks networks of its own"),
         (["--checkpoint", "missing.pth"], "the file does not exist"),
         (["--checkpoint", "x.pth", "--model", NAME, "d2_convnext_tiny"], "give one --model"),
+        (["--model-kwargs", "depth=2"], "is for the network of a --checkpoint"),
         (["--chekpoint", "x.pth"], "unrecognized arguments"),
     ],
 )
@@ -114,86 +104,66 @@ def test_the_script_runs_without_install(tmp_path):
     assert "is an ordinary network" in done.stderr
 
 
-def test_the_self_test_lists_what_it_broke_and_found(monkeypatch, capsys):
-    """Each break itself is tried in test_equivariance.py."""
-    monkeypatch.setattr(cli.mutations, "MUTATIONS", MUTATIONS[:2])
+def test_the_self_test_fails_where_a_break_is_not_found_or_located_elsewhere(monkeypatch, capsys):
+    """The breaks that it has are each tried in test_equivariance.py."""
+
+    def break_another(block, x):
+        block.__self__.mlp.forward = lambda x: x[::-1]
+        return block(x)
+
+    def harmless(original, *args):
+        return original(*args)
+
+    changed = [
+        MUTATIONS[0],
+        Mutation(nn.Module, "nothing", VIT, "blocks.1", harmless),
+        Mutation(nn.Module, "nothing in training", VIT, "blocks.1", harmless, in_training=True),
+        Mutation(nn.Module, "the layer inside", VIT, "blocks.1", break_another),
+    ]
+    monkeypatch.setattr(cli.mutations, "MUTATIONS", changed)
     monkeypatch.setattr(cli.mutations, "INTACT", (VIT,))
-    assert run("--self-test", "--dtype", "float32") == 0
-    output = capsys.readouterr().out
-    assert "all 3 checks held" in output
-    assert "kernel not mirrored" in output
-
-
-def test_a_self_test_fails_where_a_break_is_not_found_or_located_elsewhere(monkeypatch, capsys):
-    def break_another(block):
-        block.mlp.forward = lambda x: x[::-1]
-
-    harmless = Mutation(torch.nn.Module, "nothing", VIT, "blocks.1", lambda layer: None)
-    elsewhere = Mutation(torch.nn.Module, "the layer inside", VIT, "blocks.1", break_another)
-    monkeypatch.setattr(cli.mutations, "MUTATIONS", (harmless, elsewhere))
-    monkeypatch.setattr(cli.mutations, "INTACT", ())
     assert run("--self-test", "--dtype", "float64") == 1
     output = capsys.readouterr().out
+    assert "3 of 5 checks FAILED" in output
+    assert "kernel not mirrored" in output
     assert "FAILED: network: nothing: not noticed" in output
+    assert "FAILED: network: nothing in training: not noticed" in output
     assert "broken is blocks.1, blamed is blocks.1.mlp" in output
 
 
-def save(path, name, args=None, **options) -> Path:
-    torch.manual_seed(0)
+def save(path, name, says=(), **options) -> str:
     model = timm.create_model(name, num_classes=7, **options)
-    torch.save({"model": model.state_dict()} | ({"args": args} if args else {}), path)
-    return path
+    args = {"args": argparse.Namespace(model=name, **dict(says))} if says else {}
+    torch.save({"model": model.state_dict(), **args}, path)
+    return str(path)
 
 
-def test_a_checkpoint_is_checked_with_the_options_it_needs(few, tmp_path, capsys):
-    file = save(
-        tmp_path / "a.pth", NAME, argparse.Namespace(model=NAME, input_size=64),
-        img_size=64, use_attn_mixer=True, use_symmetrized_asym_feats=True,
-    )  # fmt: skip
-    assert run("--checkpoint", str(file), "--dtype", "float64") == 0
-    assert f"{NAME}, checkpoint" in capsys.readouterr().out
-    assert run("--checkpoint", str(file), "--dtype", "float64", "--img-size", "96") == 0
-
-
-def test_the_size_of_a_bare_state_dict_is_read_off_its_tokens(few, tmp_path):
-    file = save(tmp_path / "b.pth", NAME, img_size=(64, 96))
-    assert run("--checkpoint", str(file), "--model", NAME, "--dtype", "float64") == 0
+SMALL = {"input_size": 64}
+ISOTROPIC = "d2_convnext_isotropic_small"
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "says", "argv"),
     [
-        ("d2_convnext_isotropic_small", {"layer_scale_init_value": 1e-6}),
-        ("d2_convnext_isotropic_small", {"use_symmetrized_asym_feats": True}),
-        ("resmlp_equi_d2_12", {"img_size": 64}),
+        (NAME, {"img_size": 64, "use_attn_mixer": True, "use_symmetrized_asym_feats": True}, SMALL,
+         ["--img-size", "96"]),
+        (NAME, {"img_size": (64, 96)}, {}, ["--model", NAME]),  # the size is read off the tokens
+        (ISOTROPIC, {"layer_scale_init_value": 1e-6}, SMALL, []),
+        (ISOTROPIC, {"use_symmetrized_asym_feats": True}, SMALL, []),
+        ("resmlp_equi_d2_12", {"img_size": 64}, SMALL, []),
     ],
-)
-def test_checkpoints_of_the_other_families(few, tmp_path, name, options):
-    file = save(tmp_path / "c.pth", name, argparse.Namespace(model=name, input_size=64), **options)
-    assert run("--checkpoint", str(file)) == 0
+)  # fmt: skip
+def test_a_checkpoint_is_checked_with_the_options_it_needs(
+    few, tmp_path, capsys, name, options, says, argv
+):
+    file = save(tmp_path / "a.pth", name, says, **options)
+    assert run("--checkpoint", file, *argv) == 0
+    assert f"{name}, checkpoint" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_network_is_refused(few, tmp_path, capsys):
     file = save(tmp_path / "d.pth", NAME)
-    assert run("--checkpoint", str(file)) == 2
+    assert run("--checkpoint", file) == 2
     assert "does not say which model it is" in capsys.readouterr().err
-    assert run("--checkpoint", str(file), "--model", "d2_deit_small_patch16_LS") == 2
+    assert run("--checkpoint", file, "--model", "d2_deit_small_patch16_LS") == 2
     assert "does not fit" in capsys.readouterr().err
-
-
-def test_amp_rounds_to_half_precision(few, capsys):
-    assert run("--amp") == 0
-    assert "amp bfloat16" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_compiled_networks_are_checked(few, monkeypatch, capsys):
-    case = replace(VIT, options={"depth": 1})
-    monkeypatch.setattr(cli, "DEFAULT", [case])
-    assert run("--compile") == 0
-    assert "compiled" in capsys.readouterr().out
-
-
-def test_networks_are_not_built_for_sizes_they_cannot_take():
-    with pytest.raises(UserError, match="cannot be built"):
-        NetworkCase("resmlp_equi_d2_12", img_size=(30, 30)).build()
