@@ -13,13 +13,14 @@ import ast
 import functools
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deit.errors import UserError, suggest
+from deit.errors import UserError, is_first_process, suggest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,10 +71,6 @@ class Options(argparse.Namespace):
     __slots__ = ("given",)
 
 
-class _Absent(list):
-    """Stands for the value of an option that was not given; options that append copy it."""
-
-
 class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser that takes underscores for dashes and raises `UserError`."""
 
@@ -83,7 +80,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_with_dashes(arg) for arg in args], namespace)
+        args = [re.sub("^--[^=]*", _dashed, arg) for arg in args]
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
         """As argparse does; returns `Options`."""
@@ -93,7 +91,7 @@ class CommandLine(argparse.ArgumentParser):
             hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         # argparse leaves alone what a namespace has already, unless it is on the command line
-        absent = _Absent()
+        absent: list[Any] = []  # options that append copy it
         probe = argparse.Namespace(**dict.fromkeys(vars(namespace), absent))
         self.parse_known_args(args, probe)
         namespace.given = frozenset(k for k, v in vars(probe).items() if v is not absent)
@@ -108,12 +106,9 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all options)")
 
 
-def _with_dashes(arg: str) -> str:
-    """`--batch_size=a_b` as `--batch-size=a_b`; anything that is not a long option stays."""
-    if not arg.startswith("--"):
-        return arg
-    option, equals, value = arg.partition("=")
-    return option.replace("_", "-") + equals + value
+def _dashed(option: re.Match[str]) -> str:
+    """`--batch_size` as `--batch-size`."""
+    return option.group().replace("_", "-")
 
 
 class OptionGroup:
@@ -201,12 +196,8 @@ def check_keys(table: dict[str, Any], known: set[str], where: str) -> None:
 @functools.cache  # said once, however often and by whomever command lines are parsed
 def _note_kernels(mode: str | None) -> None:
     asked = "--kernels" if mode else "DEIT_KERNELS" if os.environ.get("DEIT_KERNELS") else None
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if asked and rank == "0":
-        print(
-            f"note: {asked} has no effect any more; --compile is fastest",
-            file=sys.stderr,
-        )
+    if asked and is_first_process():
+        print(f"note    {asked} has no effect any more; --compile is fastest", file=sys.stderr)
 
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -250,10 +241,10 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
 
     def check(text: str) -> Path:
         path = Path(text)
-        folder = path.resolve().parent
         if suffixes and path.suffix.lower() not in suffixes:
             wanted = ", ".join(suffixes)
             raise argparse.ArgumentTypeError(f"{text!r} must end in one of {wanted}")
+        folder = path.resolve().parent
         if not folder.is_dir():
             raise argparse.ArgumentTypeError(f"there is no folder {str(folder)!r} for {text!r}")
         if path.is_dir():
@@ -263,7 +254,7 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
                 pass
         except OSError as error:
             raise argparse.ArgumentTypeError(
-                f"{text!r} cannot be written: {error.strerror or error}"
+                f"{text!r} cannot be written: {error.strerror}"
             ) from None
         return path
 
@@ -276,7 +267,7 @@ def truth(text: str, words: Sequence[str] = ()) -> bool:
     Raises:
         ArgumentTypeError: neither; the message names `words` too.
     """
-    for value, spellings in ((True, "true yes on t y 1"), (False, "false no off f n 0")):
+    for value, spellings in {True: "true yes on t y 1", False: "false no off f n 0"}.items():
         if text.lower() in spellings.split():
             return value
     known = ", ".join(("true", "false", *words))
@@ -295,9 +286,13 @@ def key_value(text: str) -> tuple[str, Any]:
 
 
 def number(
-    kind: type[int] | type[float], low: float = -math.inf, high: float = math.inf
+    kind: type[int] | type[float],
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
 ) -> Callable[[str], int | float]:
-    """An argparse type: a finite number of `kind` with low <= number <= high."""
+    """An argparse type: a finite number of `kind` with low <= number <= high, above < number."""
 
     def parse(text: str) -> int | float:
         try:
@@ -307,8 +302,9 @@ def number(
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not finite")
-        if not low <= value <= high:
-            bounds = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+        if not (low <= value <= high and above < value):
+            bounds = f"at least {low:g}" if low > above else f"above {above:g}"
+            bounds = f"from {low:g} to {high:g}" if high < math.inf else bounds
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
         return value
 

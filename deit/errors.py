@@ -6,6 +6,7 @@ Library code raises `UserError`; every command line runs its body under `one_lin
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -33,6 +34,11 @@ def one_line_errors(body: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, or the only process, as torchrun's and srun's variables say."""
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
 
 
 def run_command(body: Callable[[], int | None]) -> int:

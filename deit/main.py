@@ -30,7 +30,7 @@ if __package__ in (None, ""):
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from deit.data.workers import worker_death
-from deit.errors import UserError, run_command
+from deit.errors import EXIT_USER_ERROR, UserError, is_first_process, run_command
 from deit.train.args import parse_args
 from deit.train.build import set_precision
 from deit.train.distributed import DistContext, RankInfo, choose_device, connect
@@ -42,7 +42,7 @@ from deit.train.engine import (
     mean_loss,
     train_one_epoch,
 )
-from deit.train.evaluation import evaluate_once
+from deit.train.evaluation import evaluate_checkpoint
 from deit.train.folder import LAST, check_unused, claim
 from deit.train.metrics import Scores
 from deit.train.reporting import duration
@@ -50,6 +50,9 @@ from deit.train.run import Run
 from deit.train.stopping import Stopped, request_stop, stop_on_signals
 
 __all__ = ["main", "request_stop"]
+
+PATIENCE = 5.0
+"""Seconds for rank 0 to say what is wrong with the command line before a launcher ends it."""
 
 
 def main(args: Namespace) -> int:
@@ -67,9 +70,7 @@ def main(args: Namespace) -> int:
     set_precision(args, device)
     with connect(info, device, timedelta(minutes=args.dist_timeout)) as processes:
         if args.eval:
-            both = args.model_ema_eval == "both"
-            for ema in (False, True) if both else (args.model_ema_eval,):
-                evaluate_once(args, processes, ema=ema)
+            evaluate_checkpoint(args, processes)
             return 0
         with stop_on_signals(announce=processes.is_main), _claim_folder(args, processes):
             run = Run(args, processes)
@@ -186,7 +187,17 @@ def train_epoch(run: Run, batches: Batches) -> None:
 @record  # so that torchrun's table of failures shows the traceback
 def command(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line (default: this process's own); returns the exit status."""
-    return run_command(lambda: main(parse_args(argv)))
+    return run_command(lambda: main(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> Namespace:
+    try:
+        return parse_args(argv)
+    except UserError:
+        if not is_first_process():  # it has the same command line, and says what is wrong
+            time.sleep(PATIENCE)
+            raise SystemExit(EXIT_USER_ERROR) from None
+        raise
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def test_published_prefixes_stay_unique(words):
         (["--lr", "-1"], ["--lr", "-1", "at least 0"]),
         (["--lr", "fast"], ["--lr", "'fast' is not a number"]),
         (["--lr", "nan"], ["--lr", "nan"]),
+        (["--dist-timeout", "-1"], ["--dist-timeout", "must be above 0"]),
+        (["--clip-grad", "0"], ["--clip-grad", "must be above 0"]),
         (["--epochs", "0"], ["--epochs", "at least 1"]),
         (["--batch-size", "1.5"], ["1.5", "whole number"]),
         (["--drop-path", "1.2"], ["from 0 to 1"]),

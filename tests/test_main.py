@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from training_runs import TINY, TRAIN_IMAGES, VAL_IMAGES, load, make_images, train
 
+import deit.main
 import deit.train.engine
 import deit.train.reporting
 from deit.train.args import parse_args
@@ -46,7 +48,7 @@ def test_log(trained):
 
 def test_both_are_evaluated_and_the_best_of_each_is_kept(data, tmp_path, capsys):
     """The columns of each are those of a training that evaluates it alone."""
-    options = ("--epochs", "3", "--model-ema-decay", "0.5", "--lr", "0.02")
+    options = ("--epochs", "3", "--model-ema-decay", "0.5", "--lr", "0.02", "--crop-pct", "0.9")
     logs, best = {}, {}
     for how in ("--no-model-ema-eval", "--model-ema-eval", "--model-ema-eval=both"):
         out = tmp_path / how
@@ -67,7 +69,9 @@ def test_both_are_evaluated_and_the_best_of_each_is_kept(data, tmp_path, capsys)
     capsys.readouterr()
     last = ("--resume", str(out / "checkpoint.pth"), "--eval", "--model-ema-eval", "both")
     assert train(*last, data=data) == 0
-    shown = re.findall(r"\* Acc@1 \S+ Acc@5 \S+ loss (\S+)", capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert output.count("taken from") == 1
+    shown = re.findall(r"\* Acc@1 \S+ Acc@5 \S+ loss (\S+)", output)
     expected = [both[-1]["test_loss"], both[-1]["test_loss_ema"]]
     assert [float(loss) for loss in shown] == pytest.approx(expected, abs=1e-3)
 
@@ -323,6 +327,20 @@ def test_wrong_input_is_one_line(argv, message, data, trained, tmp_path, capfd, 
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_a_wrong_command_line_is_told_by_one_process(variable, monkeypatch, capfd):
+    """Rank 0 comes to it later than a launcher takes to end it, once another process has failed."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank in ("1", "0"):
+        monkeypatch.setenv(variable, rank)
+        with pytest.raises(SystemExit) as stopped:
+            sys.exit(deit.main.command(["--bogus"]))
+        assert stopped.value.code == 2
+        assert capfd.readouterr().err.count("--bogus") == (rank == "0")
+    assert waited == [deit.main.PATIENCE]
 
 
 def test_damaged_image_is_named(data, tmp_path, capfd):

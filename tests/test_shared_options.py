@@ -89,11 +89,11 @@ def test_the_option_of_earlier_versions_is_noted_once(capsys, monkeypatch):
     parser = CommandLine(prog="test")
     add_kernels(OptionGroup(parser, "options"))
     parser.parse_args(["--kernels", "plain"])
-    assert capsys.readouterr().err.startswith("note: --kernels has no effect")
+    assert capsys.readouterr().err.startswith("note    --kernels has no effect")
     parser.parse_args([])
     parser.parse_args(["--kernels", "plain"])
     assert not capsys.readouterr().err
     cli._note_kernels.cache_clear()
     monkeypatch.setenv("DEIT_KERNELS", "auto")
     parser.parse_args([])
-    assert capsys.readouterr().err.startswith("note: DEIT_KERNELS has no effect")
+    assert capsys.readouterr().err.startswith("note    DEIT_KERNELS has no effect")

@@ -1,12 +1,8 @@
 """The command line of training and evaluation, grouped by effect.
 
-    args = parse_args()                     # for deit/main.py
-    parser = get_parser()                   # add options of your own to it, then
-    args = parse_args(argv, parser)
-
-Every option may be written with dashes or underscores and shortened to a unique prefix. A wrong
-command line raises `UserError`, which the scripts print as one line. What one option implies for
-another is settled in the Namespace that `parse_args` returns (see `resolve`).
+args = parse_args()                     # for deit/main.py
+parser = get_parser()                   # add options of your own to it, then
+args = parse_args(argv, parser)
 """
 
 from __future__ import annotations
@@ -17,18 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deit.cli import CommandLine, read_toml
+from deit.cli import read_toml
 from deit.errors import UserError
 from deit.train.options import get_parser
-
-__all__ = [
-    "CommandLine",
-    "config_dict",
-    "get_parser",
-    "parse_args",
-    "resolve",
-    "validate",
-]
 
 _SCRIPTS = Path(__file__).resolve().parents[1] / "recipes" / "scripts"  # a part of the package
 
@@ -79,73 +66,65 @@ def resolve(args: Namespace) -> None:
 
 def validate(args: Namespace) -> None:
     """Raise `UserError` for options that contradict each other; `args` have been resolved."""
-    if args.attn_mixer and args.fused_attn:
-        raise UserError(
-            "--attn-mixer cannot be used with --fused-attn: fused attention computes its logits "
-            "inside the kernel, where they cannot be mixed; drop one of the two"
-        )
+    for wrong, message in _training_conflicts(args) + _source_conflicts(args):
+        if wrong:
+            raise UserError(message)
+
+
+def _training_conflicts(args: Namespace) -> list[tuple[Any, str]]:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if not args.eval and mixes and args.mixup_prob > 0 and args.batch_size % 2:
-        raise UserError(
-            f"--batch-size {args.batch_size} is odd, but mixup and cutmix work on pairs: use an "
-            "even one, or --mixup 0 --cutmix 0"
-        )
-    if args.cosub and args.distillation_type != "none":
-        raise UserError("--cosub cannot be combined with --distillation-type; drop one of the two")
-    if args.full_float32 and args.high_precision_matmul:
-        raise UserError("--full-float32 forbids the TF32 of --high-precision-matmul: drop one")
-    if args.activation_memory_budget is not None and not args.compile:
-        raise UserError("--activation-memory-budget is for what --compile makes: add --compile")
-    if args.wandb_ckpt and not (args.wandb and args.output_dir and args.save_ckpt):
-        raise UserError("--wandb-ckpt uploads checkpoints: it needs --wandb and --output-dir")
-    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        low, high = args.cutmix_minmax
-        raise UserError(f"--cutmix-minmax {low:g} {high:g}: the first must be the smaller one")
-    _validate_schedule(args)
-    _validate_sources(args)
+    low, high = args.cutmix_minmax or (0, 1)
+    betas, noise = args.opt_betas or [0], args.lr_noise or ()
+    return [
+        (args.attn_mixer and args.fused_attn,
+         "--attn-mixer cannot be used with --fused-attn: fused attention computes its logits "
+         "inside the kernel, where they cannot be mixed; drop one of the two"),
+        (not args.eval and mixes and args.mixup_prob > 0 and args.batch_size % 2,
+         f"--batch-size {args.batch_size} is odd, but mixup and cutmix work on pairs: use an even "
+         "one, or --mixup 0 --cutmix 0"),
+        (args.cosub and args.distillation_type != "none",
+         "--cosub cannot be combined with --distillation-type; drop one of the two"),
+        (args.full_float32 and args.high_precision_matmul,
+         "--full-float32 forbids the TF32 of --high-precision-matmul: drop one"),
+        (args.activation_memory_budget is not None and not args.compile,
+         "--activation-memory-budget is for what --compile makes: add --compile"),
+        (args.wandb_ckpt and not (args.wandb and args.output_dir and args.save_ckpt),
+         "--wandb-ckpt uploads checkpoints: it needs --wandb and --output-dir"),
+        (low >= high, f"--cutmix-minmax {low:g} {high:g}: the first must be the smaller one"),
+        (max(betas) >= 1, f"--opt-betas {betas}: every beta must be less than 1"),
+        (len(noise) > 2, f"--lr-noise takes a start and an end, got {len(noise)} numbers"),
+        (args.warmup_prefix and args.warmup_epochs >= args.epochs,
+         "--warmup-prefix leaves no epoch after the warm-up: --warmup-epochs "
+         f"{args.warmup_epochs:g} of --epochs {args.epochs}"),
+    ]  # fmt: skip
 
 
-def _validate_schedule(args: Namespace) -> None:
-    if args.opt_betas is not None and max(args.opt_betas) >= 1:
-        raise UserError(f"--opt-betas {args.opt_betas}: every beta must be less than 1")
-    if args.lr_noise is not None and len(args.lr_noise) > 2:
-        raise UserError(f"--lr-noise takes a start and an end, got {len(args.lr_noise)} numbers")
-    if args.warmup_prefix and args.warmup_epochs >= args.epochs:
-        raise UserError(
-            f"--warmup-prefix leaves no epoch after the warm-up: --warmup-epochs "
-            f"{args.warmup_epochs:g} of --epochs {args.epochs}"
-        )
-
-
-def _validate_sources(args: Namespace) -> None:
-    if args.fold and not args.eval:
-        raise UserError("--fold is for --eval: a folded network is not trained")
-    if args.resume == "auto" and not args.output_dir:
-        raise UserError(
-            "--resume auto looks for the checkpoint in --output-dir, which is not given"
-        )
-    if args.resume_weights_only and not args.resume:
-        raise UserError("--resume-weights-only needs --resume, the checkpoint that it is about")
-    if args.finetune == "auto":
-        raise UserError("--finetune needs the name of a checkpoint, 'auto' is for --resume")
-    if args.eval_data_path and (
-        args.data_set not in ("IMNET", "image_folder") or args.zip_dataloader
-    ):
-        raise UserError("--eval-data-path is for --data-set IMNET or image_folder, in folders")
-    if args.data_set == "image_folder" and not (args.eval_data_path or args.disable_eval):
-        raise UserError(
-            "--data-set image_folder needs --eval-data-path, the folder of the test images, or "
-            "--disable-eval"
-        )
-    if args.eval and args.disable_eval:
-        raise UserError("--eval evaluates, which --disable-eval forbids: drop one of the two")
-    if not args.data_path and (args.data_set != "SAMPLE" or args.zip_dataloader):
-        wanted = "--zip-dataloader" if args.zip_dataloader else f"--data-set {args.data_set}"
-        raise UserError(f"{wanted} needs --data-path, the folder that the data are in")
-    if args.zip_dataloader and args.data_set != "IMNET":
-        raise UserError(f"--zip-dataloader reads IMNET's layout, not --data-set {args.data_set}")
-    if args.download and args.data_set not in ("CIFAR10", "CIFAR100", "FASHION"):
-        raise UserError(f"--download fetches CIFAR and FASHION, not --data-set {args.data_set}")
+def _source_conflicts(args: Namespace) -> list[tuple[Any, str]]:
+    data_set, zipped = args.data_set, args.zip_dataloader
+    folders = data_set in ("IMNET", "image_folder") and not zipped
+    return [
+        (args.fold and not args.eval, "--fold is for --eval: a folded network is not trained"),
+        (args.resume == "auto" and not args.output_dir,
+         "--resume auto looks for the checkpoint in --output-dir, which is not given"),
+        (args.resume_weights_only and not args.resume,
+         "--resume-weights-only needs --resume, the checkpoint that it is about"),
+        (args.finetune == "auto",
+         "--finetune needs the name of a checkpoint, 'auto' is for --resume"),
+        (args.eval_data_path and not folders,
+         "--eval-data-path is for --data-set IMNET or image_folder, in folders"),
+        (data_set == "image_folder" and not (args.eval_data_path or args.disable_eval),
+         "--data-set image_folder needs --eval-data-path, the folder of the test images, or "
+         "--disable-eval"),
+        (args.eval and args.disable_eval,
+         "--eval evaluates, which --disable-eval forbids: drop one of the two"),
+        (not args.data_path and (data_set != "SAMPLE" or zipped),
+         f"{'--zip-dataloader' if zipped else f'--data-set {data_set}'} needs --data-path, the "
+         "folder that the data are in"),
+        (zipped and data_set != "IMNET",
+         f"--zip-dataloader reads IMNET's layout, not --data-set {data_set}"),
+        (args.download and data_set not in ("CIFAR10", "CIFAR100", "FASHION"),
+         f"--download fetches CIFAR and FASHION, not --data-set {data_set}"),
+    ]  # fmt: skip
 
 
 def config_dict(args: Namespace | Mapping[str, Any]) -> dict[str, Any]:

@@ -24,30 +24,37 @@ from deit.train.folder import LAST
 from deit.train.loading import DATA, NETWORK, adopt, classifier_weight, find_checkpoints
 from deit.train.weights import load_weights
 
-__all__ = ["evaluate_once"]
 
-
-def evaluate_once(args: Namespace, processes: DistContext, *, ema: bool) -> None:
-    """Print the scores of a checkpoint's network, or of its average, on the validation data.
+def evaluate_checkpoint(args: Namespace, processes: DistContext) -> None:
+    """Print the scores on the validation data of a checkpoint's network, its average, or both.
 
     Raises:
         UserError: the checkpoint or the data cannot be used, or the scores would mean nothing.
     """
-    args = copy.copy(args)  # which takes on what the checkpoint says
-    args.model_ema_eval = ema
     resumed, origin = find_checkpoints(args, processes)
     if args.resume and resumed is None:
         raise UserError(f"--eval --resume auto: there is no {LAST} in {args.output_dir!r}")
     checkpoint = resumed if origin is None else origin
-    if checkpoint is None:
-        data = build_val_dataset(args)
-        model, notes = build_model(args, number_of_classes(args, data))
-        notes.insert(0, "evaluating random weights: no checkpoint is given by --resume")
-    else:
-        model, data, notes = _network(args, checkpoint)
-    if processes.is_main:
+    told: set[str] = set()
+    for ema in (False, True) if args.model_ema_eval == "both" else (args.model_ema_eval,):
+        own = copy.copy(args)  # which takes on what the checkpoint says
+        if checkpoint is None:
+            data = build_val_dataset(own)
+            model, notes = build_model(own, number_of_classes(own, data))
+            notes.insert(0, "evaluating random weights: no checkpoint is given by --resume")
+        else:
+            model, data, notes = _network(own, checkpoint, ema=ema and bool(args.resume))
         for note in notes + ([data.note] if data.note else []):
-            print(f"note    {note}", flush=True)
+            if processes.is_main and note not in told:
+                print(f"note    {note}", flush=True)
+            told.add(note)
+        _evaluate(model, data, own, processes)
+
+
+def _evaluate(
+    model: nn.Module, data: ImageDataset, args: Namespace, processes: DistContext
+) -> None:
+    """Print the scores of a network on data with its labels."""
     model.to(processes.device)
     if args.fold:
         model = fold(model)
@@ -71,14 +78,15 @@ def evaluate_once(args: Namespace, processes: DistContext, *, ema: bool) -> None
         print(f"Accuracy of the network on the {images}: {scores.acc1:.1f}%", flush=True)
 
 
-def _network(args: Namespace, checkpoint: Checkpoint) -> tuple[nn.Module, ImageDataset, list[str]]:
-    """The network, the data with its labels, and remarks.
+def _network(
+    args: Namespace, checkpoint: Checkpoint, *, ema: bool
+) -> tuple[nn.Module, ImageDataset, list[str]]:
+    """The network with its weights, or with `ema` their average, the data with its labels, remarks.
 
     With --resume it is exactly the checkpoint's; with --finetune the one that a training would
     start from.
     """
     source, exact = checkpoint.source, bool(args.resume)
-    ema = exact and args.model_ema_eval
     adopted = adopt(args, checkpoint, (*NETWORK, *DATA), ema=ema)
     if not isinstance(args.input_size, int):
         height, width = args.input_size

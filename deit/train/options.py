@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "tanh", "poly", "step", "plateau", "constant")
 COUNT = number(int, low=1)
 NATURAL = number(int, low=0)
 NON_NEGATIVE = number(float, low=0)
-POSITIVE = number(float, low=1e-12)
+POSITIVE = number(float, above=0)
 FRACTION = number(float, low=0, high=1)
 
 _EPILOG = """\
