@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
 from deit.groups import FLOP
+from deit.layers import tracing
 
 Pool = Literal["", "token", "avg"]
 Size = int | tuple[int, int]  # of a square, or (height, width)
@@ -80,6 +81,7 @@ class Classifier(Scriptable, nn.Module):
     `_set_channels`, builds the norm, and calls `_init_head`.
     """
 
+    in_chans: int
     blocks: nn.Sequential
     norm: nn.Module
     head: nn.Module
@@ -239,6 +241,7 @@ class Classifier(Scriptable, nn.Module):
         self, images: Tensor, take: Sequence[int] = (), stop: int | None = None
     ) -> tuple[Feature, list[Feature]]:
         """Steps before number `stop`; also what those in `take` give."""
+        tracing.check_images(images, self.in_chans)
         x = self._embed(images)
         taken = []
         for i, step in enumerate(self._steps()):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.groups import FLOP
-from deit.layers import MirrorHalves, MixerBlock, OrdinaryAffine, PatchEmbed, tracing
+from deit.layers import MirrorHalves, MixerBlock, OrdinaryAffine, PatchEmbed
 from deit.models.base import Classifier, Feature, Pool, Size, check_sizes, pack
 from deit.models.registry import register_sizes
 
@@ -106,7 +106,6 @@ class ResMLP(Classifier):
 
     def _embed(self, images: Tensor) -> Feature:
         """Images to parts with decomposed tokens, (B, N, C/2)."""
-        tracing.check_images(images, self.in_chans)
         return tuple(self.tokens.from_regular(part, 1) for part in self.patch_embed(images))
 
     def _to_map(self, x: Feature) -> Tensor:

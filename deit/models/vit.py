@@ -196,7 +196,6 @@ class VisionTransformer(Classifier):
 
     def _embed(self, images: Tensor) -> Feature:
         """Patches with their positions after the prefix tokens, parts (B, prefix + N, C/2)."""
-        tracing.check_images(images, self.in_chans)
         x = self.patch_embed(images)
         positions = self.pos_embed(self._grid(images) if self.dynamic_img_size else None)
         batch = x[0].shape[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import Packed, cat, close, features, halves, on_rows, random_layer
+from checks import Packed, close, features, random_layer
 from test_channels import quarters
 from timm.models.convnext import ConvNeXtBlock as TimmConvBlock
 from timm.models.mlp_mixer import ResBlock as TimmMixerBlock
@@ -22,26 +22,6 @@ from deit.layers import (
 )
 
 EIGHT = FLOP.regular(8)
-
-
-def add(x, y):
-    return tuple(p + q for p, q in zip(x, y, strict=True))
-
-
-def test_block():
-    layer = random_layer(Block(8, 2))
-    x = halves(features(2, 5, 8))
-    y = add(x, layer.gamma_1(layer.attn(layer.norm1(x))))
-    close(cat(layer(x)), cat(add(y, layer.gamma_2(layer.mlp(layer.norm2(y))))))
-
-
-@pytest.mark.parametrize("init_value", [0.0, 0.1])
-def test_conv_block(init_value):
-    layer = random_layer(ConvBlock(8, init_value=init_value))
-    x = halves(features(2, 3, 4, 8))
-    y = layer.pwconv2(layer.act(layer.pwconv1(layer.norm(layer.dwconv(x)))))
-    assert (layer.gamma is None) == (init_value == 0)
-    close(cat(layer(x)), cat(add(x, y if layer.gamma is None else layer.gamma(y))))
 
 
 @pytest.mark.parametrize("middle", [0, 2])
@@ -81,21 +61,6 @@ def test_mixer_block(middle):
     ss, sa, as_, aa = on_channels(torch.tensordot(hadamard, hidden, 1).unbind(0), fc2)
     out = torch.cat([torch.cat([ss, s, sa], 1), torch.cat([as_, a, aa], 1)], -1)
     close(Packed(layer, EIGHT)(x), y + Packed(layer.gamma_2)(out))
-
-
-@pytest.mark.parametrize("middle", [0, 2])
-def test_places_and_back(middle):
-    """Flopping exchanges l and r of both parts, and negates a middle column of a."""
-    tokens = Rep(FLOP, 3, middle)
-    layer = MixerBlock(EIGHT, tokens)
-    x = features(2, tokens.size, 8)
-    places = layer.to_places(halves(x))
-    close(cat(places).square().sum(), 2 * x.square().sum())  # the scale is that of all rows
-    close(cat(layer.from_places(places)), x)
-    moved = layer.to_places(halves(on_rows(8, tokens)(1, x)))
-    for sign, after, before in zip((1, -1), moved, places, strict=True):
-        left, own, right = before.split([3, middle, 3], 1)
-        close(after, torch.cat([right, sign * own, left], 1))
 
 
 @pytest.mark.parametrize(

@@ -183,15 +183,6 @@ def test_bridges():
 # perceptron and attention
 
 
-@pytest.mark.parametrize("act", [F.gelu, quick_gelu])
-def test_mlp(act):
-    layer = random_layer(Mlp(6, 8, act=act))
-    x = halves(features(2, 3, 6))
-    hidden = FLOP.regular(8).to_regular(cat(layer.fc1(x)))
-    expected = layer.fc2(halves(FLOP.regular(8).from_regular(act(hidden))))
-    close(cat(layer(x)), cat(expected))
-
-
 @pytest.mark.parametrize("mixer", [None, (1.0, 0.0), (0.7, -0.4)])
 def test_attention(mixer):
     """Head by head: q = [q_s, q_a], each irrep's outputs laid out (3, heads, width)."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from deit.errors import UserError
-from deit.layers import GELU, Attention, Linear
 from deit.train.compilation import compile_network
 
 BATCHES = (2, 3, 5)
@@ -157,15 +156,3 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(
         gradients(model, compiled, x), gradients(model, model, x), rtol=1e-3, atol=1e-4
     )
-
-
-@pytest.mark.parametrize(
-    "build",
-    [lambda: Linear(16, 32), lambda: GELU(16), lambda: Attention(16, 2)],
-    ids=["Linear", "GELU", "Attention"],
-)
-def test_single_layers_compile_alone(build):
-    layer = build()
-    x = (torch.randn(2, 5, 8), torch.randn(2, 5, 8))
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), layer(x))

@@ -92,25 +92,11 @@ def ddp_checkpointed_and_compiled(network: str, processes: DistContext) -> None:
     compare(network, wrap_ddp(model, processes), processes.rank)
 
 
-def replace(model: nn.Module, modules: list[nn.Module]) -> list[str]:
-    """Put DDP in the place of each of these modules; returns their names."""
-    names = [name for name, module in model.named_modules() if any(module is m for m in modules)]
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        wrapped = DistributedDataParallel(model.get_submodule(name))
-        setattr(model.get_submodule(parent), leaf, wrapped)
-    return names
-
-
-def ddp_on_blocks(network: str, processes: DistContext) -> None:
-    model = create(network).train()
-    names = replace(model, blocks_of(model))
-    compare(network, model, processes.rank, lambda n: any(n.startswith(f"{m}.") for m in names))
-
-
 def ddp_on_linear_maps(network: str, processes: DistContext) -> None:
     model = create(network).train()
-    names = replace(model, list(inner_linears(model).values()))
+    names = list(inner_linears(model))
+    for name in names:
+        model.set_submodule(name, DistributedDataParallel(model.get_submodule(name)))
     compare(network, model, processes.rank, lambda n: n.rpartition(".")[0] in names)
 
 
@@ -165,7 +151,6 @@ def fsdp_state_dict(network: str, processes: DistContext) -> None:
 CASES: dict[str, Callable[[str, DistContext], None]] = {
     "DDP": ddp,
     "DDP, checkpointed and compiled": ddp_checkpointed_and_compiled,
-    "DDP on blocks": ddp_on_blocks,
     "DDP on linear maps": ddp_on_linear_maps,
 }
 if SHARDS_ON_CPU:
