@@ -93,16 +93,15 @@ def _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices) -> C
             raise TypeError(f"{name} got the initial LayerScale more than once: {', '.join(given)}")
         if given:
             kwargs[layer_scale] = kwargs.pop(given[0])
-        elsewhere = _has_weights(kwargs)
-        if pretrained and not elsewhere and name not in HOSTED:
+        hosted = pretrained and not _has_weights(kwargs)
+        if hosted and name not in HOSTED:
             raise RuntimeError(
                 f"no hosted weights exist for {name}: deit.load('weights.pth') builds the network "
                 "of a file with its trained weights (ema=True: their average); timm's own "
                 "checkpoint_path and pretrained_cfg_overlay=dict(file=...) take the average where "
                 "a file has one"
             )
-
-        def build() -> nn.Module:
+        try:
             return build_model_with_cfg(
                 model_cls,
                 name,
@@ -111,13 +110,8 @@ def _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices) -> C
                 feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
                 **{**row, **kwargs},
             )
-
-        if not pretrained or elsewhere:
-            return build()
-        try:
-            return build()
         except (OSError, RuntimeError) as error:  # the hub's errors are OSErrors
-            if isinstance(error, RuntimeError) and "size mismatch" in str(error):
+            if not hosted or "size mismatch" in str(error):
                 raise
             raise RuntimeError(
                 f"the weights of {name}, {HOSTED[name]} on Hugging Face, could not be had "
@@ -133,8 +127,7 @@ def _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices) -> C
 def _has_weights(kwargs: Mapping[str, Any]) -> bool:
     """Whether the caller says where weights are, in either of timm's ways."""
     sources = ("file", "url", "hf_hub_id", "state_dict", "source")
-    for cfg in (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")):
-        get = cfg.get if isinstance(cfg, dict) else lambda key, cfg=cfg: getattr(cfg, key, None)
-        if cfg is not None and not isinstance(cfg, str) and any(get(key) for key in sources):
-            return True
-    return False
+    cfgs = (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    # a dict, timm's data class, or a name
+    fields = [cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {}) for cfg in cfgs]
+    return any(own.get(source) for own in fields for source in sources)

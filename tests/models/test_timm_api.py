@@ -105,13 +105,6 @@ def test_pretrained_cfg(family):
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_backward_reaches_every_parameter(family):
-    model = create(family, num_classes=42).train()
-    model(x32()).mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
-
-
-@pytest.mark.parametrize("family", NAMES)
 def test_gradient_checkpointing_changes_no_gradient(family):
     def gradients(checkpointing):
         model = create_random(family).train()
@@ -120,6 +113,7 @@ def test_gradient_checkpointing_changes_no_gradient(family):
         return {n: p.grad for n, p in model.named_parameters()}
 
     plain, checkpointed = gradients(False), gradients(True)
+    assert [n for n, g in plain.items() if g is None] == []
     torch.testing.assert_close(checkpointed, plain)
     assert any(g.abs().max() > 1e-6 for g in plain.values())
 
