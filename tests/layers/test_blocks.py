@@ -3,7 +3,6 @@
 import pytest
 import torch
 from checks import Packed, close, features, random_layer
-from test_channels import quarters
 from timm.models.convnext import ConvNeXtBlock as TimmConvBlock
 from timm.models.mlp_mixer import ResBlock as TimmMixerBlock
 from timm.models.vision_transformer import Block as TimmBlock
@@ -22,6 +21,11 @@ from deit.layers import (
 )
 
 EIGHT = FLOP.regular(8)
+
+
+def quarters(x: torch.Tensor, tokens: Rep) -> tuple[torch.Tensor, ...]:
+    """ss, sa, as, aa (channels first) of (B, tokens, 2c), symmetric tokens in the first rows."""
+    return tuple(q for part in halves(x) for q in tokens.split(part, 1))
 
 
 @pytest.mark.parametrize("middle", [0, 2])

@@ -18,18 +18,13 @@ from deit.layers import (
     LayerNorm,
     LayerScale,
     Linear,
+    MirrorDepthwiseConv2d,
     Mlp,
     OrdinaryAffine,
-    RegularBridge,
     quick_gelu,
 )
 
 ROOT = 2**0.5
-
-
-def quarters(x: torch.Tensor, tokens: Rep) -> tuple[torch.Tensor, ...]:
-    """ss, sa, as, aa (channels first) of (B, tokens, 2c), symmetric tokens in the first rows."""
-    return tuple(q for part in halves(x) for q in tokens.split(part, 1))
 
 
 # linear maps
@@ -108,28 +103,6 @@ def test_scaled_features_stay_scaled(group):
     close(scaled(3 * x), 3 * plain(x))
 
 
-@pytest.mark.parametrize("middle", [0, 2])
-def test_affine(middle):
-    """alpha_sym on ss and sa, alpha_asym on the others; beta on s, or on ss and on aa."""
-    layer = random_layer(Affine(4))
-    s, a = halves(features(4, 4))
-    close(
-        cat(layer((s, a))), torch.cat([layer.alpha_sym * s + layer.beta, layer.alpha_asym * a], -1)
-    )
-    tokens = Rep(FLOP, 3, middle)
-    layer = random_layer(Affine(4, across=tokens))
-    x = features(2, tokens.size, 4)
-    ss, sa, as_, aa = quarters(x, tokens)
-    expected = (
-        layer.alpha_sym * ss + layer.beta_sym,
-        layer.alpha_sym * sa,
-        layer.alpha_asym * as_,
-        layer.alpha_asym * aa + layer.beta_asym,
-    )
-    for ours, theirs in zip(quarters(Packed(layer)(x), tokens), expected, strict=True):
-        close(ours, theirs)
-
-
 def test_scales_and_their_initial_values():
     layer, x = LayerScale(6, 1e-5), features(2, 6)
     assert list(layer.state_dict()) == ["alpha_sym", "alpha_asym"]
@@ -172,12 +145,6 @@ def test_layer_norm_computes_in_float32(dtype):
     y = layer(x)
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), layer(x.float()), rtol=8e-3, atol=1e-5)
-
-
-def test_bridges():
-    s, a = x = halves(features(2, 5, 8))
-    close(RegularBridge(8)(x), torch.cat([s + a, s - a], -1) / ROOT)
-    close(InvariantBridge(8)(x), torch.cat([s, a.abs()], -1))
 
 
 # perceptron and attention
@@ -246,6 +213,8 @@ def test_dropout_acts_in_training_alone(layer):
         (lambda: Attention(8, 2, use_fused_attn=True, use_attn_mixer=True), "never forms"),
         (lambda: Affine(16, group=OCTIC, across=OCTIC.regular(8)), "more than one dimension"),
         (lambda: InvariantBridge(16, OCTIC), "more than one dimension"),
+        (lambda: MirrorDepthwiseConv2d(6), r"6 channels.*multiple of 4"),
+        (lambda: MirrorDepthwiseConv2d(8, 4), r"size 4 has no centre.*odd"),
     ],
 )
 def test_errors_name_the_rule(make, message):

@@ -5,47 +5,9 @@ import timm
 import torch
 from timm.layers import DropPath
 from timm.models import group_parameters
-from tiny import create, create_random, images
-from torch import nn
+from tiny import create
 
 from deit.layers import MirrorGrid
-
-
-@pytest.mark.parametrize("family", ["d2_convnext_isotropic", "d2_convnext"])
-@pytest.mark.parametrize("symmetrized", [False, True])
-def test_head_of_a_convnext(family, symmetrized):
-    """The mean of s, and of |a| if asked for, LayerNorm, linear."""
-    model = create_random(family, use_symmetrized_asym_feats=symmetrized)
-    (last,) = model.forward_intermediates(images(), indices=1, intermediates_only=True)
-    s, a = last.chunk(2, 1)
-    x = torch.cat([s, a.abs()], 1) if symmetrized else s
-    x = x.mean((2, 3))
-    x = nn.functional.layer_norm(x, x.shape[1:], model.norm.weight, model.norm.bias, 1e-6)
-    torch.testing.assert_close(model(images()), model.head(x))
-    assert (model.num_features, model.head_hidden_size) == (last.shape[1], x.shape[1])
-
-
-@pytest.mark.parametrize("symmetrized", [False, True])
-@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
-def test_head_of_a_resmlp(size, symmetrized):
-    """ss and aa along tokens, |sa| and |as| along channels, Affine, mean over tokens."""
-    model = create_random("resmlp_equi_d2", img_size=size, use_symmetrized_asym_feats=symmetrized)
-    x = images(size=size)
-    (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
-    # from the map to tokens and their mirror images, by pixels
-    width = last.shape[-1]
-    left, right = last[..., : width // 2], last.flip(-1)[..., : width // 2]
-    symmetric, antisymmetric = (left + right) / 2**0.5, (left - right) / 2**0.5
-    if width % 2:  # a middle column is symmetric as it is
-        symmetric = torch.cat([symmetric, last[..., width // 2, None]], -1)
-    (ss, as_), (sa, aa) = symmetric.chunk(2, 1), antisymmetric.chunk(2, 1)
-    features = torch.cat([ss.flatten(2), aa.flatten(2)], 2)
-    if symmetrized:
-        others = torch.cat([sa.flatten(2), as_.flatten(2)], 2).abs()
-        features = torch.cat([features, others], 1)
-    normed = model.norm.alpha * features.mT + model.norm.beta
-    torch.testing.assert_close(model(x), model.head(normed.mean(1)))
-    assert model.num_features == model.head_hidden_size == (32 if symmetrized else 16)
 
 
 @pytest.mark.parametrize(
