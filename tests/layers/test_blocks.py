@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import Packed, close, features, random_layer
+from checks import Packed, close, features, halves, random_layer
 from timm.models.convnext import ConvNeXtBlock as TimmConvBlock
 from timm.models.mlp_mixer import ResBlock as TimmMixerBlock
 from timm.models.vision_transformer import Block as TimmBlock
