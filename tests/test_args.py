@@ -44,33 +44,29 @@ def test_published_defaults():
 
 
 @pytest.mark.parametrize(
-    "argv",
+    "words",
     [
-        ["--batch-size", "32", "--weight-decay-end", "0.1", "--ThreeAugment", "--no-pin-mem"],
-        ["--batch_size", "32", "--weight_decay_end=0.1", "--ThreeAugment", "--no_pin_mem"],
-        ["--batch", "32", "--weight-decay-e", "0.1", "--Three", "--no-pin"],
+        "--batch-size 32 --weight-decay-end 0.1 --ThreeAugment --no-pin-mem --output-dir a_b/c",
+        "--batch_size 32 --weight_decay_end=0.1 --ThreeAugment --no_pin_mem --output_dir=a_b/c",
+        "--batch 32 --weight-decay-e 0.1 --Three --no-pin --out a_b/c",
     ],
 )
-def test_dashes_underscores_and_prefixes(argv):
-    args = parse_args(argv)
-    assert (args.batch_size, args.weight_decay_end) == (32, 0.1)
+def test_dashes_underscores_and_prefixes(words):
+    args = parse_args(words.split())
+    assert (args.batch_size, args.weight_decay_end, args.output_dir) == (32, 0.1, "a_b/c")
     assert args.ThreeAugment
     assert not args.pin_mem
 
 
-def test_underscores_in_values_are_kept():
-    args = parse_args(["--model=d2_deit_tiny_patch16_LS", "--output_dir", "a_b/c"])
-    assert (args.model, args.output_dir) == ("d2_deit_tiny_patch16_LS", "a_b/c")
-
-
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_every_published_option_has_both_spellings(name):
-    options = {o for a in get_parser()._actions for o in a.option_strings if a.dest == name}
-    assert f"--{name.replace('_', '-')}" in options
-    if isinstance(PUBLISHED[name], bool):
-        assert f"--no-{name.replace('_', '-')}" in options
-        flag = f"--no_{name}" if PUBLISHED[name] else f"--{name}"
-        assert getattr(get_parser().parse_args([flag]), name) is not PUBLISHED[name]
+def test_every_published_option_has_both_spellings():
+    parser = get_parser()
+    options = {option for action in parser._actions for option in action.option_strings}
+    for name, default in PUBLISHED.items():
+        assert f"--{name.replace('_', '-')}" in options
+        if isinstance(default, bool):
+            assert f"--no-{name.replace('_', '-')}" in options
+            flag = f"--no_{name}" if default else f"--{name}"
+            assert getattr(parser.parse_args([flag]), name) is not default, name
 
 
 @pytest.mark.parametrize(
@@ -139,31 +135,37 @@ def test_wrong_command_lines_are_one_clear_error(argv, words):
     assert "\n" not in str(error.value)
 
 
-def test_what_options_imply():
-    args = parse_args(["--data-set", "IMNETZIP", "--data-path", "x"])
-    assert (args.data_set, args.zip_dataloader) == ("IMNET", True)
-    assert parse_args(["--data-set", "CIFAR", "--data-path", "x"]).data_set == "CIFAR100"
-    assert parse_args(["--data-set", "SAMPLE", "--data-path", "x"]).data_path == ""
-    assert parse_args(["--aa", "none"]).aa == ""
-    assert parse_args(["--bce-loss"]).smoothing == 0, "smoothed targets would all count as 1"
-    assert parse_args(["--cosub"]).smoothing == 0.1
+NO_AUG = {"aa": "", "ThreeAugment": False, "src": False, "repeated_aug": False}
+NO_AUG |= {"color_jitter": 0, "hflip": 0, "reprob": 0}
 
 
-def test_the_average_is_evaluated_in_place_of_the_weights_or_too():
-    values = {
-        "--model-ema-eval": True,
-        "--no-model-ema-eval": False,
-        "--model-ema-eval=both": "both",
-    }
-    for text, value in values.items():
-        assert parse_args([text]).model_ema_eval == value
-    assert parse_args(["--model_ema_eval", "both", "--lr", "1"]).model_ema_eval == "both"
-    assert parse_args(["--model-ema-eval", "--lr", "1"]).model_ema_eval is True
-
-
-def test_odd_batches_are_allowed_without_mixing():
-    assert parse_args(["--batch-size", "63", "--mixup", "0", "--cutmix", "0"]).batch_size == 63
-    assert parse_args(["--batch-size", "63", "--eval"]).batch_size == 63
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--data-set IMNETZIP --data-path x", {"data_set": "IMNET", "zip_dataloader": True}),
+        ("--data-set CIFAR --data-path x", {"data_set": "CIFAR100"}),
+        ("--data-set SAMPLE --data-path x", {"data_path": ""}),
+        ("--aa none", {"aa": "", "hflip": 0.5}),
+        ("--bce-loss", {"smoothing": 0}),  # smoothed targets would all count as 1
+        ("--cosub", {"smoothing": 0.1}),
+        ("--no-aug --ThreeAugment --reprob 0.5", NO_AUG),
+        ("--ThreeAugment", {"reprob": 0}),
+        ("--ThreeAugment --reprob 0.1", {"reprob": 0.1}),  # which is noted
+        ("--model-ema-eval", {"model_ema_eval": True}),
+        ("--no-model-ema-eval", {"model_ema_eval": False}),
+        ("--model-ema-eval=both", {"model_ema_eval": "both"}),
+        ("--model_ema_eval both --lr 1", {"model_ema_eval": "both", "lr": 1}),
+        ("--model-ema-eval --lr 1", {"model_ema_eval": True, "lr": 1}),
+        ("--batch-size 63 --mixup 0 --cutmix 0", {"batch_size": 63}),
+        ("--batch-size 63 --eval", {"batch_size": 63}),
+        ("--model-kwargs depth=4 mlp_ratio=2.5 global_pool=avg x=(1,2)",
+         {"model_kwargs": [("depth", 4), ("mlp_ratio", 2.5), ("global_pool", "avg"),
+                           ("x", (1, 2))]}),
+    ],
+)  # fmt: skip
+def test_what_options_mean_and_imply(words, expected):
+    args = vars(parse_args(words.split()))
+    assert {name: args[name] for name in expected} == expected
 
 
 def test_a_script_adds_its_own_options():
@@ -191,26 +193,6 @@ def test_config_dict_is_json():
     assert config["pair"] == [1, 2]
     assert config["cutmix_minmax"] == [0.2, 0.8]
     assert list(config) == sorted(config)
-
-
-def test_model_kwargs_are_python_values():
-    args = parse_args(["--model-kwargs", "depth=4", "mlp_ratio=2.5", "global_pool=avg", "x=(1, 2)"])
-    assert dict(args.model_kwargs) == {
-        "depth": 4, "mlp_ratio": 2.5, "global_pool": "avg", "x": (1, 2)
-    }  # fmt: skip
-
-
-def test_three_augment_has_no_erasing_by_default():
-    assert parse_args(["--ThreeAugment"]).reprob == 0
-    assert parse_args(["--ThreeAugment", "--reprob", "0.1"]).reprob == 0.1  # which is noted
-    assert parse_args([]).reprob == 0.25
-
-
-def test_no_aug_switches_every_augmentation_off():
-    args = parse_args(["--no-aug", "--ThreeAugment", "--reprob", "0.5"])
-    assert not any((args.aa, args.ThreeAugment, args.src, args.repeated_aug))
-    assert args.color_jitter == args.hflip == args.reprob == 0
-    assert parse_args([]).aa, "and only then"
 
 
 def test_what_stood_on_the_command_line_is_known():

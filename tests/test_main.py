@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
-    assert train("--eval-freq", "2", data=data, out=out) == 0
+    assert train("--eval-freq", "2", "--flop-eval", data=data, out=out) == 0
     return out
 
 
@@ -40,7 +41,8 @@ def trained(data, tmp_path_factory):
 def test_log(trained):
     first, second = (json.loads(line) for line in (trained / "log.txt").read_text().splitlines())
     assert {"epoch", "train_loss", "train_lr", "n_parameters", "time"} == first.keys()
-    assert {"test_loss", "test_acc1", "test_acc5"} == second.keys() - first.keys()
+    tested = {"test_loss", "test_acc1", "test_acc5", "test_flop_acc1", "test_flop_same"}
+    assert tested == second.keys() - first.keys()
     assert (first["epoch"], second["epoch"]) == (0, 1)
     state = load(trained / "checkpoint.pth")["model"]
     assert first["n_parameters"] == sum(value.numel() for value in state.values())
@@ -178,36 +180,25 @@ def test_long_trainings_do_not_leak(data, tmp_path, monkeypatch):
 # evaluation
 
 
-@pytest.mark.parametrize("more", [(), ("--flop-eval",)])
-def test_eval_of_the_folded_network(data, trained, capsys, more):
-    argv = ("--eval", "--resume", str(trained / "checkpoint.pth"), *more)
-    assert train(*argv, data=data) == 0
-    plain = capsys.readouterr().out
-    assert train(*argv, "--fold", data=data) == 0
-    assert capsys.readouterr().out == plain
-
-
-def test_eval_prints_the_scores_of_the_training(data, trained, capsys):
-    source = str(trained / "checkpoint.pth")
-    assert train("--eval", "--resume", source, data=data) == 0
+@pytest.mark.parametrize("how", ["whole checkpoint", "folded", "bare weights"])
+def test_eval_prints_the_scores_of_the_training(how, data, trained, tmp_path, capsys):
+    """It needs the test images alone."""
+    (tmp_path / "val").symlink_to(data / "val")
+    source, more = trained / "checkpoint.pth", ("--fold",) if how == "folded" else ()
+    if how == "bare weights":
+        torch.save(load(source)["model"], tmp_path / "bare.pth")
+        source = tmp_path / "bare.pth"
+    assert train("--eval", "--resume", str(source), "--flop-eval", *more, data=tmp_path) == 0
     last = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        f"note    {source}: the trained weights (model), not their average",
+    if how != "bare weights":
+        assert lines[0] == f"note    {source}: the trained weights (model), not their average"
+    assert lines[1:] == [
         f"* Acc@1 {last['test_acc1']:.3f} Acc@5 {last['test_acc5']:.3f} "
-        f"loss {last['test_loss']:.3f}",
+        f"loss {last['test_loss']:.3f} mirrored Acc@1 {last['test_flop_acc1']:.3f} "
+        f"same answer {last['test_flop_same']:.3f}",
         f"Accuracy of the network on the {VAL_IMAGES} test images: {last['test_acc1']:.1f}%",
     ]
-
-
-def test_eval_needs_weights_and_val_only(data, trained, tmp_path, capsys):
-    (tmp_path / "val").symlink_to(data / "val")
-    torch.save(load(trained / "checkpoint.pth")["model"], tmp_path / "bare.pth")
-    assert train("--eval", "--resume", str(tmp_path / "bare.pth"), data=tmp_path) == 0
-    bare = capsys.readouterr().out
-    average = ("--eval", "--resume", str(trained / "checkpoint.pth"), "--model-ema-eval")
-    assert train(*average, data=data) == 0
-    assert capsys.readouterr().out != bare
 
 
 def test_files_that_are_not_read_are_counted_once(trained, tmp_path, capsys):
@@ -232,28 +223,12 @@ def test_files_that_are_not_read_are_counted_once(trained, tmp_path, capsys):
     assert f"{TRAIN_IMAGES} training and {VAL_IMAGES} test images" in output
 
 
-def test_crop_ratio_changes_what_is_seen(data, trained, capsys):
-    argv = ("--eval", "--resume", str(trained / "checkpoint.pth"))
-    train(*argv, data=data)
-    whole = capsys.readouterr().out
-    train(*argv, "--eval-crop-ratio", "0.5", data=data)
-    assert capsys.readouterr().out != whole
-
-
 def test_finetune_at_another_size_for_other_classes(data, trained, tmp_path, capsys):
     argv = ("--finetune", str(trained / "checkpoint.pth"), "--input-size", "64", "--epochs", "1")
-    assert train(*argv, "--nb-classes", "7", data=data, out=tmp_path) == 0
-    state = load(tmp_path / "checkpoint.pth")["model"]
-    assert state["head.weight"].shape[0] == 7
-    assert "head.weight" in capsys.readouterr().out
-
-
-def test_eval_of_weights_that_must_be_adapted(data, trained, capsys):
-    source = ("--finetune", str(trained / "checkpoint.pth"), "--nb-classes", "7")
-    assert train("--eval", *source, data=data) == 0
-    output = capsys.readouterr().out
-    assert "2 initialised anew (head." in output
-    assert "* Acc@1" in output
+    for more in ((), ("--eval",)):
+        assert train(*argv, *more, "--nb-classes", "7", data=data, out=tmp_path) == 0
+        assert "2 initialised anew (head." in capsys.readouterr().out
+    assert len(load(tmp_path / "checkpoint.pth")["model"]["head.weight"]) == 7
 
 
 @pytest.mark.gpu
@@ -274,12 +249,16 @@ def test_mixed_precision_on_a_gpu(dtype, data, tmp_path, capsys):
 # what is refused
 
 
-def make_bad_files(folder: Path, trained: Path) -> None:
+@pytest.fixture(scope="module")
+def bad(trained, tmp_path_factory):
+    """A folder of files that cannot be used."""
+    folder = tmp_path_factory.mktemp("bad")
     (folder / "empty").mkdir()
     (folder / "empty.pth").touch()
     (folder / "cut.pth").write_bytes((trained / "checkpoint.pth").read_bytes()[:5000])
     torch.save({"model": {"a": torch.ones(1), "b": torch.ones(2)}}, folder / "foreign.pth")
     (folder / "file").touch()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -315,13 +294,12 @@ def make_bad_files(folder: Path, trained: Path) -> None:
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_wrong_input_is_one_line(argv, message, data, trained, tmp_path, capfd, monkeypatch):
+def test_wrong_input_is_one_line(argv, message, data, bad, capfd, monkeypatch):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     if "--wandb" in argv:
         monkeypatch.setitem(sys.modules, "wandb", None)
-    make_bad_files(tmp_path, trained)
-    status = train(*(word.format(tmp=tmp_path) for word in argv), data=data)
+    status = train(*(word.format(tmp=bad) for word in argv), data=data)
     error = capfd.readouterr().err
     assert status == 2
     assert error.startswith("error: ")
@@ -354,33 +332,37 @@ def test_damaged_image_is_named(data, tmp_path, capfd):
         assert str(bad) in error
 
 
-def test_broken_loss_says_where_and_what_to_try(data, tmp_path, capsys):
-    assert train("--epochs", "1", data=data, out=tmp_path) == 0
-    before = (tmp_path / "checkpoint.pth").read_bytes()
+@pytest.fixture
+def again(trained, tmp_path):
+    """A copy of the trained folder."""
+    return shutil.copytree(trained, tmp_path / "again")
+
+
+def test_broken_loss_says_where_and_what_to_try(data, again, capsys):
+    before = (again / "checkpoint.pth").read_bytes()
     arguments = ("--lr", "1e30", "--resume", "auto", "--epochs", "3")
-    assert train(*arguments, data=data, out=tmp_path) == 2
+    assert train(*arguments, data=data, out=again) == 2
     error = capsys.readouterr().err
-    assert re.search(r"infinite or NaN in epoch 2 at step \d \(update \d+\)", error)
-    assert f"the last state is {tmp_path / 'checkpoint.pth'}" in error
+    assert re.search(r"infinite or NaN in epoch 3 at step \d \(update \d+\)", error)
+    assert f"the last state is {again / 'checkpoint.pth'}" in error
     assert "--clip-grad" in error
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert (again / "checkpoint.pth").read_bytes() == before
 
 
-def test_full_disk_while_saving(data, tmp_path, monkeypatch, capsys):
-    assert train("--epochs", "1", data=data, out=tmp_path) == 0
-    before = (tmp_path / "checkpoint.pth").read_bytes()
+def test_full_disk_while_saving(data, again, monkeypatch, capsys):
+    before = (again / "checkpoint.pth").read_bytes()
 
     def full(state, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    assert train("--resume", "auto", "--epochs", "3", data=data, out=tmp_path) == 2
+    assert train("--resume", "auto", "--epochs", "3", data=data, out=again) == 2
     error = capsys.readouterr().err
-    last = re.escape(f"the last state is {tmp_path / 'checkpoint.pth'}, --resume auto goes on")
+    last = re.escape(f"the last state is {again / 'checkpoint.pth'}, --resume auto goes on")
     assert re.fullmatch(rf"error: cannot save .*no space left on .*unchanged; {last}.*\n", error)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert not [path for path in again.iterdir() if path.name.startswith(".")]
+    assert (again / "checkpoint.pth").read_bytes() == before
 
 
 # as a script
