@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ if __package__ in (None, ""):
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
 from benchmarks.performance_page import (
@@ -39,7 +40,7 @@ from benchmarks.performance_page import (
 )
 from deit.cli import CommandLine, OptionGroup, number
 from deit.deploy import fold
-from deit.deploy.files import OnnxNetwork, Runner, write_onnx
+from deit.deploy.files import OnnxNetwork, write_onnx
 from deit.errors import UserError, one_line_errors
 from deit.measure.bench_model import prepare_compiler, release
 from deit.measure.hardware import describe, versions
@@ -50,28 +51,23 @@ from deit.saving import write_text
 CPU = torch.device("cpu")
 
 
+# fmt: off
 def get_parser() -> CommandLine:
     parser = CommandLine(description=__doc__.splitlines()[0])
     group = OptionGroup(parser, "benchmark")
     group.add("--models", str, list(MODELS), "NAME", "equivariant networks with a twin", nargs="+")
-    group.add(
-        "--runtimes",
-        str,
-        list(RUNTIMES),
-        "NAME",
-        f"what to measure, of {', '.join(RUNTIMES)}; none for the table alone",
-        nargs="*",
-        choices=tuple(RUNTIMES),
-    )
+    group.add("--runtimes", str, list(RUNTIMES), "NAME",
+              f"what to measure, of {', '.join(RUNTIMES)}; none for the table alone",
+              nargs="*", choices=tuple(RUNTIMES))
     group.add("--batch-size", number(int, 1), 8, "N", "images a step")
     group.add("--threads", number(int, 1), 2, "N", "CPU threads")
     group.add("--min-time", number(float, 0), 3.0, "S", "seconds of measurement for each network")
     group.add("--exported", Path, None, "FOLDER", "keep ONNX files here and use those that it has")
     group.add("--json", Path, RESULTS / "deploy.json", "FILE", "results")
-    group.switch(
-        "--page", "write docs/performance.md and its figures anew, from benchmarks/results"
-    )
+    group.switch("--page",
+                 "write docs/performance.md and its figures anew, from benchmarks/results")
     return parser
+# fmt: on
 
 
 def networks(name: str, runtime: str) -> dict[str, nn.Module]:
@@ -79,32 +75,28 @@ def networks(name: str, runtime: str) -> dict[str, nn.Module]:
     twin = twin_of(name)
     if twin is None:
         raise UserError(f"{name!r} has no ordinary twin: name an equivariant network")
-    model = timm.create_model(name).eval()
-    found = {"twin": timm.create_model(twin).eval()}
-    if runtime != "onnx":
-        found["unfolded"] = model
-    return found | {"folded": fold(model, "onnx" if runtime == "onnx" else "torch")}
-
-
-def runner(model: nn.Module, runtime: str, images: Tensor, path: Path, threads: int) -> Runner:
-    """The network in a runtime; that of ONNX reads `path`, which is written unless it is there."""
-    if runtime == "onnx":
-        if not path.exists():
-            write_onnx(model, images, path, {}, dynamic=True, opset=None)
-        return OnnxNetwork(path, threads=threads)
-    return torch.compile(model) if runtime == "compiled" else model
+    model, onnx = timm.create_model(name).eval(), runtime == "onnx"
+    found = {"twin": timm.create_model(twin).eval()} | ({} if onnx else {"unfolded": model})
+    return found | {"folded": fold(model, "onnx" if onnx else "torch")}
 
 
 @torch.no_grad()
-def measure(name: str, runtime: str, args: Any, folder: Path) -> dict[str, Any]:
-    """Seconds of a batch for each network, and under what conditions."""
+def measure(name: str, runtime: str, args: Namespace, folder: Path) -> dict[str, Any]:
+    """Seconds of a batch for each network, and under what conditions.
+
+    ONNX Runtime reads files in `folder`, which are written unless they are there.
+    """
     images = torch.randn(args.batch_size, 3, 224, 224)
     steps, sizes = {}, {}
     for kind, model in networks(name, runtime).items():
-        path = folder / f"{name}.{kind}.onnx"
-        steps[kind] = partial(runner(model, runtime, images, path, args.threads), images)
-        if runtime == "onnx":  # weights too, where they lie beside
+        if runtime == "onnx":
+            path = folder / f"{name}.{kind}.onnx"
+            if not path.exists():
+                write_onnx(model, images, path, {}, dynamic=True, opset=None)
+            model = OnnxNetwork(path, threads=args.threads)
+            # with the weights, where they lie beside
             sizes[kind] = sum(file.stat().st_size for file in folder.glob(f"{path.name}*"))
+        steps[kind] = partial(torch.compile(model) if runtime == "compiled" else model, images)
     for step in steps.values():
         step()
         step()

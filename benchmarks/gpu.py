@@ -28,7 +28,9 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -101,33 +103,32 @@ def results(job: Row, stem: Path) -> Row:
 
     Training leaves the log of its run, the others JSON.
     """
-    log, report = stem / "log.txt", Path(f"{stem}.json")
+    name, log, report = f"`{job['name']}`", stem / "log.txt", Path(f"{stem}.json")
     if log.exists():
         epochs = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         numbers = [", ".join(f"{e[key]:.3f}" for e in epochs) for key in ("time", "train_loss")]
-        return {"lines": [[f"`{job['name']}`", *numbers]]}
+        return {"lines": [[name, *numbers]]}
     if not report.exists():
         return {}
     found = json.loads(report.read_text(encoding="utf-8"))
     if job["part"] == "exactness":
         return {"lines": [
-            [f"`{name}`", precision, *(f"{error:.1e}" for error in of.values())]
-            for name, errors in found.items() for precision, of in errors.items()
+            [f"`{of}`", precision, *(f"{error:.1e}" for error in both.values())]
+            for of, errors in found.items() for precision, both in errors.items()
         ]}  # fmt: skip
-    details = found["settings"]["details"]
-    twin, ours = (row | details[row["model"]] for row in found["results"])
-    lines, speeds = [], {}
+    settings, lines, speeds = found["settings"], [], {}
+    twin, ours = (row | settings["details"][row["model"]] for row in found["results"])
     for what, prefix in (("inference", ""), ("training", "train_")):
         rates, memory = f"{prefix}images_per_s", f"{prefix}peak_memory_mb"
         if not ours[rates]:
             continue
         speeds[what] = ours["ratios"][rates]
         lines.append([
-            f"`{job['name']}`", job["part"], what, str(ours["batch_size"]),
-            str(found["settings"]["compile_mode"]), f"{twin[rates]:.1f}", f"{ours[rates]:.1f}",
-            f"{speeds[what]:.2f}", f"{ours[memory] / twin[memory]:.2f}" if twin[memory] else "",
+            name, job["part"], what, str(ours["batch_size"]), str(settings["compile_mode"]),
+            f"{twin[rates]:.1f}", f"{ours[rates]:.1f}", f"{speeds[what]:.2f}",
+            f"{ours[memory] / twin[memory]:.2f}" if twin[memory] else "",
         ])  # fmt: skip
-    device = [found["settings"][key] for key in ("device_name", "versions")]
+    device = [settings["device_name"], settings["versions"]]
     return {"lines": lines, "speeds": speeds, "device": device}
 
 
@@ -182,33 +183,33 @@ def run(args: Namespace, started: float) -> int:
     began = {"part": "run", "time": time.strftime("%F %T")} | setting | conditions(roots)
     add(rows, began, args.output)
     begin, end = time.monotonic(), started + 60 * args.minutes - CLOSING
-    total = sum(PARTS[part][0] for part in args.parts)
-    failed = spent = 0
+    stops = dict(zip(args.parts, accumulate(PARTS[part][0] for part in args.parts), strict=True))
+    scale = (end - begin) / max(stops.values())
+    longest: dict[str, float] = defaultdict(lambda: 0.0 if args.quick else FIRST_GUESS)
+    failed = False
     try:
-        for part in args.parts:
-            spent += PARTS[part][0]
-            stop = begin + (end - begin) * spent / total
-            longest = 0.0 if args.quick else FIRST_GUESS
-            for name in networks(part, args.quick):
-                for checkout, root in roots.items():
-                    job = {"checkout": checkout, "part": part, "name": name}
-                    if any("finished_s" in row and job.items() <= row.items() for row in rows):
-                        continue
-                    now = time.monotonic()
-                    if stop - now < longest or now >= stop:
-                        add(rows, job | {"skipped": "no time was left"}, args.output)
-                        continue
-                    stem = args.output.resolve() / "-".join(job.values()).replace(" ", "_")
-                    words = command(job, args, stem)
-                    error = execute(words, root, Path(f"{stem}.txt"), stop - now)
-                    took = time.monotonic() - now
-                    longest = max(longest, took)
-                    failed += error is not None
-                    how = {"error": error} if error else {"finished_s": round(took, 1)}
-                    add(rows, job | how | results(job, stem), args.output)
+        for part, name, checkout in (
+            (p, n, c) for p in args.parts for n in networks(p, args.quick) for c in roots
+        ):
+            job = {"checkout": checkout, "part": part, "name": name}
+            if any("finished_s" in row and job.items() <= row.items() for row in rows):
+                continue
+            now = time.monotonic()
+            left = begin + scale * stops[part] - now
+            if left < longest[part] or left <= 0:
+                add(rows, job | {"skipped": "no time was left"}, args.output)
+                continue
+            stem = args.output.resolve() / "-".join(job.values()).replace(" ", "_")
+            words = command(job, args, stem)
+            error = execute(words, roots[checkout], Path(f"{stem}.txt"), left)
+            took = time.monotonic() - now
+            longest[part] = max(longest[part], took)
+            failed |= error is not None
+            how = {"error": error} if error else {"finished_s": round(took, 1)}
+            add(rows, job | how | results(job, stem), args.output)
     finally:
         print(*write_report(args.output, rows), sep="\n")
-    return 1 if failed else 0
+    return int(failed)
 
 
 def conditions(roots: dict[str, Path]) -> Row:
@@ -230,67 +231,71 @@ def conditions(roots: dict[str, Path]) -> Row:
     }  # fmt: skip
 
 
+TABLES = (  # title, parts, heads of the columns behind the network
+    ("Rates and peak memory", PARTS.keys() - {"exactness", "training"},
+     ["part", "", "batch", "compile mode", "twin, images/s", "ours, images/s",
+      "speed over twin's", "memory over twin's"]),
+    ("Relative errors against float64", {"exactness"}, ["in", "logits", "gradients"]),
+    ("Two epochs of deit/main.py", {"training"}, ["seconds", "loss"]),
+)  # fmt: skip
+
+
 def report(folder: Path, rows: Sequence[Row]) -> str:
     """The tables, what they depend on, and what is missing in them."""
-    parts = ["# Networks beside their ordinary twins"]
-    parts += ["\n".join(f"- {k}: {v}" for k, v in r.items()) for r in rows if r["part"] == "run"]
-    parts += sorted({"- device: " + json.dumps(row["device"]) for row in rows if "device" in row})
-    timed = [part for part in PARTS if part not in ("exactness", "training")]
-    for title, of, head in (
-        ("Rates and peak memory", timed,
-         ["part", "", "batch", "compile mode", "twin, images/s", "ours, images/s",
-          "speed over twin's", "memory over twin's"]),
-        ("Relative errors against float64", ["exactness"], ["in", "logits", "gradients"]),
-        ("Two epochs of deit/main.py", ["training"], ["seconds", "loss"]),
-    ):  # fmt: skip
+    texts = ["# Networks beside their ordinary twins"]
+    texts += ["\n".join(f"- {k}: {v}" for k, v in r.items()) for r in rows if r["part"] == "run"]
+    used = {json.dumps(row["device"]) for row in rows if "device" in row and row["part"] != "run"}
+    texts += [f"- device: {device}" for device in sorted(used)]
+    for title, parts, head in TABLES:
         lines = [
             [*line, row["checkout"]]
-            for row in rows if row["part"] in of for line in row.get("lines", ())
+            for row in rows if row["part"] in parts for line in row.get("lines", ())
         ]  # fmt: skip
         if lines:
-            parts.append(f"## {title}\n\n{markdown(['network', *head, 'checkout'], lines)}")
+            texts.append(f"## {title}\n\n{markdown(['network', *head, 'checkout'], lines)}")
     for path in sorted(folder.glob("*-profile-*.txt")):
         text = path.read_text(encoding="utf-8", errors="replace").strip()
-        parts.append(f"## Profile: {path.stem}\n\n```\n{text}\n```")
+        texts.append(f"## Profile: {path.stem}\n\n```\n{text}\n```")
     last = {(r.get("checkout"), r["part"], r.get("name")): r for r in rows}
     missing = [
         f"- {', '.join(map(str, key))}: {row.get('error') or 'skipped, ' + row['skipped']}"
         for key, row in last.items() if "error" in row or "skipped" in row
     ]  # fmt: skip
-    parts += ["## Missing\n\n" + "\n".join(missing)] if missing else []
-    return "\n\n".join(parts) + "\n"
+    texts += ["## Missing\n\n" + "\n".join(missing)] if missing else []
+    return "\n\n".join(texts) + "\n"
 
 
 def write_report(folder: Path, rows: Sequence[Row]) -> tuple[Path, Path]:
     """Write report.md and report.png; returns their paths."""
     table, figure = folder / "report.md", folder / "report.png"
     write_text(table, report(folder, rows))
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         for what, speed in row.get("speeds", {}).items():
             name = row["name"] + " (against)" * (row["checkout"] == "against")
-            found.setdefault(name, {})[f"{row['part']}, {what}"] = speed
+            found[name][f"{row['part']}, {what}"] = speed
     panels = list(dict.fromkeys(panel for own in found.values() for panel in own))
     save(bars(found, panels, "Networks beside their ordinary twins"), figure)
     return table, figure
 
 
+# fmt: off
 def get_parser() -> CommandLine:
     parser = CommandLine(description=__doc__)
     group = OptionGroup(parser, "benchmark")
     group.add("--minutes", number(float, 0), 25.0, "N", "end in so many minutes")
     group.add("--output", Path, Path("gpu"), "FOLDER", "results; those that it has are kept")
-    group.add(
-        "--report", Path, None, "FOLDER", "make table and figure of a folder, and nothing else"
-    )
+    group.add("--report", Path, None, "FOLDER",
+              "make table and figure of a folder, and nothing else")
     group.add("--against", Path, None, "CHECKOUT", "another checkout to measure in turns with this")
-    names = tuple(PARTS)
-    group.add("--parts", str, names, "PART", "in this order", nargs="+", choices=names)
+    group.add("--parts", str, tuple(PARTS), "PART", "in this order", nargs="+",
+              choices=tuple(PARTS))
     group.add("--seconds", number(float, 0), 1.0, "S", "of timing for each network")
     group.add("--device", str, "cuda", "NAME", "cuda, or cpu with --quick", choices=("cuda", "cpu"))
     group.switch("--compile-blocks", "compile block by block in the parts without CUDA graphs")
     group.switch("--quick", "tiny networks, not compiled: to try the parts out")
     return parser
+# fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> int:

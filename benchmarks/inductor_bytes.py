@@ -15,11 +15,10 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -37,11 +36,9 @@ from deit.errors import one_line_errors
 from deit.groups import FLOP
 
 SUPPORTED = torch.__version__ >= "2.14"  # the versions that it has been run with
-H100 = SimpleNamespace(
-    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32,
-    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, gcnArchName="",
-    shared_memory_per_block=49152, shared_memory_per_multiprocessor=233472,
-    shared_memory_per_block_optin=232448, L2_cache_size=50 * 2**20, total_memory=80 * 2**30,
+H100 = dict(
+    cc=90, major=9, multi_processor_count=132, warp_size=32, regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
 )  # fmt: skip
 
 
@@ -140,22 +137,11 @@ def _pretended_gpu() -> Iterator[None]:
     from torch._inductor import scheduler
     from torch._inductor.runtime.hints import DeviceProperties
 
-    names = ("multi_processor_count", "major", "regs_per_multiprocessor", "warp_size",
-             "max_threads_per_multi_processor")  # fmt: skip
-    properties = DeviceProperties(
-        type="cuda", index=0, cc=90, **{name: getattr(H100, name) for name in names}
-    )
-    with ExitStack() as stack:
-        for of, name, answer in (
-            (torch.cuda, "is_available", True),
-            (torch.cuda, "current_device", 0),
-            (torch.cuda, "get_device_properties", H100),
-            (torch.cuda, "get_device_capability", (9, 0)),
-            (torch.cuda, "is_bf16_supported", True),
-            (scheduler, "has_triton", True),
-            (DeviceProperties, "create", properties),
-        ):
-            stack.enter_context(mock.patch.object(of, name, return_value=answer))
+    properties = DeviceProperties(type="cuda", index=0, **H100)
+    with (
+        mock.patch.object(scheduler, "has_triton", return_value=True),
+        mock.patch.object(DeviceProperties, "create", return_value=properties),
+    ):
         yield
 
 

@@ -12,32 +12,36 @@ that CPU time per image is shown too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.data import create_loader
 from timm.data.dataset import ImageDataset as TimmDataset
 
+from deit.cli import CommandLine, OptionGroup, number, output_file
 from deit.data import ResumableBatchSampler, build_dataset, build_train_loader, train_transform
+from deit.data.transforms import Transform
 from deit.errors import one_line_errors
+from deit.measure.hardware import synchronize, versions
+from deit.saving import write_text
 
 CLASSES = 10
+Epochs = Callable[[], Iterator]  # begins an epoch: its batches
 
 
 def write_jpegs(root: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
@@ -46,30 +50,28 @@ def write_jpegs(root: Path, count: int, size: tuple[int, int] = (500, 375)) -> N
     width, height = size
     fx, fy = np.fft.rfftfreq(width), np.fft.fftfreq(height)[:, None]
     amplitude = 1 / np.maximum(np.hypot(fx, fy), 1 / width)
-    for number in range(count):
-        channels = []
-        for _ in range(3):
-            noise = np.fft.rfft2(generator.standard_normal((height, width)))
-            values = np.fft.irfft2(noise * amplitude, s=(height, width))
-            channels.append(128 + 50 * (values - values.mean()) / values.std())
-        pixels = np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8)
-        folder = root / "train" / f"class{number % CLASSES}"
+    for index in range(count):
+        noise = np.fft.rfft2(generator.standard_normal((3, height, width)))
+        values = np.fft.irfft2(noise * amplitude, s=(height, width))
+        places = dict(axis=(1, 2), keepdims=True)
+        pixels = 128 + 50 * (values - values.mean(**places)) / values.std(**places)
+        folder = root / "train" / f"class{index % CLASSES}"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+        image = Image.fromarray(pixels.transpose(1, 2, 0).clip(0, 255).astype(np.uint8))
+        image.save(folder / f"{index}.jpg", quality=90)
 
 
-def ours(root: Path, transform, args: argparse.Namespace):
+def ours(root: Path, transform: Transform, args: Namespace) -> Epochs:
     """One long stream, as in training; an epoch is a part of its batches."""
     dataset = build_dataset("train", root=root, transform=transform)
     epochs = args.rounds + 1
     sampler = ResumableBatchSampler(len(dataset), batch_size=args.batch_size, epochs=epochs)
-    batches = iter(
-        build_train_loader(dataset, sampler, device=args.device, num_workers=args.workers)
-    )
+    loader = build_train_loader(dataset, sampler, device=args.device, num_workers=args.workers)
+    batches = iter(loader)
     return lambda: (next(batches) for _ in range(sampler.steps_per_epoch))
 
 
-def timms(root: Path, transform, args: argparse.Namespace):
+def timms(root: Path, transform: Transform, args: Namespace) -> Epochs:
     """timm's loader with its prefetcher and its loader for many epochs, its fastest set-up."""
     dataset = TimmDataset(str(root / "train"))
     loader = create_loader(
@@ -109,13 +111,12 @@ def time_epoch(batches: Iterator, pids: list[int], device: str) -> tuple[float, 
     cpu, start, count = settle(pids), time.perf_counter(), 0
     for images, _ in batches:
         count += len(images)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(torch.device(device))
     seconds = time.perf_counter() - start
     return count / seconds, (settle(pids) - cpu) / count
 
 
-def compare(root: Path, args: argparse.Namespace) -> dict:
+def compare(root: Path, args: Namespace) -> dict[str, Any]:
     """Alternate the loaders over args.rounds rounds, after one epoch each to warm up."""
     transform = train_transform(args.size)
     names = {"ours": ours, "timm": timms}
@@ -126,47 +127,38 @@ def compare(root: Path, args: argparse.Namespace) -> dict:
         for _ in epochs[name]():
             pass
         pids[name] = [child.pid for child in set(multiprocessing.active_children()) - before]
-    rates = {name: [] for name in names}
-    costs = {name: [] for name in names}
-    for round_number in range(args.rounds):
-        for name in sorted(names, reverse=round_number % 2 == 1):
+    rates, costs = {name: [] for name in names}, {name: [] for name in names}
+    for index in range(args.rounds):
+        for name in sorted(names, reverse=index % 2 == 1):
             rate, cost = time_epoch(epochs[name](), pids[name], args.device)
             rates[name].append(rate / max(1, args.workers))
-            costs[name].append(cost)
-            print(
-                f"round {round_number + 1}  {name}  {rates[name][-1]:8.1f} images/s per core",
-                end="",
-            )
-            print(f"  {1e3 * cost:6.2f} ms of CPU per image")
-    median = {name: statistics.median(values) for name, values in rates.items()}
+            costs[name].append(1e3 * cost)
+            print(f"round {index + 1}  {name}  {rates[name][-1]:8.1f} images/s per core  "
+                  f"{costs[name][-1]:6.2f} ms of CPU per image")  # fmt: skip
     by_round = [mine / theirs for mine, theirs in zip(rates["ours"], rates["timm"], strict=True)]
-    cpu = {name: statistics.median(values) for name, values in costs.items()}
+    cpu = {name: median(values) for name, values in costs.items()}
     return {
-        "images_per_second_per_core": median,
-        "ratio": statistics.median(by_round),
-        "cpu_ms_per_image": {name: 1e3 * value for name, value in cpu.items()},
+        "images_per_second_per_core": {name: median(values) for name, values in rates.items()},
+        "ratio": median(by_round),
+        "cpu_ms_per_image": cpu,
         "cpu_ratio": cpu["timm"] / cpu["ours"],
         "settings": {key: str(value) for key, value in vars(args).items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "cores": os.cpu_count(),
-        },
+        "versions": versions("pillow") | {"cores": os.cpu_count()},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the loader with timm's.")
-    parser.add_argument("--data", type=Path, help="folder with train/<class>/*.jpg (default: made)")
-    parser.add_argument("--images", type=int, default=1024, help="how many to generate")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="write the result there as JSON too")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandLine(description="Compare the loader with timm's.")
+    group, whole = OptionGroup(parser, "benchmark"), number(int, 1)
+    group.add("--data", Path, None, "DIR", "folder with train/<class>/*.jpg (default: made)")
+    group.add("--images", whole, 1024, "N", "how many to generate")
+    group.add("--size", whole, 224, "PIXELS", "side of the images that are handed over")
+    group.add("--batch-size", whole, 64, "N", "images")
+    group.add("--workers", number(int, 0), os.cpu_count(), "N", "of each loader")
+    group.add("--rounds", whole, 8, "N", "epochs of each loader that are timed")
+    group.add("--device", str, "cpu", "NAME", "where the batches go")
+    group.add("--output", output_file(), None, "FILE", "write the result there as JSON too")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         if args.data is None:
@@ -176,7 +168,8 @@ def main() -> None:
         print(f"{name:5} {rate:8.1f} images/s per core")
     print(f"ours / timm: {result['ratio']:.3f} (by CPU time: {result['cpu_ratio']:.3f})")
     if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_text(args.output, json.dumps(result, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from deit.saving import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
-README = ROOT / "README.md"
+README, ASSETS = ROOT / "README.md", ROOT / "assets"
 MODES = ("inference, compiled", "training, compiled", "inference, eager", "training, eager")
 RUNTIMES = {"onnx": "ONNX Runtime", "eager": "PyTorch, eager", "compiled": "PyTorch, compiled"}
 # that are timed in every runtime, in this order
@@ -40,25 +40,28 @@ MODELS = (
 )
 FAMILIES = {"d2_deit": "#0072B2", "hybrid": "#56B4E9", "d2_convnext": "#D55E00",
             "resmlp": "#009E73"}  # fmt: skip
+# Columns of the tables that are called otherwise than their numbers.
+FLOPS, MEMORY, SIZE = "twin's FLOPs over ours", "memory in training, compiled", "size of the file"
 Ratios = Mapping[str, Mapping[str, float]]  # network to column to number
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text and whose others are numbers."""
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cells(found: Ratios, columns: Sequence[str]) -> list[list[str]]:
-    """The rows of a table: the network, and its numbers where there are any."""
-    return [
-        [f"`{name}`", *(f"{own[column]:.2f}" if column in own else "" for column in columns)]
-        for name, own in found.items()
-    ]
+def table(found: Ratios, columns: Sequence[str], titles: Sequence[str] = ()) -> str:
+    """A row for each network, with its numbers where there are any."""
+    rows = []
+    for name, own in found.items():
+        numbers = (f"{own[c]:.{0 if c == 'batch' else 2}f}" if c in own else "" for c in columns)
+        rows.append([f"`{name}`", *numbers])
+    return markdown(["network", *(titles or columns)], rows)
 
 
 def bars(found: Ratios, panels: Sequence[str], title: str, flops: bool = False) -> Figure:
-    """A panel for each of `panels`, a bar for each network; `flops` marks its column "flops"."""
+    """A panel for each of `panels`, a bar for each network; `flops` marks that ratio."""
     panels = [panel for panel in panels if any(panel in own for own in found.values())]
     count = max(len(panels), 1)
     figure = Figure(figsize=(3.4 * count, 1.6 + 0.37 * len(found)), layout="constrained")
@@ -71,7 +74,7 @@ def bars(found: Ratios, panels: Sequence[str], title: str, flops: bool = False) 
             axes.text(0.05, place, f"{own[panel]:.2f}", va="center", color="white", fontsize=8)
             if flops:
                 ends = [place - 0.4, place + 0.4]
-                axes.plot([own["flops"]] * 2, ends, color="black", linewidth=1.5)
+                axes.plot([own[FLOPS]] * 2, ends, color="black", linewidth=1.5)
         axes.set_yticks(range(len(timed)), [re.sub("_patch1[46]_LS", "", name) for name in timed])
         axes.tick_params(axis="y", labelsize=7)
         axes.invert_yaxis()
@@ -89,70 +92,49 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
 
 
-def results() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(settings, row) of every equivariant network that was timed beside its twin."""
+def ratios() -> tuple[str, dict[str, dict[str, float]]]:
+    """Of each network: batch, ratios of images a second by mode, of FLOPs, of memory in training.
+
+    Before it the device and the versions.
+    """
+    found: dict[str, dict[str, float]] = defaultdict(dict)
     for path in sorted(RESULTS.glob("cpu_*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
+        settings = report["settings"]
+        mode, details = "compiled" if settings["compile"] else "eager", settings["details"]
         for row in report["results"]:
-            if row["twin"] and row["ratios"].get("images_per_s"):
-                details = report["settings"]["details"]
-                yield report["settings"], {**row, **details[row["model"]]}
-
-
-def ratios() -> dict[str, dict[str, float]]:
-    """Of each network: ratios of images a second by mode, of FLOPs, of memory in training."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for settings, row in results():
-        mode = "compiled" if settings["compile"] else "eager"
-        own = found[row["model"]]
-        own["batch"] = row["batch_size"]
-        own["flops"] = 1 / row["ratios"]["gflops"]
-        own.setdefault(f"inference, {mode}", row["ratios"]["images_per_s"])
-        if settings["train"]:
-            twin = settings["details"][row["twin"]]
-            own[f"training, {mode}"] = row["ratios"]["train_images_per_s"]
-            own[f"memory, {mode}"] = row["train_peak_memory_mb"] / twin["train_peak_memory_mb"]
-    return found
-
-
-def table() -> str:
-    """All networks, a row each."""
-    head = ["network", "batch", "twin's FLOPs over ours", *MODES, "memory in training, compiled"]
-    found = ratios()
-    rows = cells(found, ("batch", "flops", *MODES, "memory, compiled"))
-    for row in rows:
-        row[1] = row[1].removesuffix(".00")
-    return markdown(head, rows)
-
-
-def conditions() -> str:
-    """The device and the versions."""
-    settings, _ = next(results())
-    return (
-        f"{settings['device_name']}, {settings['dtype']}, "
-        f"torch {settings['versions']['torch']}, timm {settings['versions']['timm']}"
-    )
+            if not (row["twin"] and row["ratios"].get("images_per_s")):
+                continue
+            own, more = found[row["model"]], details[row["model"]]
+            own |= {"batch": more["batch_size"], FLOPS: 1 / row["ratios"]["gflops"]}
+            own.setdefault(f"inference, {mode}", row["ratios"]["images_per_s"])
+            if settings["train"]:
+                twins = details[row["twin"]]["train_peak_memory_mb"]
+                own[f"training, {mode}"] = row["ratios"]["train_images_per_s"]
+                own[f"memory in training, {mode}"] = more["train_peak_memory_mb"] / twins
+    used = settings["versions"]
+    return (f"{settings['device_name']}, {settings['dtype']}, torch {used['torch']}, "
+            f"timm {used['timm']}"), found  # fmt: skip
 
 
 def deploy_ratios(known: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Of each network: the twin's seconds over ours by runtime; our file's size over the twin's."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
-    places = {name: place for place, name in enumerate(MODELS)}
-    for name in sorted(known, key=lambda name: places.get(name, len(places))):
+    for name in sorted(known, key=lambda name: [*MODELS, name].index(name)):
         for runtime, run in known[name].items():
             seconds = run["seconds"]
             found[name][RUNTIMES[runtime]] = seconds["twin"] / seconds["folded"]
             if "unfolded" in seconds:
                 found[name][f"{runtime}, unfolded"] = seconds["twin"] / seconds["unfolded"]
             if run["bytes"]:
-                found[name]["size of the file"] = run["bytes"]["folded"] / run["bytes"]["twin"]
+                found[name][SIZE] = run["bytes"]["folded"] / run["bytes"]["twin"]
     return found
 
 
 def deploy_table(known: Mapping[str, Any]) -> str:
     """All ratios of times and of file sizes."""
-    columns = [*RUNTIMES.values(), "eager, unfolded", "compiled, unfolded", "size of the file"]
-    return markdown(["network", *columns], cells(deploy_ratios(known), columns))
+    columns = [*RUNTIMES.values(), "eager, unfolded", "compiled, unfolded", SIZE]
+    return table(deploy_ratios(known), columns)
 
 
 def deploy_conditions(known: Mapping[str, Any]) -> str:
@@ -168,13 +150,21 @@ def deploy_conditions(known: Mapping[str, Any]) -> str:
     )
 
 
-def short_table(known: Mapping[str, Any]) -> str:
-    """The README's: fewer columns, and that of ONNX Runtime."""
-    found, deployed = ratios(), deploy_ratios(known)
-    order = [*MODELS, *sorted(set(found) - set(MODELS))]
-    columns = ("flops", *MODES[:3], RUNTIMES["onnx"])
-    rows = cells({name: {**deployed.get(name, {}), **found[name]} for name in order}, columns)
-    return markdown(["network", "FLOPs", *MODES[:3], "ONNX Runtime, folded"], rows)
+def write_page() -> None:
+    """The tables between their marks in docs/performance.md and in the README, and the figures."""
+    known = json.loads((RESULTS / "deploy.json").read_text(encoding="utf-8"))
+    (conditions, found), deployed = ratios(), deploy_ratios(known)
+    put(PAGE, "measured", table(found, ["batch", FLOPS, *MODES, MEMORY]))
+    put(PAGE, "conditions", conditions + ".")
+    put(PAGE, "deploy", f"{deploy_conditions(known)}.\n\n{deploy_table(known)}")
+    order = [*MODELS, *sorted(found.keys() - set(MODELS))]
+    both = {name: {**deployed.get(name, {}), **found[name]} for name in order}
+    short = table(both, [FLOPS, *MODES[:3], RUNTIMES["onnx"]],
+                  ["FLOPs", *MODES[:3], "ONNX Runtime, folded"])  # fmt: skip
+    put(README, "times", short)
+    save(bars(found, MODES, conditions, flops=True), ASSETS / "throughput.png")
+    figure = bars(deployed, list(RUNTIMES.values()), deploy_conditions(known))
+    save(figure, ASSETS / "deploy.png")
 
 
 def put(path: Path, name: str, text: str) -> None:
@@ -188,20 +178,8 @@ def put(path: Path, name: str, text: str) -> None:
     write_text(path, page)
 
 
-def write_page() -> None:
-    """The tables between their marks in docs/performance.md and in the README, and the figures."""
-    known = json.loads((RESULTS / "deploy.json").read_text(encoding="utf-8"))
-    put(PAGE, "measured", table())
-    put(PAGE, "conditions", conditions() + ".")
-    put(PAGE, "deploy", f"{deploy_conditions(known)}.\n\n{deploy_table(known)}")
-    put(README, "times", short_table(known))
-    save(bars(ratios(), MODES, conditions(), flops=True), ROOT / "assets" / "throughput.png")
-    figure = bars(deploy_ratios(known), list(RUNTIMES.values()), deploy_conditions(known))
-    save(figure, ROOT / "assets" / "deploy.png")
-
-
-def main() -> int:
-    CommandLine(description=__doc__.splitlines()[0]).parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    CommandLine(description=__doc__.splitlines()[0]).parse_args(argv)
     write_page()
     print(PAGE)
     return 0

@@ -17,8 +17,6 @@ from deit.measure.hardware import synchronize
 from deit.measure.networks import build
 from deit.train.compilation import GRAPHS, compile_network
 
-__all__ = ["BenchModel", "is_out_of_memory", "prepare_compiler", "release"]
-
 WARM_UP = 3
 
 

@@ -27,8 +27,6 @@ from deit.saving import write_text
 from deit.train.args import parse_args as training_options
 from deit.train.build import set_precision
 
-__all__ = ["main"]
-
 SMALL_SIZES = ("S", "T12", "S24")
 # A terminal's own width where there is one; in a file no column is ever cut.
 FILE_WIDTH = 120

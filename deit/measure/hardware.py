@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available_memory", "describe", "synchronize", "versions"]
-
 PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy")
 
 

@@ -23,15 +23,6 @@ from deit.data.photos import find_photos, read_photos
 from deit.data.transforms import Transform
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError
-from deit.train.metrics import Accuracy
-
-__all__ = [
-    "CALIBRATION_IMAGES",
-    "calibration_batches",
-    "calibration_images",
-    "labelled_images",
-    "measure",
-]  # fmt: skip
 
 CALIBRATION_IMAGES = 512  # that the ranges of values come from; more change them little
 BATCH = 32
@@ -109,8 +100,7 @@ def measure(network: Network, quantized: Network, batches: Batches) -> str:
         UserError: an output is not finite, or the answers agree no better than guesses.
     """
     networks = {"float": network, "int8": quantized}
-    scores = {name: Accuracy() for name in networks}
-    agreement, mirrored = Accuracy(), dict.fromkeys(networks, 0.0)
+    answers, mirrored = [], dict.fromkeys(networks, 0.0)
     largest = distance = norm = 0.0
     console = Console(stderr=True)
     for images, labels in track(
@@ -125,27 +115,30 @@ def measure(network: Network, quantized: Network, batches: Batches) -> str:
                             f"{tuple(expected.shape)}")  # fmt: skip
         if not (found.isfinite().all() and flopped.isfinite().all()):
             raise UserError("the int8 file gives outputs that are infinite or NaN: it is not left")
-        answers = expected.argmax(1)
-        agreement.update(found, answers)
         for name, (own, mirror) in zip(networks, logits, strict=True):
-            scores[name].update(own, answers if labels is None else labels, mirror)
             mirrored[name] = max(mirrored[name], (own - mirror).abs().max().item())
+        given = [] if labels is None else [labels]
+        answers.append(torch.stack([*(x.argmax(1) for both in logits for x in both), *given]))
         difference = (found - expected).double()
         largest = max(largest, difference.abs().max().item())
         distance, norm = distance + difference.square().sum(), norm + expected.square().sum()
-    same = agreement.compute()
-    _check_agreement(same.acc1 / 100, same.count, expected.shape[1])
-    results = {name: score.compute() for name, score in scores.items()}
+    right, right_flopped, int8, int8_flopped, *labels = torch.cat(answers, dim=1)
+
+    def percent(ours: Tensor, theirs: Tensor) -> float:
+        return 100 * (ours == theirs).double().mean().item()
+
+    _check_agreement(percent(int8, right) / 100, len(int8), expected.shape[1])
     lines = [
         f"greatest difference from the float network {largest:.1e} "
         f"({sqrt(distance / norm):.1e} of the norm of the outputs), the same answer for "
-        f"{same.acc1:.2f} % of {same.count} images"
+        f"{percent(int8, right):.2f} % of {len(int8)} images"
     ]
-    for name, result in results.items():
-        lines.append(f"mirrored, {name}: another answer for {100 - result.same:.2f} % of the "
-                     f"images, greatest difference {mirrored[name]:.1e}")  # fmt: skip
-    if labels is not None:
-        before, after = (result.acc1 for result in results.values())
+    pairs = ((right, right_flopped), (int8, int8_flopped))
+    for (name, greatest), pair in zip(mirrored.items(), pairs, strict=True):
+        lines.append(f"mirrored, {name}: another answer for {100 - percent(*pair):.2f} % of the "
+                     f"images, greatest difference {greatest:.1e}")  # fmt: skip
+    for truth in labels:
+        before, after = percent(right, truth), percent(int8, truth)
         lines.append(f"accuracy: float {before:.2f} %, int8 {after:.2f} %, "
                      f"a loss of {before - after:.2f} points")  # fmt: skip
     return "\n    ".join(lines)

@@ -15,8 +15,6 @@ from deit.measure.roofline import TRAINING, PeakRates, bound
 from deit.measure.timing import alternate
 from deit.models.published import twin_of
 
-__all__ = ["DEFAULT_BATCH", "RATIOS", "Result", "count", "first_batch", "measure"]
-
 DEFAULT_BATCH = 64
 # Unless a batch size is asked for, a CPU gets one that its matrix rate does in so many seconds.
 CPU_SECONDS = 4.0

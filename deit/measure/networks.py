@@ -18,9 +18,6 @@ from deit.models.inputs import check_image_size
 from deit.models.published import twin_of
 from deit.train.build import create_network
 
-__all__ = ["FOLDED", "SYMMETRIZED", "build", "comparisons", "has_asym_feats", "on_meta",
-           "own_networks", "select"]  # fmt: skip
-
 FOLDED = ", folded"  # behind the name of a network: its form for deployment
 SYMMETRIZED = "use_symmetrized_asym_feats"  # the argument for classifying [s, |a|]
 
@@ -108,7 +105,7 @@ def build(
     try:
         with torch.device(device):
             model, _ = create_network(name, kwargs)
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         if not given:
             raise
         raise UserError(f"{name} with {' '.join(given)}: {one_line(error)}") from error

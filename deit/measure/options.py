@@ -27,8 +27,6 @@ from deit.train.distributed import choose_device
 from deit.train.engine import lower_precision
 from deit.train.loading import build_as_trained
 
-__all__ = ["parse_args"]
-
 DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant networks and their twins.
 
   python calculate_complexity.py --amp --compile              # published networks, timed

@@ -10,8 +10,6 @@ from deit.measure.roofline import TRAINING, PeakRates, bound
 from deit.measure.timing import FEWEST
 from deit.models.published import PUBLISHED
 
-__all__ = ["about", "describe", "estimate", "seconds_left"]
-
 # Steps take longer than their matrix products at the peak rates, and some are run beside the
 # samples: for warming up, memory, and the length of a sample.
 SLOWNESS, UNTIMED = 2.5, 4

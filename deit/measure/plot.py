@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FORMATS", "draw", "make_figure"]
-
 FORMATS = (".png", ".pdf", ".svg", ".eps", ".jpg", ".tif", ".webp")
 # colours that people with colour-blindness can tell apart (Okabe and Ito)
 COLOURS = {"ViT": "#0072B2", "ConvNeXt-iso": "#D55E00", "ResMLP": "#009E73"}

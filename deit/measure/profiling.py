@@ -18,8 +18,6 @@ from torch.profiler import record_function
 from deit.measure.bench_model import BenchModel
 from deit.measure.hardware import synchronize
 
-__all__ = ["profile"]
-
 STEPS = 3
 
 

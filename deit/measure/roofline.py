@@ -18,8 +18,6 @@ import torch
 from deit.measure.flops import MatMul
 from deit.measure.timing import alternate
 
-__all__ = ["TRAINING", "PeakRates", "bound", "measure_peak_rates"]
-
 # A training step is taken as so many forward passes: each product has two in the backward pass,
 # for the gradients of its two operands. The optimizer is left out.
 TRAINING = 3

@@ -15,8 +15,6 @@ from rich.text import Text
 from deit.measure.measure import RATIOS, Result
 from deit.models.published import PUBLISHED
 
-__all__ = ["as_csv", "as_json", "print_comparisons", "print_overview"]
-
 NOTHING = "-"
 GAINS = {row.name: row.gain for row in PUBLISHED}
 # The fields that JSON has in `results`. The others are in the details of its settings.

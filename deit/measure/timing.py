@@ -12,8 +12,6 @@ import torch
 
 from deit.measure.hardware import synchronize
 
-__all__ = ["Timing", "alternate"]
-
 # Samples of each network that `min_time` is divided into, and the fewest that give a median.
 SAMPLES = 10
 FEWEST = 3

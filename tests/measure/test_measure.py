@@ -1,7 +1,5 @@
 """From names to results: choosing networks, running them, batch sizes, failures."""
 
-from functools import partial
-
 import pytest
 import timm
 import torch
@@ -15,6 +13,7 @@ from deit.measure.networks import build, comparisons, has_asym_feats, own_networ
 from deit.measure.options import parse_args
 from deit.measure.profiling import profile
 from deit.measure.roofline import PeakRates
+from deit.measure.timing import Timing
 from deit.models.published import PUBLISHED, twin_of
 
 RATES = PeakRates(1e11, 1e10)
@@ -29,16 +28,6 @@ def shallow(words):
     return options(f"--model-kwargs depth=2 {words}")
 
 
-def test_every_network_of_ours_has_a_twin_or_is_one():
-    for name in own_networks():
-        twin = twin_of(name)
-        if name.startswith(("d2_", "hybrid_", "resmlp_equi_")):
-            assert timm.is_model(twin), name
-            assert twin_of(twin) is None
-        else:
-            assert twin is None, name
-
-
 def test_twins():
     for name, twin in {
         "d2_deit_base_patch16_LS": "deit_base_patch16_LS",
@@ -50,6 +39,9 @@ def test_twins():
         "vit_base_patch16_224": None,
     }.items():
         assert twin_of(name) == twin
+    for name in own_networks():
+        twin, equivariant = twin_of(name), name.startswith(("d2_", "hybrid_", "resmlp_equi_"))
+        assert timm.is_model(twin) and twin_of(twin) is None if equivariant else twin is None, name
 
 
 def test_published_networks_exist_and_come_with_their_twins():
@@ -117,34 +109,18 @@ def test_symmetrized_features_are_known_of_every_network():
             assert has_asym_feats(name), name
 
 
-class Timed(BenchModel):
-    """Takes the same time on every machine."""
-
-    def __init__(self, clock, *args):
-        super().__init__(*args)
-        self.clock = clock
-
-    def infer(self):
-        self.clock.now += 0.25
-        return super().infer()
-
-    def train_step(self):
-        self.clock.now += 0.75
-        super().train_step()
-
-
-class Clock:
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-
 @pytest.mark.parametrize("amp", ["", "--amp"])
 def test_inference_and_training_are_measured(amp, monkeypatch):
+    def timed(steps, on_sample, **_):
+        timings = {}
+        for name, step in steps.items():
+            step()
+            on_sample(name)
+            timings[name] = Timing((0.25 if step.__name__ == "infer" else 0.75,) * 3)
+        return timings
+
+    monkeypatch.setattr(measuring, "alternate", timed)
     args = shallow(f"--train --batch-size 2 {amp}")
-    monkeypatch.setattr("deit.measure.timing.time", clock := Clock())
-    monkeypatch.setattr(measuring, "BenchModel", partial(Timed, clock))
     said, (twin, ours) = [], (count(name, args) for name in (TWIN, OURS))
     measure([twin, ours], args, RATES, said.append)
     for result in (ours, twin):
@@ -222,24 +198,24 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
         measure([count(TWIN, shallow(""))], shallow(""), RATES)
 
 
-def test_default_batch_suits_the_processor(monkeypatch):
-    monkeypatch.setattr(measuring, "available_memory", lambda: 2**40)
-    slow = [Result("slow", 10, 1.0, matmuls=[MatMul(10**9, 10, 10)])]
-    assert first_batch(slow, options(), PeakRates(1e12, 1))[0] == 64
-    # 2e9 operations an image at 1e9 a second, in four seconds
-    batch, reason = first_batch(slow, options(), PeakRates(1e9, 1))
-    assert batch == 2
-    assert "--batch-size" in reason
-    assert first_batch(slow, options("--batch-size 64"), PeakRates(1e9, 1)) == (64, "")
-
-
-def test_first_batch_fits_into_memory(monkeypatch):
-    wide = Result("wide", 0, 1.0, matmuls=[MatMul(1, 1000, 10)])
-    need = measuring.COPIES * 1000 * 4
-    monkeypatch.setattr(measuring, "available_memory", lambda: 10 * need)
-    batch, reason = first_batch([wide], options("--batch-size 64"), RATES)
-    assert batch == 8
-    assert "memory" in reason
+@pytest.mark.parametrize(
+    ("words", "matmul", "rate", "batch", "reason"),
+    [
+        ("", MatMul(10**9, 10, 10), 1e12, 64, ""),
+        # 2e9 operations an image at 1e9 a second, in four seconds
+        ("", MatMul(10**9, 10, 10), 1e9, 2, "--batch-size"),
+        ("--batch-size 64", MatMul(10**9, 10, 10), 1e9, 64, ""),
+        # ten images' memory
+        ("--batch-size 64", MatMul(1, 1000, 10), 1e9, 8, "memory"),
+    ],
+)
+def test_first_batch(words, matmul, rate, batch, reason, monkeypatch):
+    monkeypatch.setattr(measuring, "available_memory", lambda: 10 * measuring.COPIES * 1000 * 4)
+    result = Result("a", 0, 1.0, matmuls=[matmul])
+    found, said = first_batch([result], options(words), PeakRates(rate, 1))
+    assert found == batch
+    assert reason in said
+    assert bool(said) == bool(reason)
 
 
 def test_profiles_name_layers_and_operators():

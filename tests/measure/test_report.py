@@ -5,14 +5,13 @@ import io
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from deit.errors import UserError, one_line_errors
+from deit.errors import UserError
 from deit.measure import command, options
 from deit.measure.command import default_names, main
 from deit.measure.measure import Result
@@ -214,12 +213,6 @@ def test_counting_command(tmp_path, capsys):
     assert f"{TINY}: counting" in captured.err
     # every row as soon as it is known, before the comparisons
     assert captured.out.index(TINY) < captured.out.index("Compared")
-
-
-def test_sizes_that_do_not_fit_are_one_line(capsys):
-    words = "--models d2_convnext_tiny --img-size 33 --no-throughput --device cpu"
-    assert one_line_errors(partial(main, words.split())) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: d2_convnext_tiny cannot")
 
 
 def test_defaults_on_a_cpu_are_small():
