@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def profile(name: str, batch: int, args: Namespace) -> Iterator[tuple[str, str]]
     training. Types of layers are told apart in eager inference, as a compiler joins layers. A
     layer's time contains that of the layers in it.
     """
-    from torch._inductor import config, metrics  # takes seconds, and may warn
+    from torch._inductor import compile_fx, config, metrics  # takes seconds, and may warn
 
     device = "cuda" if args.device.type == "cuda" else "cpu"
     network = BenchModel(name, batch, args)
@@ -36,7 +37,10 @@ def profile(name: str, batch: int, args: Namespace) -> Iterator[tuple[str, str]]
     for what, step in steps.items():
         network.model.train(what == "training")
         before = metrics.num_bytes_accessed
-        with config.patch(force_disable_caches=True):  # counted where code is generated
+        with (  # bytes are counted where code is generated, by new versions only for their log
+            config.patch(force_disable_caches=True),
+            mock.patch.object(compile_fx, "inductor_metrics_log", create=True),
+        ):
             events = _profile(step, args.device)
         title = f"{name}, batch {batch}, {STEPS} steps of {what}"
         if counted := metrics.num_bytes_accessed - before:

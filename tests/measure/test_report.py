@@ -271,14 +271,15 @@ def test_what_is_measured_survives_an_interruption(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_networks_are_measured(tmp_path):
+def test_compiled_networks_are_measured(tmp_path, capsys):
     path = tmp_path / "out.json"
     words = "--models deit_tiny_patch16_LS --img-size 32 --batch-size 1 --min-time 0 --compile"
-    words += f" --model-kwargs depth=1 --device cpu --json {path}"
+    words += f" --model-kwargs depth=1 --device cpu --profile --json {path}"
     assert main(words.split()) == 0
     report = json.loads(path.read_text())
     assert report["settings"]["compile_mode"] == "default"
     assert report["results"][0]["images_per_s"] > 0
+    assert "MB by Inductor's count" in capsys.readouterr().out
 
 
 def test_script_from_another_folder(tmp_path):
