@@ -75,13 +75,12 @@ class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser that takes underscores for dashes and raises `UserError`."""
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        super().__init__(**kwargs)
+        super().__init__(formatter_class=HelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        args = [re.sub("^--[^=]*", _dashed, arg) for arg in args]
-        return super().parse_known_args(args, namespace)
+        dashed = lambda option: option.group().replace("_", "-")  # noqa: E731
+        return super().parse_known_args([re.sub("^--[^=]*", dashed, a) for a in args], namespace)
 
     def parse_args(self, args=None, namespace=None):
         """As argparse does; returns `Options`."""
@@ -104,11 +103,6 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UserError`, which the scripts print as one line, exit code 2."""
         raise UserError(f"{message} (--help lists all options)")
-
-
-def _dashed(option: re.Match[str]) -> str:
-    """`--batch_size` as `--batch-size`."""
-    return option.group().replace("_", "-")
 
 
 class OptionGroup:

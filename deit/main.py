@@ -15,8 +15,8 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from deit.data.workers import worker_death
 from deit.errors import EXIT_USER_ERROR, UserError, is_first_process, run_command
 from deit.train.args import parse_args
 from deit.train.build import set_precision
-from deit.train.distributed import DistContext, RankInfo, choose_device, connect
+from deit.train.distributed import RankInfo, choose_device, connect
 from deit.train.engine import (
     Batches,
     NonFiniteLossError,
@@ -72,26 +72,15 @@ def main(args: Namespace) -> int:
         if args.eval:
             evaluate_checkpoint(args, processes)
             return 0
-        with stop_on_signals(announce=processes.is_main), _claim_folder(args, processes):
+        with stop_on_signals(announce=processes.is_main), ExitStack() as ends:
+            if args.output_dir and processes.is_main:
+                ends.enter_context(claim(Path(args.output_dir)))
+                if not args.overwrite:
+                    check_unused(Path(args.output_dir), args.resume)
             run = Run(args, processes)
-            try:
-                train(run)
-            finally:
-                run.close()
+            ends.callback(run.close)
+            train(run)
     return 0
-
-
-@contextmanager
-def _claim_folder(args: Namespace, processes: DistContext) -> Iterator[None]:
-    """Have the output folder for this training alone, on rank 0, until it ends."""
-    if not args.output_dir or not processes.is_main:
-        yield
-        return
-    folder = Path(args.output_dir)
-    with claim(folder):
-        if not args.overwrite:
-            check_unused(folder, args.resume)
-        yield
 
 
 def train(run: Run) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -28,12 +28,16 @@ from deit.data import (
     build_eval_loader,
     build_train_loader,
     eval_transform,
+    match_classes,
+    names_of_outputs,
+    read_class_map,
     train_transform,
 )
 from deit.data.transforms import Transform
 from deit.errors import UserError, one_line, suggest
 from deit.models.inputs import check_image_size
 from deit.train.args import get_parser
+from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
 
 # Arguments of a network: the options that they come from, and the values that say nothing.
@@ -196,6 +200,39 @@ def number_of_classes(args: Namespace, data: ImageDataset) -> int:
             f"--nb-classes {args.nb_classes} is too few: the data have {data.num_classes} classes"
         )
     return args.nb_classes
+
+
+def label(
+    args: Namespace,
+    sets: Sequence[ImageDataset],
+    checkpoint: Checkpoint | None,
+    outputs: int | None,
+    *,
+    strict: bool = True,
+) -> list[str]:
+    """Number the classes of the data as --class-map says, or as `checkpoint` has them.
+
+    Args:
+        outputs: of the network; None if the classes decide.
+        strict: raise if nothing says what the outputs stand for; else they keep the data's order.
+
+    Returns:
+        Remarks for the user.
+    """
+    if args.class_map:
+        names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
+    elif checkpoint is None:
+        return []
+    else:
+        classes, saved, source = sets[0].class_names, checkpoint.class_names, checkpoint.source
+        wanted = outputs or len(saved or classes)
+        try:
+            names, origin = names_of_outputs(classes, wanted, source=source, saved=saved)
+        except UserError:
+            if strict:
+                raise
+            return [f"{source} does not say which output is which class: taken in the data's order"]
+    return [match_classes(data, names, outputs or len(names), origin=origin) for data in sets][-1]
 
 
 def build_train_stream(

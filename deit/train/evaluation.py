@@ -7,13 +7,14 @@ from argparse import Namespace
 
 from torch import nn
 
-from deit.data import ImageDataset, match_classes, names_of_outputs, read_class_map
+from deit.data import ImageDataset
 from deit.deploy import fold
 from deit.errors import UserError
 from deit.train.build import (
     build_model,
     build_val_dataset,
     build_val_loader,
+    label,
     number_of_classes,
 )
 from deit.train.checkpoint import Checkpoint
@@ -111,16 +112,5 @@ def _network(
     notes = [f"{source}: {checkpoint.which(ema)}" + ("" if exact else f"; {report}")]
     notes += adopted + remarks
     if exact or (trained is not None and not report.reinitialised):
-        notes += _label(args, data, checkpoint, outputs)
+        notes += label(args, [data], checkpoint, outputs)
     return model, data, notes
-
-
-def _label(args: Namespace, data: ImageDataset, checkpoint: Checkpoint, outputs: int) -> list[str]:
-    """Give the data the labels that the network's outputs stand for; remarks for the user."""
-    if args.class_map:
-        names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
-    else:
-        names, origin = names_of_outputs(
-            data.class_names, outputs, source=checkpoint.source, saved=checkpoint.class_names
-        )
-    return match_classes(data, names, outputs, origin=origin)

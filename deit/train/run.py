@@ -11,14 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deit.data import (
-    ImageDataset,
-    check_same_classes,
-    match_classes,
-    names_of_outputs,
-    read_class_map,
-)
-from deit.errors import UserError
+from deit.data import ImageDataset, check_same_classes
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.train.args import config_dict
 from deit.train.build import (
@@ -26,6 +19,7 @@ from deit.train.build import (
     build_train_stream,
     build_val_dataset,
     build_val_loader,
+    label,
     number_of_classes,
     updates_per_epoch,
     workers,
@@ -245,32 +239,8 @@ def _build_data(
     if val_set is not None:
         check_same_classes(train_set, val_set)
     sets = [data for data in (train_set, val_set) if data is not None]
-    notes += _label(args, sets, checkpoint)
+    notes += label(args, sets, checkpoint, args.nb_classes, strict=False)
     notes += [data.note for data in sets if data.note]
     if args.ThreeAugment and args.reprob > 0:
         notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
     return train_set, val_set, notes
-
-
-def _label(
-    args: Namespace, data: Sequence[ImageDataset], checkpoint: Checkpoint | None
-) -> list[str]:
-    """Number the classes as --class-map says, or as the training did that goes on."""
-    classes = data[0].class_names
-    if args.class_map:
-        names, origin = read_class_map(args.class_map), f"--class-map {args.class_map}"
-    elif checkpoint is None:
-        return []
-    else:
-        names, origin = checkpoint.class_names, checkpoint.source
-        if not names and (args.nb_classes or 0) > len(classes):
-            try:
-                names, origin = names_of_outputs(classes, args.nb_classes, source=origin)
-            except UserError:
-                return [
-                    f"{origin} does not say which output is which class: taken in the data's order"
-                ]
-    if not names:
-        return []
-    outputs = len(names) if args.nb_classes is None else args.nb_classes
-    return [match_classes(each, names, outputs, origin=origin) for each in data][-1]
