@@ -3,27 +3,16 @@ import pytest
 from deit.errors import EXIT_USER_ERROR, UserError, one_line_errors, suggest
 
 
-def test_user_error_is_one_line_and_status_2(capsys):
-    def body():
-        raise UserError("no folder 'x'\n  give --data-path")
+def test_user_errors_are_one_line_and_defects_keep_their_traceback(capsys):
+    def fail(error):
+        raise error
 
-    assert one_line_errors(body) == EXIT_USER_ERROR
-    captured = capsys.readouterr()
-    assert captured.err == "error: no folder 'x' give --data-path\n"
-    assert captured.out == ""
-
-
-def test_status_of_the_body_is_kept():
-    assert one_line_errors(lambda: None) == 0
-    assert one_line_errors(lambda: 3) == 3
-
-
-def test_defects_keep_their_traceback():
-    def body():
-        raise ValueError("a defect")
-
+    mistake = UserError("no folder 'x'\n  give --data-path")
+    assert one_line_errors(lambda: fail(mistake)) == EXIT_USER_ERROR
+    assert capsys.readouterr() == ("", "error: no folder 'x' give --data-path\n")
+    assert [one_line_errors(lambda: None), one_line_errors(lambda: 3)] == [0, 3]
     with pytest.raises(ValueError, match="a defect"):
-        one_line_errors(body)
+        one_line_errors(lambda: fail(ValueError("a defect")))
 
 
 def test_suggestions():

@@ -32,41 +32,29 @@ CONVNEXT = (
 )
 # name: nodes of four GPUs, what is its own
 LINES = {
-    "d2_deit_small_patch16_LS": (4, f"{VIT} --batch 128 --drop-path 0.0 --seed 1242 --tgpu A100"),
-    "d2_deit_base_patch16_LS": (1, f"{VIT} --batch 512 --drop-path 0.1 --seed 0 --tgpu A100fat"),
-    "d2_deit_large_patch16_LS": (8, f"{VIT} --batch 64 --drop-path 0.4 --seed 1337 --tgpu A100"),
-    "d2_deit_huge_patch14_LS": (
-        8,
-        f"{VIT} --batch 64 --drop-path 0.5 --seed 1337 --time 0-32:00:00",
-    ),
-    "hybrid_deit_small_patch16_LS": (2, f"{VIT} --batch 256 --drop-path 0.1 --seed 0"),
-    "hybrid_deit_base_patch16_LS": (4, f"{VIT} --batch 128 --drop-path 0.1 --seed 1337"),
-    "hybrid_deit_large_patch16_LS": (4, f"{VIT} --batch 128 --drop-path 0.4 --seed 1337"),
-    "hybrid_deit_huge_patch14_LS": (
-        8,
-        f"{VIT} --batch-size 64 --drop-path 0.5 --seed 0 --num_workers 15 --job_dir out/x",
-    ),
-    "resmlp_equi_d2_12": (
-        2,
-        f"{RESMLP} --batch 256 --drop-path 0.05 --seed 0 --num_workers 32 --tgpu A100",
-    ),
-    "resmlp_equi_d2_24": (2, f"{RESMLP} --batch 256 --drop-path 0.2 --seed 1337 --tgpu A100"),
-    "resmlp_equi_d2_B_24": (4, f"{RESMLP} --batch 128 --drop-path 0.2 --seed 0"),
-    "resmlp_equi_d2_L_24": (8, f"{RESMLP} --batch 64 --drop-path 0.2 --seed 0"),
-    "resmlpL_24": (8, f"{RESMLP} --batch 64 --drop-path 0.2 --seed 0"),
-    "d2_convnext_isotropic_small": (
-        4,
-        f"{CONVNEXT} --drop_path 0.1 --batch_size 128 --update_freq 2 --layer_scale_init_value 0",
-    ),
-    "d2_convnext_isotropic_base": (
-        4,
-        f"{CONVNEXT} --drop_path 0.2 --batch_size 256 --update_freq 1 --layer_scale_init_value 0",
-    ),
-    "d2_convnext_isotropic_large": (
-        8,
-        f"{CONVNEXT} --drop_path 0.5 --batch_size 64 --update_freq 2",
-    ),
-}
+    "d2_deit_small_patch16_LS": (4, VIT, "--batch 128 --drop-path 0.0 --seed 1242 --tgpu A100"),
+    "d2_deit_base_patch16_LS": (1, VIT, "--batch 512 --drop-path 0.1 --seed 0 --tgpu A100fat"),
+    "d2_deit_large_patch16_LS": (8, VIT, "--batch 64 --drop-path 0.4 --seed 1337 --tgpu A100"),
+    "d2_deit_huge_patch14_LS":
+        (8, VIT, "--batch 64 --drop-path 0.5 --seed 1337 --time 0-32:00:00"),
+    "hybrid_deit_small_patch16_LS": (2, VIT, "--batch 256 --drop-path 0.1 --seed 0"),
+    "hybrid_deit_base_patch16_LS": (4, VIT, "--batch 128 --drop-path 0.1 --seed 1337"),
+    "hybrid_deit_large_patch16_LS": (4, VIT, "--batch 128 --drop-path 0.4 --seed 1337"),
+    "hybrid_deit_huge_patch14_LS":
+        (8, VIT, "--batch-size 64 --drop-path 0.5 --seed 0 --num_workers 15 --job_dir out/x"),
+    "resmlp_equi_d2_12":
+        (2, RESMLP, "--batch 256 --drop-path 0.05 --seed 0 --num_workers 32 --tgpu A100"),
+    "resmlp_equi_d2_24": (2, RESMLP, "--batch 256 --drop-path 0.2 --seed 1337 --tgpu A100"),
+    "resmlp_equi_d2_B_24": (4, RESMLP, "--batch 128 --drop-path 0.2 --seed 0"),
+    "resmlp_equi_d2_L_24": (8, RESMLP, "--batch 64 --drop-path 0.2 --seed 0"),
+    "resmlpL_24": (8, RESMLP, "--batch 64 --drop-path 0.2 --seed 0"),
+    "d2_convnext_isotropic_small": (4, CONVNEXT, "--drop_path 0.1 --batch_size 128 "
+                                    "--update_freq 2 --layer_scale_init_value 0"),
+    "d2_convnext_isotropic_base": (4, CONVNEXT, "--drop_path 0.2 --batch_size 256 "
+                                   "--update_freq 1 --layer_scale_init_value 0"),
+    "d2_convnext_isotropic_large":
+        (8, CONVNEXT, "--drop_path 0.5 --batch_size 64 --update_freq 2"),
+}  # fmt: skip
 # ConvNeXt's own lines for its hierarchical networks, with the names of the equivariant ones.
 HIERARCHICAL = {
     "d2_convnext_tiny": "--drop_path 0.1 --batch_size 128 --update_freq 2",
@@ -83,8 +71,8 @@ def _no_user_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_published_line_is_its_recipe(name):
-    nodes, rest = LINES[name]
-    words = f"--nodes {nodes} --ngpus 4 --model {name} --data-path imagenet {rest}".split()
+    nodes, script, own = LINES[name]
+    words = f"--nodes {nodes} --ngpus 4 --model {name} --data-path imagenet {script} {own}".split()
     script = "convnext" if "convnext" in name else "deit"
     spec = make_spec([*words, "--published", script, "--job-dir", "x"])
     typed = vars(spec.tasks[0].args)

@@ -1,4 +1,4 @@
-"""From the command line's options to the objects that `deit.main` works with."""
+"""From the options of a command line to networks, data sets and loaders."""
 
 from __future__ import annotations
 
