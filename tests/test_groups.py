@@ -36,12 +36,6 @@ def test_irreps_are_orthogonal_homomorphisms(group: Group):
 
 
 @GROUPS
-def test_change_of_basis_is_orthogonal(group: Group):
-    q = group.change_of_basis
-    torch.testing.assert_close(q @ q.mT, torch.eye(group.order, dtype=torch.float64))
-
-
-@GROUPS
 @pytest.mark.parametrize("fixed", [0, 3])
 def test_change_of_basis_turns_permutations_into_irreps(group: Group, fixed: int):
     """Acting in the regular basis is permuting copies; in the packed basis it is `Rep.act`."""
