@@ -34,14 +34,7 @@ from deit.errors import EXIT_USER_ERROR, UserError, is_first_process, run_comman
 from deit.train.args import parse_args
 from deit.train.build import set_precision
 from deit.train.distributed import RankInfo, choose_device, connect
-from deit.train.engine import (
-    Batches,
-    NonFiniteLossError,
-    as_log,
-    describe,
-    mean_loss,
-    train_one_epoch,
-)
+from deit.train.engine import Batches, NonFiniteLossError, RunningLoss, train_one_epoch
 from deit.train.evaluation import evaluate_checkpoint
 from deit.train.folder import LAST, check_unused, claim
 from deit.train.metrics import Scores
@@ -68,7 +61,8 @@ def main(args: Namespace) -> int:
     info = RankInfo.from_env(url=args.dist_url, world_size=args.world_size)
     device = choose_device(args.device, info.local_rank)
     set_precision(args, device)
-    with connect(info, device, timedelta(minutes=args.dist_timeout)) as processes:
+    last = Path(args.output_dir) / LAST if args.output_dir and not args.eval else None
+    with connect(info, device, timedelta(minutes=args.dist_timeout), last) as processes:
         if args.eval:
             evaluate_checkpoint(args, processes)
             return 0
@@ -92,7 +86,7 @@ def train(run: Run) -> None:
             train_epoch(run, batches)
         how = "finished"
     except Stopped as stop:
-        mean_loss(run.state.running, run.processes)  # a state that is broken is not to be saved
+        run.state.running.mean(run.processes)  # a state that is broken is not to be saved
         run.save([LAST])
         how = f"stopped ({stop}) in epoch {progress.epoch + 1} after step {progress.step}"
     except NonFiniteLossError as error:
@@ -137,10 +131,6 @@ def train_epoch(run: Run, batches: Batches) -> None:
             run.train_step,
             batches,
             updates=run.updates,
-            start=progress.step,
-            done_before=epoch * run.updates,
-            running=state.running,
-            processes=run.processes,
             agreement=run.agreement,
             on_update=run.note_update,
         )
@@ -150,26 +140,26 @@ def train_epoch(run: Run, batches: Batches) -> None:
         if due and not args.disable_eval:
             for kind, network in run.evaluated.items():
                 scores[kind] = run.evaluate(network)
-                record |= as_log(scores[kind], kind)
+                record |= scores[kind].as_log(kind)
     finally:
         progress.seconds = before + time.perf_counter() - start
         reporter.stop()
     for _ in range(run.batches - run.updates * args.update_freq):
         next(batches)
     best = [kind for kind, score in scores.items() if progress.improves(score.acc1, kind)]
-    state.schedule.step(epoch, scores[""].acc1 if scores else None)
+    state.schedule.step(scores[""].acc1 if scores else None)
     record |= {"n_parameters": run.parameters, "time": round(progress.seconds, 3)}
     line = f"{title}  train loss {loss:.4f}"
     for kind, score in scores.items():
         best_acc1 = progress.best_ema_acc1 if kind else progress.best_acc1
-        line += f"  {'average ' if kind else ''}{describe(score)}  best {best_acc1:.3f}"
+        line += f"  {'average ' if kind else ''}{score}  best {best_acc1:.3f}"
     reporter.say(f"{line}  {duration(progress.seconds)}")
     bad = sum(score.bad for score in scores.values())
     if bad:
         reporter.say(f"note    the logits of {bad} test images are infinite or NaN")
     reporter.end_epoch(record)
     progress.next_epoch(record)
-    state.running.reset()
+    state.running = RunningLoss(run.processes.device)
     run.save_epoch(epoch, best)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from training_runs import PLAIN, TINY, differences, load, make_images, run_proce
 import deit.main
 import deit.train.engine
 from deit.errors import UserError
-from deit.train.distributed import SHARDS_ON_CPU, RankInfo, choose_device, first_host
+from deit.train.distributed import SHARDS_ON_CPU, RankInfo, choose_device, connect
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,69 +30,64 @@ def data(tmp_path_factory):
 # where and who
 
 
+def torchrun(rank: str, **more: str) -> dict[str, str]:
+    return {"RANK": rank, "WORLD_SIZE": "4", "LOCAL_RANK": "1"} | more
+
+
+def srun(rank: str, **more: str) -> dict[str, str]:
+    numbers = {"SLURM_PROCID": rank, "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    return (
+        numbers | {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": "n[1-2]"} | more
+    )
+
+
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("environ", "url", "place"),
     [
-        ("n1", "n1"),
-        ("n[1-2]", "n1"),
-        ("gpu[03-05,9],n7", "gpu03"),
-        ("a,b", "a"),
-        ("rack[2,4]node[08-09]", "rack2node08"),
-        ("host-1.example.org", "host-1.example.org"),
+        ({}, "env://", RankInfo(0, 1, 0, "env://")),
+        (torchrun("3"), "env://", RankInfo(3, 4, 1, "env://")),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, "env://", RankInfo(3, 4, 3, "env://")),
+        (torchrun("3"), "tcp://n9:1234", RankInfo(3, 4, 1, "tcp://n9:1234")),
+        (srun("2") | torchrun("3"), "env://", RankInfo(3, 4, 1, "env://")),
+        # All ranks of a step agree, two steps do not clash.
+        (srun("2"), "env://", RankInfo(2, 4, 0, "tcp://n1:20049")),
+        (srun("3"), "env://", RankInfo(3, 4, 0, "tcp://n1:20049")),
+        (srun("2", SLURM_STEP_ID="1"), "env://", RankInfo(2, 4, 0, "tcp://n1:20050")),
+        (srun("2", SLURM_STEP_NODELIST="gpu[03-05,9],n7"), "env://",
+         RankInfo(2, 4, 0, "tcp://gpu03:20049")),
+        (srun("2", SLURM_STEP_NODELIST="rack[2,4]node[08-09]", MASTER_PORT="5"), "env://",
+         RankInfo(2, 4, 0, "tcp://rack2node08:5")),
+        (srun("2", MASTER_ADDR="host-1.example.org"), "env://",
+         RankInfo(2, 4, 0, "tcp://host-1.example.org:20049")),
+        # A batch script has its job's tasks, but nobody started the others.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "env://", RankInfo()),
     ],
-)
-def test_first_host(nodes, first):
-    assert first_host(nodes) == first
-
-
-TORCHRUN = {
-    "RANK": "3",
-    "WORLD_SIZE": "4",
-    "LOCAL_RANK": "1",
-    "MASTER_ADDR": "n1",
-    "MASTER_PORT": "29500",
-}
-SRUN = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "2",
-    "SLURM_LOCALID": "0",
-    "SLURM_NTASKS": "4",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_JOB_NODELIST": "n[1-2]",
-}
-
-
-def test_places():
-    assert RankInfo.from_env({}) == RankInfo(0, 1, 0, "env://")
-    assert RankInfo.from_env(TORCHRUN) == RankInfo(3, 4, 1, "env://")
-    srun = RankInfo.from_env(SRUN)
-    assert (srun.rank, srun.world_size, srun.local_rank) == (2, 4, 0)
-    assert re.fullmatch(r"tcp://n1:2\d{4}", srun.url)
-    # All ranks of a step agree, two steps do not clash.
-    assert RankInfo.from_env(SRUN | {"SLURM_PROCID": "0"}).url == srun.url
-    assert RankInfo.from_env(SRUN | {"SLURM_STEP_ID": "1"}).url != srun.url
-    # torchrun inside a Slurm job wins.
-    assert RankInfo.from_env(SRUN | TORCHRUN) == RankInfo.from_env(TORCHRUN)
-    assert RankInfo.from_env(TORCHRUN, url="tcp://n9:1234").url == "tcp://n9:1234"
-    # A batch script has its job's SLURM_NTASKS, but nobody started the other tasks.
-    batch = {key: value for key, value in SRUN.items() if "STEP" not in key}
-    assert RankInfo.from_env(batch | {"SLURM_PROCID": "0"}).world_size == 1
+)  # fmt: skip
+def test_places(environ, url, place):
+    assert RankInfo.from_env(environ, url=url) == place
 
 
 @pytest.mark.parametrize(
     ("environ", "options", "message"),
     [
         ({}, {"world_size": 2}, "torchrun --nproc-per-node 2"),
-        (TORCHRUN, {"world_size": 2}, "launcher started 4"),
-        (TORCHRUN | {"RANK": "x"}, {}, "RANK is 'x'"),
-        (TORCHRUN | {"RANK": "4"}, {}, "rank 4"),
-        (TORCHRUN | {"MASTER_PORT": ""}, {}, "MASTER_PORT"),
+        (torchrun("3"), {"world_size": 2}, "launcher started 4"),
+        (torchrun("x"), {}, "RANK, WORLD_SIZE, LOCAL_RANK are x, 4, 1: not all are numbers"),
+        (torchrun("4"), {}, "rank 4"),
     ],
 )
 def test_impossible_places(environ, options, message):
     with pytest.raises(UserError, match=message):
         RankInfo.from_env(environ, **options)
+
+
+def test_nowhere_to_meet(monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with (
+        pytest.raises(UserError, match=r"4 processes cannot meet at env://: .*MASTER_\w+ expected"),
+        connect(RankInfo(3, 4), torch.device("cpu"), timedelta(minutes=1)),
+    ):
+        pass
 
 
 def test_devices():
@@ -121,8 +117,8 @@ def losses(folder: Path) -> list[float]:
     return [record[key] for record in history for key in ("train_loss", "test_loss", "test_acc1")]
 
 
-def train_ranks(count: int, *argv: str, data: Path, out: Path) -> None:
-    body = functools.partial(train, *argv, data=data, out=out)
+def train_ranks(count: int, *argv: str, data: Path, out: Path, body=train) -> None:
+    body = functools.partial(body, *argv, data=data, out=out)
     out.mkdir(parents=True, exist_ok=True)
     for status, output in run_processes([body] * count, (), out):
         assert status == 0, output
@@ -167,31 +163,12 @@ def test_accumulation_is_a_larger_batch(data, one_process, tmp_path):
     assert weights_differ(one_process, tmp_path / "two") < 1e-5
 
 
-def stop_after(update: int, *argv: str, data: Path, out: Path) -> int:
-    """Train until a signal that reaches only the last rank."""
-    original = deit.train.engine.TrainStep.update
-    calls = 0
-
-    def interrupted(*args):
-        nonlocal calls
-        calls += 1
-        if calls == update and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(*args)
-
-    deit.train.engine.TrainStep.update = interrupted
-    return train(*argv, data=data, out=out)
-
-
 @shards_on_cpu
 def test_moving_between_numbers_of_processes(data, one_process, tmp_path):
     """Stop two sharded processes in mid-epoch, go on with one, stop, end with two in DDP."""
     options = (*MODEL, *PLAIN)
-    body = functools.partial(
-        stop_after, 1, "--batch-size", "4", "--fsdp", *options, data=data, out=tmp_path
-    )
-    for status, output in run_processes([body] * 2, (), tmp_path):
-        assert status == 0, output
+    body = functools.partial(train_until, 1, 1, functools.partial(send_self, signal.SIGTERM))
+    train_ranks(2, "--batch-size", "4", "--fsdp", *options, data=data, out=tmp_path, body=body)
     first = load(tmp_path / "checkpoint.pth")
     # All ranks agree on one step; agreeing takes one update more.
     assert (first["epoch"], first["step"]) == (-1, 2)
@@ -212,10 +189,8 @@ def test_interrupted_ranks_resume_exactly(data, tmp_path):
     options = ("--drop", "0.1", "--update-freq", "2", "--batch-size", "2")
     train_ranks(2, *options, data=data, out=tmp_path / "whole")
     out = tmp_path / "parts"
-    out.mkdir()
-    body = functools.partial(stop_after, 4, *options, data=data, out=out)
-    for status, output in run_processes([body] * 2, (), out):
-        assert status == 0, output
+    body = functools.partial(train_until, 4, 1, functools.partial(send_self, signal.SIGTERM))
+    train_ranks(2, *options, data=data, out=out, body=body)
     stopped = load(out / "checkpoint.pth")
     assert (stopped["epoch"], stopped["step"]) == (0, 2)
     train_ranks(2, *options, "--resume", "auto", data=data, out=out)
@@ -264,77 +239,87 @@ def send_self(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def doomed(rank: int, action, *argv: str, data: Path, out: Path) -> int:
-    at_update(3, rank, action)
+def train_until(update: int, rank: int, action, *argv: str, data: Path, out: Path) -> int:
+    at_update(update, rank, action)
     return train(*argv, data=data, out=out)
 
 
+LOST = "lost the connection to another process, which may have ended: .*"
+WAITED = r"waited longer than --dist-timeout 0\.1 \(minutes\) for another process"
+
+
 @pytest.mark.parametrize(
-    ("rank", "action"),
+    ("update", "rank", "action", "told"),
     [
-        (1, functools.partial(send_self, signal.SIGKILL)),
-        (0, functools.partial(send_self, signal.SIGKILL)),
-        (1, functools.partial(send_self, signal.SIGSTOP)),
-        (1, raise_defect),
+        (3, 1, functools.partial(send_self, signal.SIGKILL), LOST),
+        (3, 0, functools.partial(send_self, signal.SIGKILL), LOST),
+        # who waits for it longest tells so, and the others of the end of that process
+        (3, 1, functools.partial(send_self, signal.SIGSTOP), f"({LOST}|{WAITED})"),
+        (1, 1, raise_defect, LOST),
     ],
     ids=["kill 1", "kill 0", "freeze 1", "error 1"],
 )
-def test_a_rank_that_dies_ends_the_others(rank, action, data, tmp_path):
+def test_a_rank_that_dies_ends_the_others(update, rank, action, told, data, tmp_path):
     out = tmp_path / "out"
-    body = functools.partial(doomed, rank, action, "--dist-timeout", "0.1", data=data, out=out)
-    frozen = rank if "STOP" in str(action) else None
+    argv = ("--dist-timeout", "0.1")
+    body = functools.partial(train_until, update, rank, action, *argv, data=data, out=out)
+    frozen = rank if WAITED in told else None
     results = run_processes([body] * 3, (), tmp_path, frozen=frozen)
+    last = out / "checkpoint.pth"
+    again = "" if update == 1 else f"; {last} is the last state, --resume auto goes on from it"
     for other, (status, output) in enumerate(results):
         if other != rank:
             assert status == 1, output
-            line = f"error: rank {other} lost the connection to another process, .*\n"
+            line = f"error: rank {other} {told}{re.escape(again)}\n"
             assert re.search(rf"(^|\n){line}$", output), output
             assert "Traceback" not in output
+            assert again or "--resume" not in output
         elif action is raise_defect:
             assert "ValueError: a defect of rank 1\n" in output
-    saved = load(out / "checkpoint.pth")  # the last but one, if the last was just being written
-    assert (saved["epoch"], saved["step"]) in ((-1, 2), (0, 0))
+    outputs = "".join(output for _, output in results)
+    assert (re.search(WAITED, outputs) is not None) == (frozen is not None)
+    assert last.exists() == (update > 1)
+    if last.exists():  # the last but one, if the last was just being written
+        saved = load(last)
+        assert (saved["epoch"], saved["step"]) in ((-1, 2), (0, 0))
 
 
-def fail_alone(data: Path) -> int:
-    """Ranks 1 and 2 fail for reasons of their own."""
+def train_after(action, *argv: str, data: Path) -> int:
+    """Train, with `action(rank)` before anything is built."""
     original = deit.main.Run
 
     def build(*args):
-        rank = int(os.environ["RANK"])
-        if rank == 1:
-            raise UserError("own error of rank 1")
-        if rank == 2:
-            raise ValueError("a defect")
-        return original(*args)
-
-    deit.main.Run = build
-    return train("--resume", "no.pth", data=data)
-
-
-def test_errors_of_single_ranks_are_told(data, tmp_path):
-    results = run_processes([functools.partial(fail_alone, data)] * 3, (), tmp_path)
-    assert all(status for status, _ in results)
-    assert results[1] == (2, "error: own error of rank 1\n")
-    assert "ValueError: a defect\n" in results[2][1], results
-
-
-def resume_late(rank: int, *argv: str, data: Path) -> int:
-    """Train, but `rank` takes long before it looks for the checkpoint."""
-    original = deit.main.Run
-
-    def build(*args):
-        if os.environ["RANK"] == str(rank):
-            time.sleep(5)
+        action(int(os.environ["RANK"]))
         return original(*args)
 
     deit.main.Run = build
     return train(*argv, data=data)
 
 
+def fail_alone(rank: int) -> None:
+    if rank == 1:
+        raise UserError("own error of rank 1")
+    if rank == 2:
+        raise ValueError("a defect")
+
+
+def test_errors_of_single_ranks_are_told(data, tmp_path):
+    body = functools.partial(train_after, fail_alone, "--resume", "no.pth", data=data)
+    results = run_processes([body] * 3, (), tmp_path)
+    assert all(status for status, _ in results)
+    assert results[1] == (2, "error: own error of rank 1\n")
+    assert "ValueError: a defect\n" in results[2][1], results
+
+
+def come_late(late: int, rank: int) -> None:
+    if rank == late:
+        time.sleep(5)
+
+
 @pytest.mark.parametrize("late", [-1, 0, 2])
 def test_a_wrong_input_is_told_once(late, data, tmp_path):
-    body = functools.partial(resume_late, late, "--resume", str(tmp_path / "no.pth"), data=data)
+    late = functools.partial(come_late, late)
+    body = functools.partial(train_after, late, "--resume", str(tmp_path / "no.pth"), data=data)
     results = run_processes([body] * 3, (), tmp_path)
     assert [status for status, _ in results] == [2, 2, 2], results
     output = "".join(output for _, output in results)

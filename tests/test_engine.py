@@ -2,29 +2,30 @@
 
 import math
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deit.train.distributed import DistContext, RankInfo
+from deit.train.distributed import DistContext
 from deit.train.ema import ModelEma
 from deit.train.engine import (
     NonFiniteLossError,
     Precision,
     RunningLoss,
     TrainStep,
-    describe,
     evaluate,
     lower_precision,
     train_one_epoch,
 )
 from deit.train.losses import TrainingLoss
+from deit.train.resume import Progress
 from deit.train.stopping import StopAgreement, Stopped, forget_stop, request_stop
 
 CPU = torch.device("cpu")
-PROCESSES = DistContext(RankInfo(), CPU)
+PROCESSES = DistContext(CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -50,18 +51,28 @@ def make_batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Te
     ]
 
 
-def make_train_step(net: nn.Module, **kwargs) -> TrainStep:
-    kwargs.setdefault("optimizer", torch.optim.SGD(net.parameters(), lr=0.1))
-    kwargs.setdefault("schedule", lambda updates: None)
-    kwargs.setdefault("precision", Precision(CPU, None))
-    return TrainStep(net, TrainingLoss(nn.CrossEntropyLoss()), **kwargs)
+def make_train_step(net: nn.Module, device=CPU, precision=None, epoch=0, **kwargs) -> TrainStep:
+    """`state.seen` has the numbers of updates that the schedule is told."""
+    state = SimpleNamespace(
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        precision=precision or Precision(CPU, None),
+        processes=DistContext(device),
+        running=RunningLoss(device),
+        progress=Progress(epoch=epoch),
+        seen=(seen := []),
+        schedule=SimpleNamespace(step_update=seen.append),
+    )
+    return TrainStep(net, TrainingLoss(nn.CrossEntropyLoss()), state, **kwargs)
 
 
-def run_epoch(train_step: TrainStep, batches, **kwargs) -> float:
-    options = {"updates": len(batches), "start": 0, "done_before": 0, "on_update": lambda *_: None}
-    options |= {"running": RunningLoss.on(CPU), "processes": PROCESSES}
-    options |= {"agreement": StopAgreement()} | kwargs
-    return train_one_epoch(train_step, iter(batches), **options)
+def run_epoch(train_step: TrainStep, batches, on_update=lambda *_: None) -> float:
+    return train_one_epoch(
+        train_step,
+        iter(batches),
+        updates=len(batches),
+        agreement=StopAgreement(),
+        on_update=on_update,
+    )
 
 
 def test_epoch_by_hand():
@@ -69,9 +80,8 @@ def test_epoch_by_hand():
     batches = make_batches(3)
     net, twin = make_net(), make_net()
     ema = ModelEma(net, 0.9)
-    seen = []
-    train_step = make_train_step(net, ema=ema, schedule=seen.append)
-    mean = run_epoch(train_step, batches, done_before=10)
+    train_step = make_train_step(net, ema=ema, epoch=4)
+    mean = run_epoch(train_step, batches)
 
     average = {name: value.clone() for name, value in twin.state_dict().items()}
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
@@ -88,7 +98,7 @@ def test_epoch_by_hand():
             else:
                 average[name] = value.clone()
     assert mean == pytest.approx(sum(losses) / 3, abs=1e-6)
-    assert seen == [11, 12, 13]
+    assert train_step.state.seen == [13, 14, 15]
     for name, value in twin.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
         torch.testing.assert_close(ema.module.state_dict()[name], average[name])
@@ -141,14 +151,14 @@ class NoHostSync(TorchDispatchMode):
 
 
 def test_an_update_waits_for_nothing():
-    net, running = make_net(), RunningLoss.on(CPU)
+    net = make_net()
     train_step = make_train_step(net, ema=ModelEma(net, 0.9), clip_grad=1.0)
     batches = iter(make_batches(3))
-    train_step.update(batches, running, 0)
+    train_step.update(batches, 0)
     with NoHostSync():
-        train_step.update(batches, running, 1)
+        train_step.update(batches, 1)
         with pytest.raises(AssertionError, match="waits"):
-            running.total.item()
+            train_step.state.running.total.item()
 
 
 def test_clipping_limits_the_gradient():
@@ -177,13 +187,15 @@ def test_non_finite_loss_names_its_step_and_stops(broken):
 
 
 def test_the_first_bad_step_is_remembered_until_somebody_looks():
-    running = RunningLoss.on(CPU)
+    running = RunningLoss(CPU)
     for number, value in enumerate([1.0, math.nan, 2.0, math.inf]):
         running.add(torch.tensor(value), 2, number)
-    assert running.reduce(PROCESSES)[2] == 1
-    running.reset()
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        running.mean(PROCESSES)
+    running = RunningLoss(CPU)
     running.add(torch.tensor(3.0), 2, 0)
-    assert running.reduce(PROCESSES) == (6.0, 2, None)
+    running.add(torch.tensor(6.0), 4, 1)
+    assert running.mean(PROCESSES) == 5.0
 
 
 def test_stop_comes_after_the_update_that_is_under_way():
@@ -225,7 +237,7 @@ def test_evaluation(pad):
     assert scores.acc1 == pytest.approx((logits.argmax(1) == targets).float().mean().item() * 100)
     assert scores.acc5 == 100
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
-    assert describe(scores).startswith(f"* Acc@1 {scores.acc1:.3f} Acc@5 100.000 loss ")
+    assert str(scores).startswith(f"* Acc@1 {scores.acc1:.3f} Acc@5 100.000 loss ")
 
 
 @pytest.mark.parametrize(("real", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -254,7 +266,6 @@ def test_float16_scales_the_loss():
     precision = Precision.choose(device, use_amp=True, name="float16")
     assert precision.scaler.is_enabled()
     batches = [(images.to(device), targets.to(device)) for images, targets in make_batches(3)]
-    options = {"running": RunningLoss.on(device), "processes": DistContext(RankInfo(), device)}
-    loss = run_epoch(make_train_step(net, precision=precision), batches, **options)
+    loss = run_epoch(make_train_step(net, device, precision), batches)
     assert math.isfinite(loss)
     assert precision.scaler.get_scale() > 1

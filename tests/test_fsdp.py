@@ -9,45 +9,35 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from timm.optim import Lamb
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from training_runs import run_processes
+from training_runs import TINY_NETWORKS, run_processes
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
-from deit.train.distributed import SHARDS_ON_CPU, DistContext, RankInfo, blocks_of, shard
+from deit.train.distributed import SHARDS_ON_CPU, DistContext, blocks_of, shard
 
-FAMILIES = {
-    "d2_deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
-    "hybrid_deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
-    "deit_tiny_patch16_LS": {"img_size": 32, "depth": 2},
-    "resmlp_equi_d2_12": {"img_size": 32, "depth": 2},
-    "resmlp_12": {"img_size": 32, "depth": 2},
-    "d2_convnext_isotropic_small": {"depth": 2},
-    "convnext_isotropic_small": {"depth": 2},
-    "d2_convnext_tiny": {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)},
-    "convnext_tiny": {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)},
-    "regnety_002": {},
-}
 shards_on_cpu = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=3, **FAMILIES[name])
+    return timm.create_model(name, num_classes=3, **TINY_NETWORKS[name])
 
 
 def test_blocks_are_modules_that_are_called():
-    for name in [name for name in FAMILIES if name != "regnety_002"]:
+    for name in TINY_NETWORKS:
         model = build(name)
         blocks, called = blocks_of(model), set()
         for block in blocks:
             block.register_forward_hook(lambda module, *_, called=called: called.add(module))
         model(torch.zeros(1, 3, 32, 32))
         assert called == set(blocks), name
-        assert len(blocks) == sum(FAMILIES[name].get("depths", (2,))), name
+        assert len(blocks) == sum(TINY_NETWORKS[name].get("depths", (2,))), name
     with pytest.raises(UserError, match="RegNet has neither 'blocks' nor 'stages'"):
-        blocks_of(build("regnety_002"))
+        blocks_of(timm.create_model("regnety_002"))
 
 
 def images(rank: int) -> torch.Tensor:
@@ -83,7 +73,7 @@ def joined(body, rendezvous: str) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    body(rank, DistContext(RankInfo(rank, 2), torch.device("cpu")))
+    body(rank, DistContext(torch.device("cpu"), rank, 2))
     dist.destroy_process_group()
 
 
@@ -92,6 +82,7 @@ def note_dtype(seen: set, module: nn.Module, inputs: tuple) -> None:
 
 
 def shard_in_bfloat16(rank: int, processes: DistContext) -> None:
+    """Mixed precision gathers what autocast computes in."""
     for name in ("d2_deit_tiny_patch16_LS", "d2_convnext_tiny", "resmlp_equi_d2_12"):
         model = build(name)
         whole = torch.cat([images(0), images(1)])
@@ -108,6 +99,36 @@ def shard_in_bfloat16(rank: int, processes: DistContext) -> None:
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def lamb_steps(network: nn.Module, foreach: bool, part: slice) -> dict[str, torch.Tensor]:
+    """The weights after five updates, of which some parameters decay."""
+    params = list(network.parameters())
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1}]
+    groups += [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = Lamb(groups, lr=0.05, foreach=foreach)
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))[part]
+    for _ in range(5):
+        optimizer.zero_grad()
+        network(x).square().mean().mul(100).backward()
+        optimizer.step()
+    named = network.named_parameters()
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named}
+
+
+def shard_with_lamb(rank: int, processes: DistContext) -> None:
+    """The last layer's single row lies on one process alone, the other's shard is empty."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 1))
+    start = copy.deepcopy(network.state_dict())
+    whole = lamb_steps(copy.deepcopy(network), False, slice(None))
+    for foreach in (False, True):
+        sharded = copy.deepcopy(network)
+        fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        for name, value in lamb_steps(sharded, foreach, slice(rank, None, 2)).items():
+            assert (value - start[name]).abs().max() > 1e-2
+            torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
+
+
 @shards_on_cpu
-def test_mixed_precision_gathers_what_autocast_computes_in(tmp_path):
-    in_two_processes(shard_in_bfloat16, tmp_path)
+@pytest.mark.parametrize("body", [shard_in_bfloat16, shard_with_lamb])
+def test_two_processes(body, tmp_path):
+    in_two_processes(body, tmp_path)

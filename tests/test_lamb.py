@@ -1,16 +1,10 @@
-"""timm's LAMB makes apex's updates, in its corner cases, and sharded."""
-
-import copy
+"""timm's LAMB makes apex's updates, in its corner cases."""
 
 import apex_double
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.optim import Lamb
 from torch import nn
-
-from deit.train.distributed import SHARDS_ON_CPU
 
 SHAPES = [(5, 7), (7,), (1, 3, 6), (4, 3, 2, 2), (1,), ()]
 
@@ -62,50 +56,3 @@ def test_first_step_by_hand(lamb):
     expected = torch.tensor([3.0, 4.0]) - 0.1 * 5 / update.norm() * update
     torch.testing.assert_close(p.detach(), expected)
     assert torch.equal(p.grad, torch.tensor([6.0, -8.0])), "clipping must not touch the gradient"
-
-
-def _network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 1))
-
-
-def _train_network(network, foreach, rank=0, world_size=1):
-    params = list(network.parameters())
-    decays = [{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1}]
-    decays += [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = Lamb(decays, lr=0.05, foreach=foreach)
-    images = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
-    for _ in range(5):
-        optimizer.zero_grad()
-        network(images[rank::world_size]).square().mean().mul(100).backward()
-        optimizer.step()
-
-
-def _sharded(rank, address, folder):
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for foreach in (False, True):
-        network = _network()
-        fully_shard(network, mesh=mesh)
-        _train_network(network, foreach, rank, 2)
-        state = {name: p.full_tensor().detach() for name, p in network.named_parameters()}
-        if rank == 0:
-            torch.save(state, f"{folder}/{foreach}.pth")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
-def test_sharded_over_two_processes(tmp_path):
-    """The last layer's single row lies on one process alone, the other's shard is empty."""
-    mp.spawn(_sharded, args=(f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
-    network = _network()
-    start = copy.deepcopy(network.state_dict())
-    _train_network(network, foreach=False)
-    for foreach in (False, True):
-        sharded = torch.load(tmp_path / f"{foreach}.pth")
-        for name, value in network.state_dict().items():
-            assert (value - start[name]).abs().max() > 1e-2
-            torch.testing.assert_close(sharded[name], value, rtol=1e-5, atol=1e-6)

@@ -1,11 +1,9 @@
-"""Accuracy is exact for every split of the data over batches and processes."""
+"""Accuracy is exact for every split of the data over batches (test_distributed: processes)."""
 
 import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from deit.train.metrics import Accuracy
 
@@ -52,23 +50,3 @@ def test_nan_is_never_correct_and_empty_is_an_error():
     assert math.isnan(scores.loss)
     with pytest.raises(ValueError, match="empty"):
         Accuracy().compute()
-
-
-def _process(rank, world_size, address):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    logits, targets = data()
-    accuracy = Accuracy()
-    # The processes have different numbers of batches, the last one has none with an image.
-    shares = {0: slice(0, 90), 1: slice(90, 103), 2: slice(0, 0)}
-    for batch in zip(logits[shares[rank]].split(16), targets[shares[rank]].split(16), strict=True):
-        accuracy.update(*batch)
-    scores = accuracy.compute(distributed=True)
-    assert scores.acc1 == by_hand(logits, targets, 1) / 103
-    assert scores.acc5 == by_hand(logits, targets, 5) / 103
-    assert scores.count == 103
-    dist.destroy_process_group()
-
-
-def test_exact_over_processes_with_unequal_shares(tmp_path):
-    mp.spawn(_process, args=(3, f"file://{tmp_path}/rendezvous"), nprocs=3)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from deit.errors import UserError
 from deit.train.args import parse_args
-from deit.train.distributed import DistContext, RankInfo
+from deit.train.distributed import DistContext
 from deit.train.folder import read_log
 from deit.train.reporting import Reporter, draw_curves, duration, environment, memory_used
 
@@ -29,17 +29,19 @@ RECORD = {
 }
 
 
-def make_reporter(*argv, rank=0, folder=None) -> Reporter:
+def make_reporter(*argv, rank=0, folder=None, history=()) -> Reporter:
     words = ["--epochs", "3", "--log-interval", "2", *argv]
     args = parse_args(words + (["--output-dir", str(folder)] if folder else []))
-    processes = DistContext(RankInfo(rank, 2), CPU)
-    return Reporter(args, processes, updates=4, images=8, config={"a": 1})
+    processes = DistContext(CPU, rank, 2)
+    return Reporter(args, processes, updates=4, images=8, config={"a": 1}, history=history)
 
 
-def test_duration():
-    assert duration(59.9) == "0:00:59"
-    assert duration(3600 + 62) == "1:01:02"
-    assert duration(2 * 86400 + 5) == "2d 0:00:05"
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59.9, "0:00:59"), (3662, "1:01:02"), (86400, "1d 0:00:00"), (2 * 86400 + 5, "2d 0:00:05")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
@@ -89,7 +91,7 @@ def test_log_is_cut_back_to_what_a_checkpoint_knows(tmp_path):
     with (tmp_path / "log.txt").open("a") as file:
         file.write('{"epoch": 3, "tra')
     assert [record["epoch"] for record in read_log(tmp_path)] == [0, 1, 2]
-    make_reporter(folder=tmp_path).restore(read_log(tmp_path)[:2])
+    make_reporter(folder=tmp_path, history=read_log(tmp_path)[:2])
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1]
 

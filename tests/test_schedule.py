@@ -10,7 +10,7 @@ from torch import nn
 
 from deit.errors import UserError
 from deit.train.args import parse_args
-from deit.train.schedule import build_scheduler
+from deit.train.schedule import TrainingSchedule
 
 EPOCHS, UPDATES = 10, 20
 TOTAL = EPOCHS * UPDATES
@@ -30,7 +30,7 @@ def make(optimizer, **settings):
     """The schedule of these options, by default a cosine to 0 without a warm-up."""
     plain = {"epochs": EPOCHS, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0}
     args = Namespace(**(vars(parse_args([])) | plain | settings))
-    return build_scheduler(optimizer, args, UPDATES)
+    return TrainingSchedule(optimizer, args, UPDATES)
 
 
 def course(updates=TOTAL + 5, **settings):
@@ -46,71 +46,61 @@ def course(updates=TOTAL + 5, **settings):
 
 
 def cosine(t, total, low):
-    return low + (BASE - low) * (1 + math.cos(math.pi * t / total)) / 2
+    return low + (BASE - low) * (1 + math.cos(math.pi * min(t / total, 1))) / 2
 
 
-def test_cosine_per_update_with_the_published_warm_up():
-    rates = course(sched="cosine", min_lr=1e-3, warmup_epochs=2, warmup_lr=1e-2)
-    for t in range(2 * UPDATES):
-        assert rates[t] == pytest.approx(1e-2 + (BASE - 1e-2) * t / (2 * UPDATES))
-    for t in range(2 * UPDATES, TOTAL):
-        assert rates[t] == pytest.approx(cosine(t, TOTAL, 1e-3))
-    assert rates[TOTAL:] == [1e-3] * 5
+def rise(t, total, low):
+    return low + (BASE - low) * t / total
 
 
-def test_cosine_that_starts_after_the_warm_up():
-    rates = course(sched="cosine", min_lr=1e-6, warmup_epochs=2, warmup_prefix=True)
-    assert rates[0] == 0
-    assert rates[2 * UPDATES] == pytest.approx(BASE), "the whole learning rate is reached"
-    for t in range(2 * UPDATES, TOTAL):
-        assert rates[t] == pytest.approx(cosine(t - 2 * UPDATES, TOTAL - 2 * UPDATES, 1e-6))
+def late(t):
+    """The published DeiT scheduler is told of an epoch after its end."""
+    return max(t // UPDATES - 1, 0)
 
 
-def test_published_deit_course_is_an_epoch_late():
-    """The scheduler is told of an epoch after its end, by timm's formula in epochs."""
-    settings = {"warmup_epochs": 3, "warmup_lr": 1e-3, "min_lr": 1e-2}
-    rates = course(sched="cosine", sched_as_published="deit", **settings)
-    for t in range(TOTAL):
-        epoch = max(t // UPDATES - 1, 0)
-        if epoch < 3:
-            expected = 1e-3 + epoch * (BASE - 1e-3) / 3
-        else:
-            expected = cosine(epoch, EPOCHS, 1e-2)
-        assert rates[t] == pytest.approx(expected)
-    assert rates[: 2 * UPDATES] == [1e-3] * (2 * UPDATES)
-    stepped = course(sched="step", sched_as_published="deit", decay_epochs=2)
-    assert stepped[:TOTAL] == pytest.approx(
-        [BASE * 0.1 ** (max(t // UPDATES - 1, 0) // 2) for t in range(TOTAL)]
-    )
+START = 2 * UPDATES
+WARM_UP = {"warmup_epochs": 2, "warmup_lr": 1e-2, "min_lr": 1e-3}
+COURSES = [
+    (WARM_UP, lambda t: rise(t, START, 1e-2) if t < START else cosine(t, TOTAL, 1e-3)),
+    (WARM_UP | {"warmup_steps": -1},
+     lambda t: rise(t, START, 1e-2) if t < START else cosine(t, TOTAL, 1e-3)),
+    (WARM_UP | {"warmup_steps": 30},
+     lambda t: rise(t, 30, 1e-2) if t < 30 else cosine(t, TOTAL, 1e-3)),
+    (WARM_UP | {"warmup_prefix": True},
+     lambda t: rise(t, START, 1e-2) if t < START else cosine(t - START, TOTAL - START, 1e-3)),
+    (WARM_UP | {"sched_as_published": "deit"},
+     lambda t: rise(late(t), 2, 1e-2) if late(t) < 2 else cosine(late(t), EPOCHS, 1e-3)),
+    ({"sched": "step", "decay_epochs": 2, "sched_as_published": "deit"},
+     lambda t: BASE * 0.1 ** (late(t) // 2)),
+    ({"sched": "step", "decay_epochs": 2.5}, lambda t: BASE * 0.1 ** (t // 50)),
+    ({"sched": "constant"}, lambda t: BASE),
+    ({"sched": "poly", "decay_rate": 2.0, "min_lr": 0.1},
+     lambda t: 0.1 + (BASE - 0.1) * max(1 - t / TOTAL, 0) ** 2),
+    ({"sched": "tanh", "min_lr": 0.1},
+     lambda t: 0.1 + (BASE - 0.1) * (1 - math.tanh(10 * t / TOTAL - 7)) / 2 * (t < TOTAL)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "expected"), COURSES)
+def test_course(settings, expected):
+    rates = course(**settings)
+    assert rates == pytest.approx([expected(t) for t in range(TOTAL + 5)])
 
 
 @pytest.mark.parametrize("warmup", [0, 2, 0.05])
 def test_published_convnext_course_is_a_table(warmup):
     """Its warm-up is numpy's linspace from 0, ends included; the cosine takes the rest."""
     settings = {"warmup_epochs": warmup, "warmup_lr": 1e-3, "min_lr": 1e-2}
-    rates = course(sched="cosine", sched_as_published="convnext", **settings)
+    rates = course(sched_as_published="convnext", **settings)
     start = round(warmup * UPDATES)
-    after = range(TOTAL - start)
     table = [*np.linspace(0, BASE, start)] if start else []
-    table += [1e-2 + 0.5 * (BASE - 1e-2) * (1 + math.cos(math.pi * i / len(after))) for i in after]
-    assert rates[:TOTAL] == pytest.approx(table)
-    assert rates[TOTAL:] == pytest.approx([1e-2] * 5), "no second cosine"
-
-
-def test_step_constant_tanh_and_poly():
-    rates = course(sched="step", decay_epochs=2.5, decay_rate=0.1)
-    assert rates == pytest.approx([BASE * 0.1 ** (t // 50) for t in range(TOTAL + 5)])
-    assert course(sched="constant") == [BASE] * (TOTAL + 5)
-    rates = course(sched="poly", decay_rate=2.0, min_lr=0.1)
-    assert rates[TOTAL // 2] == pytest.approx(0.1 + (BASE - 0.1) * 0.25)
-    rates = course(sched="tanh", min_lr=0.1)
-    assert rates[0] > rates[TOTAL // 2] > rates[TOTAL - 1] > 0.1
-    assert rates[TOTAL] == 0.1
+    table += [cosine(i, TOTAL - start, 1e-2) for i in range(TOTAL - start)]
+    assert rates == pytest.approx(table + [1e-2] * 5), "no second cosine"
 
 
 def test_noise_where_asked_for_and_the_same_every_time():
-    settings = {"sched": "cosine", "lr_noise": [0.25, 0.5], "lr_noise_pct": 0.1, "seed": 3}
-    rates, quiet = course(**settings), course(sched="cosine")
+    settings = {"lr_noise": [0.25, 0.5], "lr_noise_pct": 0.1, "seed": 3}
+    rates, quiet = course(**settings), course()
     noisy = [t for t in range(TOTAL) if rates[t] != quiet[t]]
     assert noisy == list(range(TOTAL // 4, TOTAL // 2))
     assert max(abs(rates[t] / quiet[t] - 1) for t in noisy) < 0.1
@@ -143,12 +133,12 @@ def test_plateau():
     assert optimizer.param_groups[0]["lr"] == 0
     schedule.step_update(UPDATES // 2)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(BASE / 2)
-    schedule.step(0, 99.0)  # during the warm-up: does not count
+    schedule.step(99.0)  # during the warm-up: does not count
     rates = []
     metrics = [50, 60, 60, float("nan"), 0, 0, 0, 0, 61, 61, 60, 0, 0, 0]
     for epoch, metric in enumerate(metrics, start=1):
         schedule.step_update(epoch * UPDATES)
-        schedule.step(epoch, metric)
+        schedule.step(metric)
         rates.append(optimizer.param_groups[0]["lr"] / BASE)
     # Two without a best: reduced; two of cooldown, and two again; the last one meets min_lr.
     low = 0.09 / BASE
@@ -166,7 +156,7 @@ def rates_of_a_run(settings, metrics, stop_at=None):
         rates.append([group["lr"] for group in optimizer.param_groups])
         schedule.step_update(n)
         if n % UPDATES == 0:
-            schedule.step(n // UPDATES, metrics[n // UPDATES])
+            schedule.step(metrics[n // UPDATES])
         if n == stop_at:
             saved = optimizer.state_dict(), schedule.state_dict()
             optimizer = make_optimizer()
@@ -181,8 +171,8 @@ def rates_of_a_run(settings, metrics, stop_at=None):
     "settings",
     [
         PLATEAU,
-        {"sched": "cosine", "warmup_epochs": 2, "lr_noise": [0.1, 0.9]},
-        {"sched": "cosine", "warmup_epochs": 2, "sched_as_published": "convnext"},
+        {"warmup_epochs": 2, "lr_noise": [0.1, 0.9]},
+        {"warmup_epochs": 2, "sched_as_published": "convnext"},
     ],
     ids=["plateau", "cosine", "convnext"],
 )
@@ -196,32 +186,23 @@ def test_resuming_changes_nothing(settings, stop_at):
 def test_a_published_state_is_passed_over():
     """It counts epochs: taken over as it is, it would stop the learning rate from changing."""
     optimizer = make_optimizer()
-    schedule = make(optimizer, sched="cosine")
-    published = {"t_in_epochs": True, "base_values": [9.0, 9.0], "t_initial": 300}
-    assert schedule.load_state_dict(published)
+    schedule = make(optimizer)
+    assert schedule.load_state_dict({"t_in_epochs": True, "base_values": [9.0], "t_initial": 300})
     schedule.step_update(TOTAL // 2)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(BASE / 2)
+    plateau = make(make_optimizer(), **PLATEAU)
+    assert not plateau.load_state_dict({"best": 70.0, "last_epoch": 3}), "what it had seen is lost"
+    assert plateau.load_state_dict(make(make_optimizer(), **PLATEAU).state_dict())
 
 
-def test_what_plateau_had_seen_is_lost_with_a_published_state():
-    schedule = make(make_optimizer(), **PLATEAU)
-    assert not schedule.load_state_dict({"best": 70.0, "last_epoch": 3})
-    assert schedule.load_state_dict(make(make_optimizer(), **PLATEAU).state_dict())
-
-
-def test_a_warm_up_in_updates():
-    settings = {"min_lr": 1e-3, "warmup_lr": 1e-2}
-    for steps, epochs in ((30, 1.5), (0, 2), (-1, 2)):
-        rates = course(warmup_steps=steps, warmup_epochs=2, **settings)
-        assert rates == course(warmup_epochs=epochs, **settings)
-
-
-def test_wrong_settings():
-    with pytest.raises(UserError, match=r"--sched.*'cosin'.*cosine"):
-        parse_args(["--sched", "cosin"])
-    with pytest.raises(UserError, match="convnext is a cosine, not --sched step"):
-        course(sched="step", sched_as_published="convnext")
-    with pytest.raises(UserError, match="not --sched plateau"):
-        course(sched="plateau", sched_as_published="deit")
-    with pytest.raises(UserError, match="warm-up of 10 epochs leaves none of the 10"):
-        course(warmup_epochs=10, warmup_prefix=True)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sched": "step", "sched_as_published": "convnext"}, "convnext is a cosine, not --sched"),
+        ({"sched": "plateau", "sched_as_published": "deit"}, "not --sched plateau"),
+        ({"warmup_epochs": 10, "warmup_prefix": True}, "of 10 epochs leaves none of the 10"),
+    ],
+)
+def test_wrong_settings(settings, words):
+    with pytest.raises(UserError, match=words):
+        course(**settings)

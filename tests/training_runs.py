@@ -42,6 +42,21 @@ PLAIN = (
 )
 
 
+# The names of networks of each family, at their smallest for images of 32 pixels.
+_SHALLOW = {"img_size": 32, "depth": 2}
+TINY_NETWORKS: dict[str, dict[str, Any]] = {
+    "d2_deit_tiny_patch16_LS": _SHALLOW,
+    "hybrid_deit_tiny_patch16_LS": _SHALLOW,
+    "deit_tiny_patch16_LS": _SHALLOW,
+    "resmlp_equi_d2_12": _SHALLOW,
+    "resmlp_12": _SHALLOW,
+    "d2_convnext_isotropic_small": {"depth": 2},
+    "convnext_isotropic_small": {"depth": 2},
+    "d2_convnext_tiny": {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)},
+    "convnext_tiny": {"depths": (1, 2, 1, 1), "dims": (8, 16, 32, 64)},
+}
+
+
 def make_images(folder: Path) -> Path:
     """An IMNET folder of small random images, train/ and val/, with unequal classes."""
     rng = np.random.default_rng(0)
@@ -161,4 +176,4 @@ def run_processes(
 def optimizer_for(model: nn.Module, lr: float = 0.1, **options: Any) -> torch.optim.Optimizer:
     """The optimizer of these options, by default AdamW without weight decay."""
     defaults = vars(parse_args([])) | {"weight_decay": 0.0}
-    return build_optimizer(model, Namespace(**(defaults | options)), lr)
+    return build_optimizer(model, Namespace(**(defaults | options)), lr)[0]

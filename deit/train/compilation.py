@@ -7,8 +7,6 @@ from torch import nn
 
 from deit.train.distributed import blocks_of
 
-__all__ = ["compile_network"]
-
 # Blocks share their code, which torch compiles anew for each width, for training and evaluation,
 # for frozen weights; beyond its own limit, 8, it would run them without compilation.
 GRAPHS = 64

@@ -14,10 +14,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ ARRIVAL = timedelta(minutes=5)
 """Processes may start so far apart."""
 # FSDP2 records events in streams, which those of CPUs in torch 2.6 cannot.
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True)
@@ -59,60 +63,41 @@ class RankInfo:
         Raises:
             UserError: the variables are incomplete, or contradict `world_size`.
         """
-        if not ("RANK" in environ and "WORLD_SIZE" in environ):
-            # A batch script has all of Slurm's variables but the step's.
-            if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
-                if world_size > 1:
-                    raise UserError(
-                        f"--world-size {world_size}, but no launcher started the processes: use "
-                        f"torchrun --nproc-per-node {world_size} deit/main.py ..."
-                    )
-                return cls(url=url)
-            environ = _from_slurm(environ)
-            if url == "env://":
-                url = f"tcp://{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
-        rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-        local_rank = _integer(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank
-        meeting = environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")
-        if url == "env://" and size > 1 and not meeting:
-            raise UserError("RANK is set but not MASTER_ADDR and MASTER_PORT: start by torchrun")
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            names = _TORCHRUN
+        elif "SLURM_STEP_ID" in environ:  # a batch script has all of Slurm's variables but a step's
+            names = _SRUN
+            url = _url_of_step(environ) if url == "env://" else url
+        elif world_size > 1:
+            raise UserError(
+                f"--world-size {world_size}, but no launcher started the processes: use "
+                f"torchrun --nproc-per-node {world_size} deit/main.py ..."
+            )
+        else:
+            return cls(url=url)
+        values = [environ.get(name, environ[names[0]]) for name in names]
+        if not all(value.isdecimal() for value in values):
+            raise UserError(f"{', '.join(names)} are {', '.join(values)}: not all are numbers")
+        rank, size, local_rank = map(int, values)
         if world_size not in (1, size):
             raise UserError(f"--world-size {world_size}, but the launcher started {size} processes")
-        if not 0 <= rank < size:
+        if rank >= size:
             raise UserError(f"rank {rank} does not exist among {size} processes")
         return cls(rank, size, local_rank, url)
 
 
+def _url_of_step(environ: Mapping[str, str]) -> str:
+    """Where the tasks of a job step of Slurm meet, unless MASTER_ADDR and MASTER_PORT say it."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
+    # A port that all tasks of a step agree on, and two steps of a node hardly share.
+    step = int(environ.get("SLURM_JOB_ID", "0")) * 7 + int(environ["SLURM_STEP_ID"])
+    host = environ.get("MASTER_ADDR") or first_host(nodes)
+    return f"tcp://{host}:{environ.get('MASTER_PORT') or 20000 + step % 20000}"
+
+
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: `gpu[03-05,9],n7` is `gpu03`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
-    if first is None:
-        raise UserError(f"cannot read the Slurm node list {nodelist!r}")
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
-
-
-def _from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for a process that srun started."""
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    # A port that all tasks of a job step agree on, and two steps of a node hardly share.
-    step = int(environ.get("SLURM_JOB_ID", "0")) * 7 + int(environ["SLURM_STEP_ID"])
-    host = environ.get("MASTER_ADDR") or (first_host(nodes) if nodes else "localhost")
-    return {
-        "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", ""),
-        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": host,
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(20000 + step % 20000),
-    }
-
-
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise UserError(
-            f"the environment variable {name} is {environ[name]!r}, not a number"
-        ) from None
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodelist).split(",")[0]
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -121,11 +106,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         UserError: the device is not there.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    there = torch.cuda.is_available()
+    device = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
+        if not there:
             built = "" if torch.version.cuda or torch.version.hip else " (this PyTorch has no CUDA)"
             raise UserError(
                 f"--device {name}: no CUDA device is available{built}; use --device cpu"
@@ -142,19 +126,22 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+@dataclass
 class DistContext:
     """The processes of a job after they have met; the collectives that training needs.
 
-    Made by `connect`. With a single process every method is the trivial one.
+    Several are made by `connect`. With a single process every method is the trivial one.
     """
 
-    def __init__(self, info: RankInfo, device: torch.device) -> None:
-        self.rank = info.rank
-        self.world_size = info.world_size
-        self.is_main = info.rank == 0
-        self.device = device
-        self.control: dist.ProcessGroup | None = None
-        """A gloo group for host-side messages, so that they never wait for the GPU."""
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    control: dist.ProcessGroup | None = None
+    """A gloo group for host-side messages, so that they never wait for the GPU."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, in the order of ranks, on every process."""
@@ -171,10 +158,8 @@ class DistContext:
         Raises:
             UserError: that of rank 0, on all ranks.
         """
-        if not self.is_main:
-            problem = self.gather(None)[0]
-            if problem is not None:
-                raise UserError(problem)
+        if not self.is_main and (problem := self.gather(None)[0]) is not None:
+            raise UserError(problem)
         try:
             yield
         except UserError as error:
@@ -187,16 +172,20 @@ class DistContext:
 
 
 @contextmanager
-def connect(info: RankInfo, device: torch.device, timeout: timedelta) -> Iterator[DistContext]:
+def connect(
+    info: RankInfo, device: torch.device, timeout: timedelta, last: Path | None = None
+) -> Iterator[DistContext]:
     """Meet the other processes; take everything down afterwards.
 
     Inside, a `UserError` that several processes find is raised by one of them. The others exit
-    without a word, and with one line those whose collective broke because another process ended.
+    without a word, and with one line those whose collective broke because another process ended
+    or hangs.
 
     Args:
         timeout: a collective that takes longer, because a process hangs, fails.
+        last: the file that `--resume auto` goes on from, once it is there.
     """
-    context = DistContext(info, device)
+    context = DistContext(device, info.rank, info.world_size)
     if info.world_size == 1:
         yield context
         return
@@ -214,12 +203,17 @@ def connect(info: RankInfo, device: torch.device, timeout: timedelta) -> Iterato
         broken = re.search("gloo|NCCL|pair closure|connection (closed|reset)", text, re.I)
         if not isinstance(error, dist.DistError) and not broken:
             raise
+        waited = re.search("(?<!connection )timed out|timeout", text, re.I)
         # A process that hangs may be the one that serves the store.
-        if not re.search("timed out|timeout", text, re.I) and _count(told, "any", 0) > 0:
+        if not waited and _count(told, "any", 0) > 0:
             raise SystemExit(EXIT_USER_ERROR) from None
+        what = f"lost the connection to another process, which may have ended: {text[:300]}"
+        if waited:
+            minutes = timeout.total_seconds() / 60
+            what = f"waited longer than --dist-timeout {minutes:g} (minutes) for another process"
+        again = f"; {last} is the last state, --resume auto goes on from it"
         print(
-            f"error: rank {info.rank} lost the connection to another process, which may have "
-            f"ended: {text[:300]}; --resume auto goes on from the last state",
+            f"error: rank {info.rank} {what}{again if last and last.exists() else ''}",
             file=sys.stderr,
             flush=True,
         )
@@ -287,21 +281,16 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     if hasattr(model, "blocks"):
         return _called(model.blocks)
     if hasattr(model, "stages"):
-        return [
-            block for stage in model.stages for block in _called(getattr(stage, "blocks", [stage]))
-        ]
+        return [b for stage in model.stages for b in _called(getattr(stage, "blocks", stage))]
     raise UserError(
         f"{type(model).__name__} has neither 'blocks' nor 'stages': omit --fsdp or --compile-blocks"
     )
 
 
-def _called(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    containers = (nn.Sequential, nn.ModuleList)
-    return [
-        block
-        for module in modules
-        for block in (_called(module) if isinstance(module, containers) else [module])
-    ]
+def _called(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return [block for part in module for block in _called(part)]
+    return [module]
 
 
 def shard(model: nn.Module, processes: DistContext, dtype: torch.dtype | None = None) -> nn.Module:
@@ -318,11 +307,8 @@ def shard(model: nn.Module, processes: DistContext, dtype: torch.dtype | None = 
     if processes.device.type == "cpu" and not SHARDS_ON_CPU:
         raise UserError(f"--fsdp: torch {torch.__version__} shards on GPUs only; use a later one")
     mesh = dist.device_mesh.init_device_mesh(processes.device.type, (processes.world_size,))
-    policy = MixedPrecisionPolicy()
-    if dtype is not None:
-        policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    summed = None if dtype is None else torch.float32
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=summed, cast_forward_inputs=False)
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)

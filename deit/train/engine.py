@@ -1,14 +1,13 @@
-"""One epoch of training, one evaluation."""
+"""One update, one epoch of training, one evaluation."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from timm.data.mixup import Mixup
@@ -24,6 +23,9 @@ from deit.train.ema import ModelEma
 from deit.train.losses import TrainingLoss
 from deit.train.metrics import Accuracy, Scores
 from deit.train.stopping import StopAgreement
+
+if TYPE_CHECKING:
+    from deit.train.resume import TrainingState
 
 # Updates between two looks at the loss on a GPU: each look waits for all queued work.
 _LOOK_EVERY = 20
@@ -74,23 +76,15 @@ class Precision:
         return "float32" if self.dtype is None else str(self.dtype).removeprefix("torch.")
 
 
-@dataclass
 class RunningLoss:
     """Sums over the images of an epoch on this process; they stay on the device between reports."""
 
-    total: Tensor
-    count: Tensor
-    first_bad: Tensor
-    """The first update whose loss was not finite, -1 if there was none."""
-
-    @classmethod
-    def on(cls, device: torch.device) -> RunningLoss:
+    def __init__(self, device: torch.device) -> None:
         real = torch.float32 if device.type == "mps" else torch.float64
-        return cls(
-            torch.zeros((), dtype=real, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-            torch.full((), -1, dtype=torch.int64, device=device),
-        )
+        self.total = torch.zeros((), dtype=real, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        # The first update whose loss was not finite, -1 if there was none.
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, loss: Tensor, images: int, update: int) -> None:
         """Take in the mean loss () over a batch, which belongs to number `update` of the epoch."""
@@ -100,25 +94,26 @@ class RunningLoss:
         new = ~torch.isfinite(loss) & (self.first_bad < 0)
         self.first_bad.masked_fill_(new, update)
 
-    def reduce(self, processes: DistContext) -> tuple[float, int, int | None]:
-        """(sum, count, first bad update or None) over all processes; waits for the device."""
+    def mean(self, processes: DistContext) -> float:
+        """The mean loss so far, over all processes; waits for the device.
+
+        Raises:
+            NonFiniteLossError: one of them was not finite.
+        """
         own = (self.total.item(), self.count.item(), self.first_bad.item())
-        totals, counts, bad = zip(*processes.gather(own), strict=True)
-        return sum(totals), sum(counts), min((n for n in bad if n >= 0), default=None)
+        totals, counts, first_bad = zip(*processes.gather(own), strict=True)
+        if bad := [number for number in first_bad if number >= 0]:
+            raise NonFiniteLossError(min(bad))
+        return sum(totals) / max(sum(counts), 1)
 
     def state(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name).cpu().clone() for f in fields(self)}
+        return {name: value.cpu().clone() for name, value in vars(self).items()}
 
     def add_state(self, state: Mapping[str, Tensor]) -> None:
         """Take in the sums that a process had saved."""
         self.total += state["total"].to(self.total)
         self.count += state["count"].to(self.count)
         self.first_bad.clamp_(min=state["first_bad"].to(self.first_bad))
-
-    def reset(self) -> None:
-        self.total.zero_()
-        self.count.zero_()
-        self.first_bad.fill_(-1)
 
 
 @dataclass
@@ -127,8 +122,7 @@ class TrainStep:
 
     Attributes:
         model: the network, wrapped in DDP or sharded if there are several processes.
-        schedule: called with the number of updates done since the start of the training; sets
-            learning rate and weight decay for the next one.
+        state: optimizer, schedule, precision, running loss: what an update changes.
         grad_accum_steps: batches whose gradients one update averages.
         clip_grad: largest global norm of the gradient, None for no clipping.
         train_mode: whether dropout and stochastic depth are on.
@@ -136,9 +130,7 @@ class TrainStep:
 
     model: nn.Module
     criterion: TrainingLoss
-    optimizer: Optimizer
-    schedule: Callable[[int], None]
-    precision: Precision
+    state: TrainingState
     mixup: Mixup | None = None
     ema: ModelEma | None = None
     grad_accum_steps: int = 1
@@ -146,58 +138,59 @@ class TrainStep:
     train_mode: bool = True
 
     def __post_init__(self) -> None:
-        self._second_order = needs_second_order(self.optimizer)
+        self._second_order = needs_second_order(self.state.optimizer)
         if self._second_order:  # `update` drops the gradients that the warning is about
             warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
-        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        self._bare = self.model.module if wrapped else self.model
+        groups = self.state.optimizer.param_groups
+        self._parameters = [p for group in groups for p in group["params"]]
 
-    def update(self, batches: Batches, running: RunningLoss, number: int) -> None:
+    def update(self, batches: Batches, number: int) -> None:
         """One optimizer update from the next `grad_accum_steps` batches.
 
         Args:
-            number: of the update in its epoch, for `running`.
+            number: of the update in its epoch, for the running loss.
         """
+        optimizer, precision = self.state.optimizer, self.state.precision
         for micro_step in range(self.grad_accum_steps):
             images, targets = next(batches)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             images = self.criterion.network_input(images)
+            # Fused attention has no second derivative.
+            attention = sdpa_kernel(SDPBackend.MATH) if self._second_order else nullcontext()
             with unsynchronised(self.model, last=micro_step == self.grad_accum_steps - 1):
-                with self.precision.autocast(), twice_differentiable(self._second_order):
+                with precision.autocast(), attention:
                     outputs = self.model(images)
                     loss = self.criterion(outputs, targets, images)
-                running.add(loss, len(targets), number)
-                scaled = self.precision.scaler.scale(loss / self.grad_accum_steps)
+                self.state.running.add(loss, len(targets), number)
+                scaled = precision.scaler.scale(loss / self.grad_accum_steps)
                 scaled.backward(create_graph=self._second_order)
-        scaler = self.precision.scaler
         if self.clip_grad is not None:
-            scaler.unscale_(self.optimizer)
+            precision.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
         try:
-            scaler.step(self.optimizer)
+            precision.scaler.step(optimizer)
         except RuntimeError as error:
             if "DTensor" not in str(error):
                 raise
-            name = type(self.optimizer).__name__
             raise UserError(
-                f"the optimizer {name} cannot update sharded weights (--fsdp)"
+                f"the optimizer {type(optimizer).__name__} cannot update sharded weights (--fsdp)"
             ) from error
-        scaler.update()
-        self.optimizer.zero_grad()  # apex's takes no argument
+        precision.scaler.update()
+        optimizer.zero_grad()  # apex's takes no argument
         if self.ema is not None:
-            self.ema.update(self._bare)
+            wrapped = isinstance(self.model, DistributedDataParallel)
+            self.ema.update(self.model.module if wrapped else self.model)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable values; of whole tensors, however they are sharded."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def needs_second_order(optimizer: Optimizer) -> bool:
     """Whether the optimizer differentiates the gradients it is given, as AdaHessian does."""
-    return bool(getattr(optimizer, "is_second_order", False))
-
-
-def twice_differentiable(wanted: bool) -> AbstractContextManager[None]:
-    """Compute attention by its formula where fused kernels have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+    return getattr(optimizer, "is_second_order", False)
 
 
 def train_one_epoch(
@@ -205,21 +198,15 @@ def train_one_epoch(
     batches: Batches,
     *,
     updates: int,
-    start: int,
-    done_before: int,
-    running: RunningLoss,
-    processes: DistContext,
     agreement: StopAgreement,
     on_update: Callable[[int, float | None], None],
 ) -> float:
-    """Train from update `start` of an epoch to its end.
+    """Train from where the progress of `train_step.state` stands to the end of its epoch.
 
     Args:
         batches: the running stream of (images (B, 3, H, W), targets (B,)) on the device, which is
             left where the next epoch begins.
         updates: optimizer updates in a whole epoch.
-        done_before: updates in all the epochs before this one.
-        running: the loss sums of this epoch so far.
         on_update: called after each update with the number of updates done in the epoch, and,
             where the device was waited for anyway, their mean loss.
 
@@ -230,33 +217,23 @@ def train_one_epoch(
         NonFiniteLossError: before any state of a later update can be saved.
         Stopped: between two updates, on all processes at the same one.
     """
+    state = train_step.state
+    processes, done_before = state.processes, state.progress.epoch * updates
     train_step.model.train(train_step.train_mode)
     train_step.criterion.train()
     look_every = 1 if processes.device.type == "cpu" else _LOOK_EVERY
     try:
-        for number in range(start, updates):
-            train_step.update(batches, running, number)
+        for number in range(state.progress.step, updates):
+            train_step.update(batches, number)
             done = number + 1
-            train_step.schedule(done_before + done)
+            state.schedule.step_update(done_before + done)
             sync_loss = done % look_every == 0 or done == updates
-            on_update(done, mean_loss(running, processes) if sync_loss else None)
+            on_update(done, state.running.mean(processes) if sync_loss else None)
             agreement.poll()
     finally:
         if train_step.ema is not None:
             train_step.ema.flush()
-    return mean_loss(running, processes)
-
-
-def mean_loss(running: RunningLoss, processes: DistContext) -> float:
-    """The mean loss so far, over all processes.
-
-    Raises:
-        NonFiniteLossError: one of them was not finite.
-    """
-    total, count, bad = running.reduce(processes)
-    if bad is not None:
-        raise NonFiniteLossError(bad)
-    return total / max(count, 1)
+    return state.running.mean(processes)
 
 
 @torch.no_grad()
@@ -275,30 +252,28 @@ def evaluate(
     Args:
         model: the network itself, not its DDP wrapper.
         loader: batches of at most `args.batch_size` images, of which ranks may have different
-            numbers.
-        args: of these `dist_eval`, with which each process has its own part of the data, and the
-            parts are summed; `compile`, with which the last batch is filled up, so that a compiled
-            network sees one shape; `flop_eval`, to evaluate the mirrored images too.
+            numbers: with `args.dist_eval` each process has its own part of the data.
+        args: with `compile` the last batch is filled up, so that the network sees one shape; with
+            `flop_eval` the mirrored images are evaluated too.
         on_batch: called with the numbers of batches done and to do.
 
     Raises:
         Stopped: between two batches, on all processes at the same one.
     """
     model.eval()
-    device = processes.device
-    accuracy = Accuracy(device)
+    accuracy = Accuracy(processes.device)
     own = len(loader)
     # All ranks go through the same number of steps: sharded weights are gathered, and stops
     # agreed on, by all of them together.
     steps = max(processes.gather(own))
     batches = iter(loader)
-    size, padded = args.input_size, args.batch_size if args.compile else 1
-    idle = torch.zeros(padded, 3, size, size, device=device)
+    size = args.batch_size if args.compile else 1
+    idle = torch.zeros(size, 3, args.input_size, args.input_size, device=processes.device)
     for step in range(steps):
         if step < own:
             images, targets = next(batches)
             count = len(images)
-            if count < padded:
+            if count < size:
                 images = torch.cat([images, idle[count:]])
             with precision.autocast():
                 logits = model(images)[:count]
@@ -306,32 +281,9 @@ def evaluate(
             accuracy.update(logits, targets, mirrored)
         elif isinstance(model, FSDPModule):
             with precision.autocast():
-                model(idle)
-                if args.flop_eval:
+                for _ in range(1 + args.flop_eval):
                     model(idle)
         on_batch(step + 1, steps)
         if agreement is not None:
             agreement.poll()
     return accuracy.compute(distributed=args.dist_eval and processes.world_size > 1)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """The number of trainable values; of whole tensors, however they are sharded."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def describe(scores: Scores) -> str:
-    """The line that evaluations of this family of networks print."""
-    text = f"* Acc@1 {scores.acc1:.3f} Acc@5 {scores.acc5:.3f} loss {scores.loss:.3f}"
-    if scores.mirrored is not None:
-        text += f" mirrored Acc@1 {scores.mirrored:.3f} same answer {scores.same:.3f}"
-    return text
-
-
-def as_log(scores: Scores, suffix: str = "") -> dict[str, Any]:
-    """The `test_*` entries of a line of log.txt, with `suffix` at the end of their names."""
-    log = {"test_loss": scores.loss, "test_acc1": scores.acc1, "test_acc5": scores.acc5}
-    if scores.mirrored is not None:
-        log |= {"test_flop_acc1": scores.mirrored, "test_flop_same": scores.same}
-    # JSON has no NaN
-    return {k + suffix: v if math.isfinite(v) else None for k, v in log.items()}

@@ -20,7 +20,7 @@ from deit.train.build import (
 from deit.train.checkpoint import Checkpoint
 from deit.train.compilation import compile_network
 from deit.train.distributed import DistContext
-from deit.train.engine import Precision, describe, evaluate
+from deit.train.engine import Precision, evaluate
 from deit.train.folder import LAST
 from deit.train.loading import DATA, NETWORK, adopt, classifier_weight, find_checkpoints
 from deit.train.weights import load_weights
@@ -74,7 +74,7 @@ def _evaluate(
             "no accuracy; try --no-use-amp, or --amp-dtype bfloat16"
         )
     if processes.is_main:
-        print(describe(scores))
+        print(scores)
         images = f"{scores.count} test images"
         print(f"Accuracy of the network on the {images}: {scores.acc1:.1f}%", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,21 @@ class Scores:
     bad: int = 0
     mirrored: float | None = None
     same: float | None = None
+
+    def __str__(self) -> str:
+        """The line that evaluations of this family of networks print."""
+        text = f"* Acc@1 {self.acc1:.3f} Acc@5 {self.acc5:.3f} loss {self.loss:.3f}"
+        if self.mirrored is not None:
+            text += f" mirrored Acc@1 {self.mirrored:.3f} same answer {self.same:.3f}"
+        return text
+
+    def as_log(self, suffix: str = "") -> dict[str, float | None]:
+        """The `test_*` entries of a line of log.txt, with `suffix` at the end of their names."""
+        log = {"test_loss": self.loss, "test_acc1": self.acc1, "test_acc5": self.acc5}
+        if self.mirrored is not None:
+            log |= {"test_flop_acc1": self.mirrored, "test_flop_same": self.same}
+        # JSON has no NaN
+        return {k + suffix: v if math.isfinite(v) else None for k, v in log.items()}
 
 
 class Accuracy:

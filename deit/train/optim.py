@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
 from collections.abc import Collection
 from fnmatch import fnmatchcase
@@ -16,10 +15,6 @@ from torch.optim import Optimizer
 
 from deit.errors import UserError, one_line, suggest
 
-_logger = logging.getLogger(__name__)
-
-# The batch size that learning rates are quoted for.
-REFERENCE_BATCH = 512
 # timm's names of the optimizers of torch that have a fused form.
 _FUSED = frozenset({"adam", "adamw"})
 # Embeddings are positions in feature space, not maps: shrinking them has no meaning. The parts of
@@ -27,9 +22,9 @@ _FUSED = frozenset({"adam", "adamw"})
 _TOKENS = frozenset({"pos_embed", "cls_token", "dist_token", "reg_token"})
 
 
-def scaled_lr(lr: float, global_batch: int) -> float:
-    """The learning rate for `global_batch` images an update, if `lr` is meant for 512."""
-    return lr * global_batch / REFERENCE_BATCH
+def peak_lr(args: Namespace, images: int) -> float:
+    """The learning rate after the warm-up, for updates of so many images; `--lr` is for 512."""
+    return args.lr if args.unscale_lr else args.lr * images / 512
 
 
 def decays(name: str, parameter: torch.Tensor, exempt: Collection[str] = ()) -> bool:
@@ -62,10 +57,7 @@ def decays_as_compiled(name: str, parameter: torch.Tensor) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    layer_decay: float = 1.0,
-    as_compiled: bool = False,
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, as_compiled: bool = False
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups of equal weight decay and learning rate.
 
@@ -79,34 +71,32 @@ def parameter_groups(
     Raises:
         UserError: nothing is trainable, or a layer decay for a network without `group_matcher`.
     """
+    kind = type(model).__name__
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     layers: dict[str, int] = {}
     if layer_decay != 1:
         if not hasattr(model, "group_matcher"):
             raise UserError(
-                f"{type(model).__name__} does not say what its layers are (no group_matcher): "
-                "layer decay must be 1"
+                f"{kind} does not say what its layers are (no group_matcher): layer decay must be 1"
             )
         layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values(), default=0)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decay = (
-            decays_as_compiled(name, parameter) if as_compiled else decays(name, parameter, exempt)
-        )
-        from_output = last - layers.get(name, last)
-        group = {
-            "params": [],
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = decays_as_compiled(name, p) if as_compiled else decays(name, p, exempt)
+            groups.setdefault((last - layers.get(name, last), decay), []).append(p)
+    if not groups:
+        raise UserError(f"{kind} has no trainable parameter")
+    return [
+        {
+            "params": parameters,
             "weight_decay": weight_decay if decay else 0.0,
             "wd_scale": float(decay),
             "lr_scale": layer_decay**from_output,
         }
-        groups.setdefault((from_output, decay), group)["params"].append(parameter)
-    if not groups:
-        raise UserError(f"{type(model).__name__} has no trainable parameter")
-    return list(groups.values())
+        for (from_output, decay), parameters in groups.items()
+    ]
 
 
 def freeze_shift(model: nn.Module) -> str:
@@ -123,13 +113,15 @@ def freeze_shift(model: nn.Module) -> str:
     return "" if shifts else "--freeze-shift has no effect: this network has no such shift"
 
 
-def build_optimizer(model: nn.Module, args: Namespace, lr: float) -> Optimizer:
+def build_optimizer(model: nn.Module, args: Namespace, lr: float) -> tuple[Optimizer, list[str]]:
     """The optimizer that the options `args` ask for, timm's `args.opt`.
 
     Adam and AdamW are torch's fused ones where the network is on a GPU. `fusedlamb` is apex's where
     that is installed and the network is on a GPU and not sharded, else timm's `lamb`, which makes
-    the same updates. The log says which. What an optimizer has no use for (betas, eps, momentum) is
-    ignored.
+    the same updates. What an optimizer has no use for (betas, eps, momentum) is ignored.
+
+    Returns:
+        The optimizer, and remarks for the user.
 
     Raises:
         UserError: an unknown optimizer, or one that does not take these settings.
@@ -149,26 +141,26 @@ def build_optimizer(model: nn.Module, args: Namespace, lr: float) -> Optimizer:
         settings["fused"] = True
     try:
         if name == "fusedlamb":
-            return _apex_lamb(groups, settings) or Lamb(groups, **settings)
-        return create_optimizer_v2(groups, opt=name, momentum=args.momentum, **settings)
+            return _fused_lamb(groups, settings)
+        return create_optimizer_v2(groups, opt=name, momentum=args.momentum, **settings), []
     except Exception as error:  # timm asserts, imports and raises whatever the optimizer does
         raise UserError(f"optimizer {args.opt!r} cannot be built: {one_line(error)}") from error
 
 
-def _apex_lamb(groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer | None:
-    """apex's FusedLAMB, None where its kernels are missing or cannot have the parameters."""
+def _fused_lamb(
+    groups: list[dict[str, Any]], settings: dict[str, Any]
+) -> tuple[Optimizer, list[str]]:
+    """apex's FusedLAMB, or timm's Lamb where its kernels cannot have the parameters; which."""
+    why = "that needs whole weights on a GPU"
     if _on_one_gpu(groups):
         try:
             from apex.optimizers import FusedLAMB
 
-            optimizer = FusedLAMB(groups, **settings)
+            return FusedLAMB(groups, **settings), ["--opt fusedlamb is apex's FusedLAMB"]
         except (ImportError, RuntimeError) as error:  # absent, or built without its extensions
-            _logger.info("apex's FusedLAMB is not available (%s)", one_line(error))
-        else:
-            _logger.info("LAMB is apex's FusedLAMB")
-            return optimizer
-    _logger.info("LAMB is timm's Lamb")
-    return None
+            why = one_line(error)
+    note = f"--opt fusedlamb is timm's Lamb, with the updates of apex's FusedLAMB: {why}"
+    return Lamb(groups, **settings), [note]
 
 
 def _on_gpu(groups: list[dict[str, Any]]) -> bool:

@@ -5,16 +5,18 @@ Only rank 0 speaks and writes. Without an output folder nothing is written.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
+import re
+import resource
 import shlex
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -78,39 +80,29 @@ def _git(*words: str) -> str | None:
 
 def duration(seconds: float) -> str:
     """`1:02:03`, or `2d 3:04:05`."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{f'{days}d ' if days else ''}{hour}:{minute:02d}:{second:02d}"
+    return re.sub(" days?, ", "d ", str(timedelta(seconds=int(seconds))))
 
 
 def memory_used(device: torch.device) -> int:
     """Bytes: the peak of what tensors took on a GPU, else the peak of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
     """Draw loss, accuracy and learning rate over the epochs as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (name, curves) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         for key, label in curves.items():
             points = [(r["epoch"] + 1, r[key]) for r in history if r.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker=".", linewidth=1.2)
         axes.set(xlabel="epoch", title=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -127,6 +119,7 @@ class Reporter:
         updates: in an epoch.
         images: that all processes take in one update.
         config: written to config.json.
+        history: the epochs that a resumed checkpoint has behind it, which log.txt is to hold.
         done: updates of the whole training that are behind us, when resuming.
 
     Raises:
@@ -141,44 +134,43 @@ class Reporter:
         updates: int,
         images: int,
         config: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]] = (),
         done: int = 0,
     ) -> None:
         self.active = processes.is_main
         self.folder = Path(args.output_dir) if args.output_dir and self.active else None
-        self.history: list[dict[str, Any]] = []
+        self.history = list(history)
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.active)
         self._args, self._device = args, processes.device
         self._updates, self._images = updates, images
         self._session_start, self._session_done = time.perf_counter(), 0
         self._bar: Progress | None = None
         self._loss = float("nan")
-        self._mark = (time.perf_counter(), 0)
         self._boards: dict[str, Any] = {}
-        if not self.active:
-            return
         if self.folder is not None:
             text = json.dumps(config, indent=2, sort_keys=True, default=str)
             write_text(self.folder / CONFIG_FILE, text + "\n")
-        if self.folder is not None or args.log_dir:
+            self._write_log()
+        if self.folder is not None or (args.log_dir and self.active):
             self._open_tensorboard(args.log_dir or self.folder / "tensorboard", done)
-        if args.wandb:
-            self._boards["Weights & Biases"] = self._open_wandb(config)
+        if args.wandb and self.active:
+            self._open_wandb(config)
 
     def _open_tensorboard(self, folder: str | Path, done: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(folder, purge_step=done + 1 if done else None)
+            self._boards["TensorBoard"] = SummaryWriter(
+                folder, purge_step=done + 1 if done else None
+            )
         except ImportError:
-            return
+            pass
         except OSError as error:
             self.say(f"note    no TensorBoard events: {one_line(error)}")
-            return
-        self._boards["TensorBoard"] = board
 
-    def _open_wandb(self, config: Mapping[str, Any]) -> Any:
+    def _open_wandb(self, config: Mapping[str, Any]) -> None:
         try:
-            wandb = importlib.import_module("wandb")
+            import wandb
         except ImportError:
             raise UserError("--wandb needs the package wandb: pip install wandb") from None
         identity = None
@@ -189,7 +181,7 @@ class Reporter:
                 write_text(remembered, wandb.util.generate_id())
             identity = remembered.read_text(encoding="utf-8").strip()
         try:
-            return wandb.init(
+            self._boards["Weights & Biases"] = wandb.init(
                 project=self._args.project or os.environ.get("WANDB_PROJECT", _WANDB_PROJECT),
                 config=dict(config),
                 dir=str(self.folder) if self.folder else None,
@@ -200,11 +192,6 @@ class Reporter:
             raise UserError(
                 f"--wandb: Weights & Biases did not start: {one_line(error)}"
             ) from error
-
-    def restore(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Make log.txt hold exactly the epochs that a resumed checkpoint has behind it."""
-        self.history = [dict(record) for record in history]
-        self._write_log()
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -267,7 +254,7 @@ class Reporter:
 
     def end_epoch(self, record: Mapping[str, Any]) -> None:
         """Append a line to log.txt, before the checkpoint that counts on it is written."""
-        self.history.append(dict(record))
+        self.history.append(record)
         self._write_log()
         values = {
             key.replace("_", "/", 1) if key.startswith(("train_", "test_")) else key: value
@@ -294,16 +281,15 @@ class Reporter:
 
     def _upload(self, run: Any) -> None:
         """Log the checkpoints as an artifact, for `--wandb-ckpt`."""
-        if not self._args.wandb_ckpt or self.folder is None:
+        if not self._args.wandb_ckpt:
             return
-        files = [
-            self.folder / name for name in (LAST, BEST.format("")) if (self.folder / name).exists()
-        ]
-        if files:
-            wandb = importlib.import_module("wandb")
+        files = [self.folder / name for name in (LAST, BEST.format(""))]
+        if files := [str(path) for path in files if path.exists()]:
+            import wandb
+
             artifact = wandb.Artifact(f"run-{run.id}-checkpoints", type="model")
             for path in files:
-                artifact.add_file(str(path))
+                artifact.add_file(path)
             run.log_artifact(artifact)
 
     def _write_log(self) -> None:

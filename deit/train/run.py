@@ -30,9 +30,10 @@ from deit.train.engine import NonFiniteLossError, count_parameters, evaluate
 from deit.train.folder import BEST, EPOCH_COPY, LAST, clear, read_log
 from deit.train.loading import NETWORK, adopt, find_checkpoints
 from deit.train.metrics import Scores
+from deit.train.optim import peak_lr
 from deit.train.reporting import Reporter, environment
 from deit.train.stopping import StopAgreement
-from deit.train.training import peak_lr, start_training
+from deit.train.training import start_training
 
 
 class Run:
@@ -104,16 +105,15 @@ class Run:
             "peak_learning_rate": peak_lr(args, self.images),
             "resumed_from": self.source or None,
         }
-        reporter = Reporter(
+        return Reporter(
             args,
             processes,
             updates=self.updates,
             images=self.images,
             config=config,
+            history=progress.history,
             done=progress.epoch * self.updates + progress.step,
         )
-        reporter.restore(progress.history)
-        return reporter
 
     def _introduce(self, train: int, val: int, classes: int, notes: Sequence[str]) -> None:
         """Tell in a few lines what is about to happen, on how many images of how many classes."""

@@ -17,9 +17,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT) + (
-    (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
-)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on the Ctrl-C that the terminal has already sent to its whole process group:
 # two interrupts so close together are one.
 _DOUBLE_INTERRUPT = 1.0

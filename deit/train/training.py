@@ -19,9 +19,9 @@ from deit.train.distributed import DistContext, shard, wrap_ddp
 from deit.train.ema import ModelEma
 from deit.train.engine import Precision, TrainStep, needs_second_order
 from deit.train.losses import TrainingLoss, build_criterion, prepare_student
-from deit.train.optim import build_optimizer, freeze_shift, scaled_lr
+from deit.train.optim import build_optimizer, freeze_shift, peak_lr
 from deit.train.resume import Progress, RunningLoss, TrainingState, seed_all
-from deit.train.schedule import build_scheduler
+from deit.train.schedule import TrainingSchedule
 from deit.train.teacher import build_teacher
 from deit.train.weights import freeze_all_but_attention, load_weights
 
@@ -68,16 +68,17 @@ def start_training(
     average = None if ema is None else ema.module
     precision = Precision.choose(device, args.use_amp, args.amp_dtype)
     wrapped = _compile_and_spread(model, average, args, processes, precision.dtype)
-    optimizer = build_optimizer(model, args, peak_lr(args, images))
+    optimizer, remarks = build_optimizer(model, args, peak_lr(args, images))
+    notes += remarks
     check_second_order(optimizer, args, processes)
     state = TrainingState(
         model=model,
         optimizer=optimizer,
-        schedule=build_scheduler(optimizer, args, updates),
+        schedule=TrainingSchedule(optimizer, args, updates),
         precision=precision,
         processes=processes,
         args=args,
-        running=RunningLoss.on(device),
+        running=RunningLoss(device),
         ema=average,
         progress=Progress(epoch=args.start_epoch),
         class_names=class_names,
@@ -86,9 +87,7 @@ def start_training(
     train_step = TrainStep(
         model=wrapped,
         criterion=_criterion(args, processes, classes, class_names, mixup is not None),
-        optimizer=optimizer,
-        schedule=state.schedule.step_update,
-        precision=precision,
+        state=state,
         mixup=mixup,
         ema=ema,
         grad_accum_steps=args.update_freq,
@@ -101,11 +100,6 @@ def start_training(
         notes += state.load_state_dict(checkpoint, global_batch=images)
     state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
     return train_step, state, notes
-
-
-def peak_lr(args: Namespace, images: int) -> float:
-    """The learning rate after the warm-up, for updates of so many images."""
-    return args.lr if args.unscale_lr else scaled_lr(args.lr, images)
 
 
 def check_second_order(optimizer: Optimizer, args: Namespace, processes: DistContext) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from deit.saving import CheckpointWriter
 from deit.train.args import parse_args
 from deit.train.checkpoint import read_checkpoint
-from deit.train.distributed import DistContext, RankInfo
-from deit.train.engine import count_parameters, evaluate, train_one_epoch
+from deit.train.distributed import DistContext
+from deit.train.engine import RunningLoss, count_parameters, evaluate, train_one_epoch
 from deit.train.folder import LAST
 from deit.train.metrics import Accuracy
 from deit.train.reporting import environment
@@ -78,7 +78,7 @@ class Training:
         self, cell: Cell, plan: Plan, data: Data, device: torch.device, folder: Path
     ) -> None:
         self.cell, self.plan, self.data = cell, plan, data
-        self.processes = DistContext(RankInfo(), device)
+        self.processes = DistContext(device)
         self.origin = {"cell": cell.as_dict(), "plan": asdict(plan)}
         # On a CPU others may take turns with us: its own time is what a training needs.
         self.clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -148,10 +148,6 @@ class Training:
             self.train_step,
             batches,
             updates=plan.updates,
-            start=progress.step,
-            done_before=progress.epoch * plan.updates,
-            running=self.state.running,
-            processes=self.processes,
             agreement=agreement,
             on_update=note,
         )
@@ -172,7 +168,7 @@ class Training:
                 "accuracy": round(scores.acc1, 3),
             }
         )
-        self.state.running.reset()
+        self.state.running = RunningLoss(self.processes.device)
         self._save()
 
     def _save(self) -> None:

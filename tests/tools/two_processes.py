@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from deit.train.distributed import SHARDS_ON_CPU, DistContext, RankInfo, blocks_of, shard, wrap_ddp
+from deit.train.distributed import SHARDS_ON_CPU, DistContext, blocks_of, shard, wrap_ddp
 
 # one of each kind of block, and a bridge
 FAMILIES = ["vit", "hybrid", "resmlp", "hierarchical convnext"]
@@ -38,7 +38,7 @@ def run(rank: int, folder: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    processes = DistContext(RankInfo(rank, 2, rank), torch.device("cpu"))
+    processes = DistContext(torch.device("cpu"), rank, 2)
     results = {}
     for network in FAMILIES:
         for name, case in CASES.items():
