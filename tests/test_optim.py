@@ -277,16 +277,6 @@ def test_decay_as_in_compiled_published_runs():
     assert {"pos_embed.0", "pos_embed.1", "cls_token.0"} <= wanted
     assert names_with_decay(model, as_compiled=True) == wanted
     assert wanted - names_with_decay(model) == {"pos_embed.0", "pos_embed.1", "cls_token.0"}
-    lamb = optimizer_for(model, opt="lamb", lr=0.1, weight_decay=0.1, decay_as_compiled=True)
-    position = model.get_parameter("pos_embed.0")
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    before = position.detach().clone()
-    lamb.step()
-    # with the trust ratio the step is lr times the norm of the weights
-    assert (position.detach() - before).norm().item() == pytest.approx(
-        0.1 * before.norm().item(), rel=1e-5
-    )
 
 
 def test_published_shifts_stay_at_zero():
