@@ -11,26 +11,17 @@ from deit.errors import UserError
 NAME = "d2_deit_tiny_patch16_LS"
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_measures_and_adds_to_what_is_known(tmp_path, capsys):
+def test_measures_and_adds_to_what_is_known(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"other": {}}))
-    argv = ["--models", NAME, "--runtimes", "eager", "--batch-size", "1", "--min-time", "0"]
-    assert deploy.main([*argv, "--threads", "1", "--json", str(path)]) == 0
+    words = f"--models {NAME} --runtimes eager --batch-size 1 --min-time 0 --threads 1"
+    assert deploy.main([*words.split(), "--json", str(path)]) == 0
     results = json.loads(path.read_text())
     assert list(results) == ["other", NAME]
     seconds = results[NAME]["eager"]["seconds"]
     assert set(seconds) == {"twin", "unfolded", "folded"}
     expected = f"{seconds['twin'] / seconds['folded']:.2f}"
     assert f"| `{NAME}` |  | {expected} |" in capsys.readouterr().out
-
-
-def test_a_network_without_a_twin():
     with pytest.raises(UserError, match="has no ordinary twin"):
         deploy.networks("deit_tiny_patch16_LS", "eager")
