@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deit.errors import UserError
 from deit.train import slurm
@@ -99,7 +99,7 @@ def claim(folder: Path) -> Iterator[None]:
         raise UserError(f"--output-dir {folder} is in use by this very process")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path)
+        file = _lock(path)
     except OSError as error:
         raise UserError(
             f"--output-dir {str(folder)!r} cannot be made or written: {error.strerror}"
@@ -110,49 +110,47 @@ def claim(folder: Path) -> Iterator[None]:
     finally:
         _held.discard(path)
         path.unlink(missing_ok=True)
-        os.close(descriptor)
+        file.close()
         if made:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path) -> IO[str]:
     """Take the lock; the open file that holds it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with contextlib.ExitStack() as closing:
+        file = closing.enter_context(path.open("a+", encoding="utf-8"))
+        busy = _is_locked(file)
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            return _lock(path)  # the owner has removed the file after it was opened here
+        file.seek(0)
         try:
-            busy = _is_locked(descriptor)
-            # The owner may have removed the file after it was opened here.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                try:
-                    owner = json.loads(os.pread(descriptor, 4096, 0))
-                except ValueError:  # it was killed before it could write
-                    owner = {}
-                if busy or (owner and _may_write(owner, without_locks=busy is None)):
-                    raise UserError(_in_use(path, owner))
-                myself = {
-                    "host": platform.node(),
-                    "process": os.getpid(),
-                    "slurm_job": os.environ.get("SLURM_JOB_ID"),
-                    "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-                }
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(myself).encode(), 0)
-                os.fsync(descriptor)
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            owner = json.load(file)
+        except ValueError:  # it was killed before it could write
+            owner = {}
+        if busy or (owner and _may_write(owner, without_locks=busy is None)):
+            raise UserError(_in_use(path, owner))
+        myself = {
+            "host": platform.node(),
+            "process": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        file.truncate(0)
+        json.dump(myself, file)
+        file.flush()
+        os.fsync(file.fileno())
+        closing.pop_all()
+        return file
 
 
-def _is_locked(descriptor: int) -> bool | None:
+def _is_locked(file: IO[str]) -> bool | None:
     """Lock the file; True if another process has, None if this file system has no locks.
 
     Such a lock ends with its process, however that ends, and is not inherited by its children.
     """
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return None
