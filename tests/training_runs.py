@@ -57,10 +57,10 @@ TINY_NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_images(folder: Path) -> Path:
-    """An IMNET folder of small random images, train/ and val/, with unequal classes."""
+def make_images(folder: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES) -> Path:
+    """An IMNET folder of so many small random images in train/ and val/, with unequal classes."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+    for split, count in (("train", train), ("val", val)):
         for number in range(count):
             label = number % CLASSES
             image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)

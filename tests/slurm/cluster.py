@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
@@ -28,9 +29,9 @@ NODES = ("n1", "n2")
 _CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller_port}
+SlurmctldPort={port}
 # Jobs meet at ports that follow from their numbers, which those of another cluster must not have.
-FirstJobId={controller_port}
+FirstJobId={port}
 SlurmUser=root
 SlurmdUser=root
 # cred_expire is also what a requeued job waits, and what the start of a step may take.
@@ -56,7 +57,7 @@ KillWait=10
 MinJobAge=3600
 JobRequeue=1
 ReturnToService=2
-{node_lines}
+{nodes}
 PartitionName=low  Nodes=ALL Default=YES State=UP PriorityTier=1  PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=ALL Default=NO  State=UP PriorityTier=10 PreemptMode=OFF
 """
@@ -74,24 +75,20 @@ def why_unavailable() -> str | None:
     return None
 
 
-def _free_ports(count: int) -> list[int]:
+def _free_port() -> int:
     """Below those that the system gives to connections, and that trainings under Slurm meet at."""
-    ports: set[int] = set()
-    while len(ports) < count:
+    while True:
         port = random.SystemRandom().randrange(10000, 20000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
-            ports.add(port)
-    return list(ports)
+            return port
 
 
 class Cluster:
     """The daemons whose files lie in `folder`."""
 
-    def __init__(self, folder: Path, cpus: int = 8) -> None:
-        """`cpus`: what each node pretends to have."""
+    def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self.cpus = cpus
         self.env = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def up(self, timeout: float = 60) -> None:
@@ -100,56 +97,42 @@ class Cluster:
         Raises:
             RuntimeError: they are not within `timeout` seconds; the message has the logs' ends.
         """
-        for name in ("state", "key", *(f"spool.{node}" for node in NODES)):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o755)  # munge wants its socket's folder accessible
-        self._write_files()
-        socket_path, key = self.folder / "munge.sock", self.folder / "key"
-        munge = ["munged", "--force", f"--socket={socket_path}", f"--key-file={key}/munge.key"]
-        munge += [f"--seed-file={key}/munge.seed", f"--pid-file={self.folder}/munged.pid"]
-        munge += [f"--log-file={self.folder}/munged.log"]
-        self._run(munge)
-        self._run(["slurmctld", "-f", self.env["SLURM_CONF"]])
-        for node in NODES:
-            self.start_node(node)
-        deadline = time.monotonic() + timeout
-        while self.query("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") != str(len(NODES)):
-            if time.monotonic() > deadline:
-                self.down()
-                raise RuntimeError(f"Slurm did not come up:\n{self.logs()}")
-            time.sleep(0.2)
-
-    def _write_files(self) -> None:
-        key = self.folder / "key"
+        folder, key = self.folder, self.folder / "key"
+        for path in (folder / "state", key, *(folder / f"spool.{node}" for node in NODES)):
+            path.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)  # munge wants its socket's folder accessible
         key.chmod(0o700)
         (key / "munge.key").write_bytes(os.urandom(128))
         (key / "munge.key").chmod(0o600)
         host = socket.gethostname().split(".")[0]
-        controller_port, *ports = _free_ports(1 + len(NODES))
-        node_lines = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
-            f"CPUs={self.cpus} RealMemory=4000 State=UNKNOWN"
-            for node, port in zip(NODES, ports, strict=True)
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} "
+            "CPUs=8 RealMemory=4000 State=UNKNOWN"
+            for node in NODES
         )
-        (self.folder / "slurm.conf").write_text(
-            _CONF.format(
-                host=host,
-                controller_port=controller_port,
-                folder=self.folder,
-                node_lines=node_lines,
-            )
-        )
+        conf = _CONF.format(host=host, port=_free_port(), folder=folder, nodes=nodes)
+        (folder / "slurm.conf").write_text(conf)
         # slurmd loads a cgroup plugin in any case; this one does nothing that nobody asks for.
-        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         hosts = Path("/etc/hosts").read_text() + "".join(f"127.0.0.1 {n}\n" for n in NODES)
-        (self.folder / "hosts").write_text(hosts)
-        (self.folder / "env.sh").write_text(f"export SLURM_CONF={self.env['SLURM_CONF']}\n")
+        (folder / "hosts").write_text(hosts)
+        (folder / "env.sh").write_text(f"export SLURM_CONF={self.env['SLURM_CONF']}\n")
+        munge = ["munged", "--force", f"--socket={folder}/munge.sock"]
+        munge += [f"--key-file={key}/munge.key", f"--seed-file={key}/munge.seed"]
+        self._start(*munge, f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log")
+        self._start("slurmctld", "-f", f"{folder}/slurm.conf")
+        for node in NODES:
+            self.start_node(node)
+        idle = ("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D")
+        if not wait(lambda: self.query(*idle) == str(len(NODES)), timeout):
+            self.down()
+            raise RuntimeError(f"Slurm did not come up:\n{self.logs()}")
 
     def start_node(self, node: str) -> None:
         """Start (or bring back) the slurmd of `node`."""
         script = 'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; '
         script += 'exec slurmd -f "$2/slurm.conf" -N "$1"'
-        self._run(["unshare", "-u", "-m", "sh", "-c", script, "sh", node, str(self.folder)])
+        self._start("unshare", "-u", "-m", "sh", "-c", script, "sh", node, str(self.folder))
 
     def kill_node(self, node: str) -> None:
         """Kill `node`'s slurmd and everything that runs there, as a power cut does."""
@@ -161,51 +144,46 @@ class Cluster:
                     if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == namespace:
                         os.kill(int(entry.name), number)
 
-    def query(self, *command: str) -> str:
-        """The output of a Slurm tool, stripped; empty if it fails."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+    def query(self, *command: str, check: bool = False) -> str:
+        """The output of a Slurm tool, stripped; empty if it fails and `check` allows that."""
+        done = subprocess.run(
+            command, env=self.env, check=check, stdout=subprocess.PIPE, text=True, timeout=60
+        )
         return done.stdout.strip()
-
-    def command(self, *command: str) -> None:
-        """Run a Slurm tool that must not fail."""
-        subprocess.run(command, env=self.env, check=True, timeout=60)
 
     def down(self) -> None:
         """Cancel all jobs and end all daemons."""
         self.query("scancel", "--full", "--signal=KILL", "-u", "root")
         self.query("scancel", "-u", "root")
-        for _ in range(50):
-            if not self.query("squeue", "-h", "-t", "R,CG"):
-                break
-            time.sleep(0.2)
+        wait(lambda: not self.query("squeue", "-h", "-t", "R,CG"), 10)
         pids = [int(path.read_text()) for path in self.folder.glob("*.pid")]
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            deadline = time.monotonic() + 5
-            while time.monotonic() < deadline and any(Path(f"/proc/{p}").exists() for p in pids):
-                time.sleep(0.1)
+            wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5)
 
     def logs(self, lines: int = 15) -> str:
         """The ends of all daemons' logs."""
-        parts = []
-        for path in sorted(self.folder.glob("*.log")):
-            end = path.read_text(errors="replace").splitlines()[-lines:]
-            parts.append(f"--- {path.name}\n" + "\n".join(end))
-        return "\n".join(parts)
-
-    def _run(self, command: list[str]) -> None:
-        # Daemons keep inherited pipes open, so their output goes nowhere but into their logs.
-        subprocess.run(
-            command,
-            env=self.env,
-            check=True,
-            timeout=60,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        return "\n".join(
+            "\n".join([f"--- {path.name}", *path.read_text(errors="replace").splitlines()[-lines:]])
+            for path in sorted(self.folder.glob("*.log"))
         )
+
+    def _start(self, *command: str) -> None:
+        # Daemons keep inherited pipes open, so their output goes nowhere but into their logs.
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.run(command, env=self.env, check=True, timeout=60, **streams)
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Until `condition` holds; False if that takes longer."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 if __name__ == "__main__":

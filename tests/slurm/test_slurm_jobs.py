@@ -19,10 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from cluster import Cluster
-from PIL import Image
+from training_runs import make_images
 
 from deit.launch.status import read_status
 from deit.train.checkpoint import read_checkpoint
@@ -120,17 +119,25 @@ class Job:
         return [int(step) for step in re.findall(r"in epoch 2 after step (\d+)", self.log)]
 
 
+def launch(
+    cluster: Cluster, folder: Path, *words: str, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Start the launcher in `folder`, as a user does."""
+    env |= {"HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
+        cwd=folder,
+        env=cluster.env | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Images of noise, as many as make `UPDATES` updates an epoch."""
-    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for split, count in (("train", UPDATES * PROCESSES * BATCH), ("val", 8)):
-        for index in range(count):
-            path = root / split / f"class{index % 2}" / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(path)
-    return root
+    return make_images(tmp_path_factory.mktemp("data"), UPDATES * PROCESSES * BATCH, 8)
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +149,8 @@ def submit(cluster: Cluster, data: Path, tmp_path_factory) -> Callable[..., Job]
 
     def run(*options: str, wait: bool = False) -> Job:
         words = [*CLUSTER, *TRAINING, "--data-path", str(data), *options]
-        done = subprocess.run(
-            [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
-            cwd=tmp_path_factory.mktemp("runs"),
-            env=cluster.env
-            | {"HOME": str(data), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-            | ({"PYTHONPATH": str(WAITING), "WAIT_AT": MID_EPOCH} if wait else {}),
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        env = {"PYTHONPATH": str(WAITING), "WAIT_AT": MID_EPOCH} if wait else {}
+        done = launch(cluster, tmp_path_factory.mktemp("runs"), *words, **env)
         assert done.returncode == 0, done.stderr
         job_id = re.search(r"^job (\S+)", done.stdout, re.M)[1]
         folder = re.search(r"^  folder  (.+)", done.stdout, re.M)[1]
@@ -210,20 +209,20 @@ def test_two_nodes_with_two_processes_each_train(undisturbed: Job):
 
 
 def signal_it(job: Job) -> None:
-    job.cluster.command("scancel", "--signal=USR2", job.id)
+    job.cluster.query("scancel", "--signal=USR2", job.id, check=True)
 
 
 def let_its_time_run_out(job: Job) -> None:
     # Slurm looks at time limits, which are whole minutes, every half minute.
     minutes = math.ceil((job.seconds() + 50) / 60)
-    job.cluster.command("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
+    job.cluster.query("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}", check=True)
     job.wait_until(lambda: job.restarts() == 1, "requeue at the time limit", 120)
-    job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    job.cluster.query("scontrol", "update", f"JobId={job.id}", "TimeLimit=60", check=True)
 
 
 def evict_it(job: Job) -> None:
     urgent = ["sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true"]
-    job.cluster.command(*urgent)
+    job.cluster.query(*urgent, check=True)
     job.wait_until(lambda: job.restarts() == 1, "requeue in favour of the urgent job", 120)
 
 
@@ -258,7 +257,7 @@ def test_node_that_dies_is_survived_from_the_last_checkpoint(submit, undisturbed
 def test_cancelled_run_saves_and_stays_cancelled(submit, monkeypatch):
     job = submit(*ALONE, wait=True)
     job.wait_for_mid_epoch()
-    job.cluster.command("scancel", job.id)
+    job.cluster.query("scancel", job.id, check=True)
     job.wait_until(lambda: job.state() == "CANCELLED", "end", 60)
     assert "not requeued" in job.log
     assert job.checkpoint()["step"] == job.stops()[0]
@@ -282,15 +281,7 @@ def test_array_runs_in_folders_of_their_own(submit):
 
 
 def test_refused_submission_is_one_line(cluster: Cluster, tmp_path):
-    words = ["--tgpu", "none", "--partition", "nowhere"]
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
-        cwd=tmp_path,
-        env=cluster.env | {"HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = launch(cluster, tmp_path, "--tgpu", "none", "--partition", "nowhere")
     assert done.returncode == 2
     assert done.stderr.startswith("error: sbatch refused the job")
     assert "invalid partition" in done.stderr
