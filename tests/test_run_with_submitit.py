@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -76,6 +77,8 @@ def test_the_original_command_and_its_defaults():
     assert flags.items() >= wanted.items()
     assert made.global_batch == 64 * 16
     assert not {"partition", "account", "qos", "constraint", "mem", "hold"} & flags.keys()
+    for tgpu, gres in (("none", None), ("any", "gpu:8"), ("H100", "gpu:H100:8")):
+        assert sbatch_flags(dry_run(spec("--tgpu", tgpu))).get("gres") == gres
 
 
 def test_every_cluster_option_reaches_sbatch():
@@ -99,14 +102,6 @@ def test_every_cluster_option_reaches_sbatch():
     wanted = given | {"ntasks-per-node": "2", "signal": "USR2@77", "time": "2"}
     assert sbatch_flags(text).items() >= wanted.items()
     assert "\nmodule load A\nsource env/bin/activate\n" in text
-
-
-@pytest.mark.parametrize(
-    ("tgpu", "gres"), [("none", None), ("any", "gpu:2"), ("H100", "gpu:H100:2")]
-)
-def test_gpu_type(tgpu, gres):
-    flags = sbatch_flags(dry_run(spec("--tgpu", tgpu, "--ngpus", "2", "--nodes", "1")))
-    assert flags.get("gres") == gres
 
 
 def test_precedence_is_command_line_recipe_cluster_file_default(cluster_file):
@@ -181,13 +176,9 @@ def test_other_machines_keep_the_global_batch():
         spec(*words, "--nodes", "3")
     with pytest.raises(UserError, match="--batch-size 100 does not divide"):
         spec(*words, "--nodes", "1", "--batch", "100")
-
-
-def test_recipe_without_imagenet_is_shown_but_not_started():
-    words = ["--recipe", "d2_deit_base_patch16_LS"]
-    assert "/path/to/imagenet" in dry_run(spec(*words, "--dry-run"))
     with pytest.raises(UserError, match="trains on ImageNet: give --data-path"):
-        spec(*words)
+        spec(*words[:2])
+    assert "/path/to/imagenet" in dry_run(spec(*words[:2], "--dry-run"))
 
 
 def test_array_over_seeds_and_models():
@@ -244,24 +235,18 @@ def test_local_takes_one_cpu_process_where_there_is_no_gpu(monkeypatch):
     assert spec("--local", "--model", "m").gres == "gpu:4"
 
 
-def test_missing_slurm_is_one_line_that_suggests_local(monkeypatch, capsys):
-    monkeypatch.setenv("PATH", "/nonexistent")
-    assert one_line_errors(lambda: run(["--model", "deit_tiny_patch16_LS"])) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.count("\n") == 1
-    assert "no sbatch command" in shown.err
-    assert "--local" in shown.err
-
-
-def test_dry_run_and_print_command_need_no_slurm(monkeypatch, capsys, tmp_path):
+def test_without_slurm_jobs_are_shown_but_not_started(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.chdir(tmp_path)
-    words = ["--recipe", "resmlp_equi_d2_24", "--nodes", "1"]
+    words = ["--recipe", "resmlp_equi_d2_24", "--nodes", "1", "--data-path", "x"]
     run([*words, "--dry-run"])
     assert "#SBATCH --nodes=1" in capsys.readouterr().out
     run([*words, "--print-command"])
     assert capsys.readouterr().out.startswith("torchrun --nproc-per-node 8 deit/main.py ")
+    assert one_line_errors(lambda: run(words)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch("error: .*no sbatch command.* --local .*\n", shown.err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -308,17 +293,13 @@ def test_every_option_of_main_passes_through_unchanged(monkeypatch):
     actions = [a for a in get_parser()._actions if a.dest != "help"]
     assert len(actions) > 100
     words = [word for action in actions for word in sample_words(action)]
+    words += ["--no-repeated_aug", "--opt_betas=0.9", "--epo", "3"]  # any spelling
     made = spec(*words, "--dry-run")
     direct, passed = (get_parser().parse_args(argv) for argv in (words, made.tasks[0].argv))
     assert vars(passed) == vars(direct)
     assert passed.given == direct.given
     unchanged = [a.dest for a in actions if getattr(direct, a.dest) == a.default]
     assert unchanged == [], "the sample shows nothing"
-
-
-def test_options_of_main_pass_through_in_any_spelling():
-    words = ["--opt_betas", "0.9", "0.95", "--no-repeated_aug", "--epo", "3", "--wandb"]
-    assert spec(*words).tasks[0].args == parse_args(words)
 
 
 TINY = ("--local", "--model", "d2_deit_tiny_patch16_LS", "--input-size", "32")

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from deit.errors import UserError
-from deit.launch.status import find_runs, format_seconds, read_status, show_status, sparkline
+from deit.launch.status import format_seconds, read_status, show_status, sparkline
 from deit.train import slurm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -114,25 +114,19 @@ def test_a_run_started_by_hand_tells_its_last_sign_of_life(tmp_path, monkeypatch
     assert read_status(run).state == "last written 2h ago"
 
 
-def test_folders_of_runs_are_opened(tmp_path):
-    for name in ("b", "a"):
-        make_run(tmp_path / "runs" / name, [])
-    (tmp_path / "runs" / "empty").mkdir()
-    assert [path.name for path in find_runs(tmp_path / "runs")] == ["a", "b"]
-    with pytest.raises(UserError, match=r"no run in .*empty"):
-        find_runs(tmp_path / "runs" / "empty")
-
-
-def test_table_is_whole_in_a_pipe(tmp_path):
+def test_table_of_a_folder_of_runs_is_whole_in_a_pipe(tmp_path):
     scores = [float(s) for s in range(60)]
-    for name in ("one", "two"):
+    for name in ("two", "one"):
         make_run(tmp_path / name, scores, epochs=300, seconds=1800.0)
+    (tmp_path / "empty").mkdir()
     text = io.StringIO()
     show_status([str(tmp_path)], Console(file=text))
     lines = text.getvalue().splitlines()
     assert [line.split("  ")[0].strip() for line in lines] == ["run", "one", "two"]
     for part in ("d2_deit_small_patch16_LS", "60/300", "59.00 %", "5d", sparkline(scores)):
         assert part in lines[1]
+    with pytest.raises(UserError, match=r"no run in .*empty"):
+        show_status([str(tmp_path / "empty")])
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class Cluster:
         for node in NODES:
             self.start_node(node)
         idle = ("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D")
-        if not wait(lambda: self.query(*idle) == str(len(NODES)), timeout):
+        if not wait_until(lambda: self.query(*idle) == str(len(NODES)), timeout):
             self.down()
             raise RuntimeError(f"Slurm did not come up:\n{self.logs()}")
 
@@ -155,13 +155,13 @@ class Cluster:
         """Cancel all jobs and end all daemons."""
         self.query("scancel", "--full", "--signal=KILL", "-u", "root")
         self.query("scancel", "-u", "root")
-        wait(lambda: not self.query("squeue", "-h", "-t", "R,CG"), 10)
+        wait_until(lambda: not self.query("squeue", "-h", "-t", "R,CG"), 10)
         pids = [int(path.read_text()) for path in self.folder.glob("*.pid")]
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5)
+            wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5)
 
     def logs(self, lines: int = 15) -> str:
         """The ends of all daemons' logs."""
@@ -176,7 +176,7 @@ class Cluster:
         subprocess.run(command, env=self.env, check=True, timeout=60, **streams)
 
 
-def wait(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     """Until `condition` holds; False if that takes longer."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 # For `training_runs`, and for `cluster`, which is a script of its own too.
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cluster import Cluster, why_unavailable
 

@@ -6,12 +6,9 @@ tiny, but everything that is random in a training is on: dropout of paths, augme
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, wait_until
 from training_runs import make_images
 
 from deit.launch.status import read_status
@@ -84,27 +81,15 @@ class Job:
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
         """Wait for `condition`; on time-out fail with all logs."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            if time.monotonic() > deadline:
-                state = self.state()
-                send(processes(self), signal.SIGABRT)  # faulthandler writes where each thread is
-                time.sleep(5)
-                logs = "".join(
-                    f"--- {path.name}\n{path.read_text()[-6000:]}\n"
-                    for path in sorted(self.folder.glob("*_log.*"))
-                )
-                self.cluster.query("scancel", self.id)
-                files = ", ".join(sorted(path.name for path in self.folder.iterdir()))
-                pytest.fail(
-                    f"no {what} in {timeout} s, job is {state}, files are {files}\n"
-                    f"{logs}{self.cluster.logs()}"
-                )
-            time.sleep(0.1)
-
-    def wait_for_mid_epoch(self) -> None:
-        """Until the second epoch is under way, so that a checkpoint of the first exists."""
-        self.wait_until(lambda: MID_EPOCH in self.log, "second epoch")
+        if wait_until(condition, timeout):
+            return
+        state = self.state()
+        self.cluster.query("scancel", self.id)
+        logs = "".join(
+            f"--- {path.name}\n{path.read_text()[-6000:]}\n"
+            for path in sorted(self.folder.glob("*_log.*"))
+        )
+        pytest.fail(f"no {what} in {timeout} s, job is {state}\n{logs}{self.cluster.logs()}")
 
     def wait_for_end(self) -> None:
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -123,11 +108,10 @@ def launch(
     cluster: Cluster, folder: Path, *words: str, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Start the launcher in `folder`, as a user does."""
-    env |= {"HOME": str(folder), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words],
         cwd=folder,
-        env=cluster.env | env,
+        env=cluster.env | env | {"HOME": str(folder), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -144,7 +128,8 @@ def data(tmp_path_factory) -> Path:
 def submit(cluster: Cluster, data: Path, tmp_path_factory) -> Callable[..., Job]:
     """`submit(*options)`: through the script, as a user does, from another folder.
 
-    With `wait=True` the training waits in mid-epoch, the first time, for what the test does to it.
+    With `wait=True` the training waits, the first time, for what the test does to it: in the second
+    epoch, so that a checkpoint of the first exists.
     """
 
     def run(*options: str, wait: bool = False) -> Job:
@@ -154,7 +139,10 @@ def submit(cluster: Cluster, data: Path, tmp_path_factory) -> Callable[..., Job]
         assert done.returncode == 0, done.stderr
         job_id = re.search(r"^job (\S+)", done.stdout, re.M)[1]
         folder = re.search(r"^  folder  (.+)", done.stdout, re.M)[1]
-        return Job(cluster, job_id, Path(folder), done.stdout)
+        job = Job(cluster, job_id, Path(folder), done.stdout)
+        if wait:
+            job.wait_until(lambda: MID_EPOCH in job.log, "second epoch")
+        return job
 
     return run
 
@@ -229,7 +217,6 @@ def evict_it(job: Job) -> None:
 @pytest.mark.parametrize("strike", [signal_it, let_its_time_run_out, evict_it])
 def test_a_struck_job_saves_in_mid_epoch_and_requeues(strike, submit, undisturbed: Job):
     job = submit("--signal-delay", "110", wait=True)
-    job.wait_for_mid_epoch()
     strike(job)
     job.wait_for_end()
     assert job.restarts() == 1
@@ -241,7 +228,6 @@ def test_a_struck_job_saves_in_mid_epoch_and_requeues(strike, submit, undisturbe
 
 def test_node_that_dies_is_survived_from_the_last_checkpoint(submit, undisturbed: Job):
     job = submit(wait=True)
-    job.wait_for_mid_epoch()
     job.cluster.kill_node("n2")
     # Slurm notices after SlurmdTimeout; should the survivors fail before that, their job waits.
     job.wait_until(lambda: job.restarts() == 1, "requeue", 180)
@@ -256,7 +242,6 @@ def test_node_that_dies_is_survived_from_the_last_checkpoint(submit, undisturbed
 
 def test_cancelled_run_saves_and_stays_cancelled(submit, monkeypatch):
     job = submit(*ALONE, wait=True)
-    job.wait_for_mid_epoch()
     job.cluster.query("scancel", job.id, check=True)
     job.wait_until(lambda: job.state() == "CANCELLED", "end", 60)
     assert "not requeued" in job.log
@@ -269,15 +254,20 @@ def test_failed_training_is_not_requeued(submit):
     job = submit(*ALONE, "--lr", "1e30", "--unscale-lr", "--opt", "sgd", "--model-ema-decay", "0")
     job.wait_until(lambda: job.state() == "FAILED", "failure")
     assert job.restarts() == 0
-    assert "the loss became infinite or NaN" in error_log(job)
+    (errors,) = job.folder.glob("*_log.err")
+    assert "the loss became infinite or NaN" in errors.read_text()
 
 
-def test_array_runs_in_folders_of_their_own(submit):
-    job = submit(*ALONE, "--epochs", "1", "--array", "seed=3-4")
-    runs = [job.folder.parent / f"{job.id.split('_')[0]}_{task}" for task in (0, 1)]
-    job.wait_until(lambda: all((run / "curves.png").exists() for run in runs), "array", 120)
-    seeds = [read_checkpoint(run / "checkpoint.pth")["args"]["seed"] for run in runs]
-    assert seeds == [3, 4]
+def test_array_runs_in_folders_of_their_own_and_each_requeues_itself(submit):
+    job = submit(*ALONE, "--array", "seed=3-4", wait=True)
+    array = job.id.partition("_")[0]
+    last = Job(job.cluster, f"{array}_1", job.folder.parent / f"{array}_1", "")
+    last.wait_until(lambda: MID_EPOCH in last.log, "second epoch")
+    job.cluster.query("scancel", "--signal=USR2", array, check=True)
+    for number, run in enumerate((job, last)):
+        run.wait_for_end()
+        assert run.restarts() == 1
+        assert (run.checkpoint()["args"]["seed"], len(run.stops())) == (3 + number, 1)
 
 
 def test_refused_submission_is_one_line(cluster: Cluster, tmp_path):
@@ -286,24 +276,3 @@ def test_refused_submission_is_one_line(cluster: Cluster, tmp_path):
     assert done.stderr.startswith("error: sbatch refused the job")
     assert "invalid partition" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def error_log(job: Job) -> str:
-    return "".join(path.read_text() for path in job.folder.glob("*_log.err"))
-
-
-def processes(job: Job) -> list[int]:
-    """Those that train, and their loaders' workers."""
-    pids = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # ended in the meantime
-            words = (entry / "cmdline").read_bytes().decode().split("\0")
-            if words[0] == sys.executable and str(job.folder.parent / "%j") in words:
-                pids.append(int(entry.name))
-    return pids
-
-
-def send(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
