@@ -28,6 +28,8 @@ from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 from deit.errors import UserError, one_line_errors
 from deit.launch.status import START
 from deit.train import slurm
+from deit.train.args import parse_args
+from deit.train.folder import LAST
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 # Below the range from which systems hand out ports to outgoing connections.
@@ -65,8 +67,6 @@ class TrainingJob(Checkpointable):
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
         from deit.main import main  # torch comes with it
-        from deit.train.args import parse_args
-        from deit.train.folder import LAST
         from deit.train.stopping import request_stop, stop_reason
 
         def on_signal(number: int, frame: FrameType | None) -> None:
