@@ -49,36 +49,25 @@ def add_cluster_options(parser: ArgumentParser) -> OptionGroup:
     count = number(int, low=1)
     cluster = OptionGroup(
         parser, "cluster", f"Your own defaults live in {DEFAULT_FILE} (docs/cluster.md).")
-    cluster.add("--job-dir", str, "runs/%j", "DIR",
-                "folder of the run, %j is the job's id")
-    cluster.add("--nodes", count, 2, "N",
-                "nodes; with a recipe as many as its GPUs fill")
-    cluster.add("--ngpus", count, 8, "N",
-                "processes a node, one a GPU")
+    cluster.add("--job-dir", str, "runs/%j", "DIR", "folder of the run, %j is the job's id")
+    cluster.add("--nodes", count, 2, "N", "nodes; with a recipe as many as its GPUs fill")
+    cluster.add("--ngpus", count, 8, "N", "processes a node, one a GPU")
     cluster.add("--tgpu", str, "A100", "TYPE",
                 f"GPU type, '{UNTYPED_GPU}' for untyped, '{NO_GPU}' for CPU runs")
     cluster.add("--job-name", str, None, "NAME",
                 "name of the job; the recipe's or the model's without")
     cluster.add("--time", minutes, "0-72:00:00", "D-HH:MM:SS",
                 "time limit; a run that needs more goes on by itself")
-    cluster.add("--partition", str, None, "NAME",
-                "Slurm partition")
-    cluster.add("--account", str, None, "NAME",
-                "account to charge")
-    cluster.add("--qos", str, None, "NAME",
-                "quality of service")
-    cluster.add("--constraint", str, None, "FEATURES",
-                "features that the nodes must have")
+    cluster.add("--partition", str, None, "NAME", "Slurm partition")
+    cluster.add("--account", str, None, "NAME", "account to charge")
+    cluster.add("--qos", str, None, "NAME", "quality of service")
+    cluster.add("--constraint", str, None, "FEATURES", "features that the nodes must have")
     cluster.add("--cpus-per-task", count, None, "N",
                 "CPUs a process; unset, as many as --num-workers")
-    cluster.add("--mem", str, None, "SIZE",
-                "memory a node, such as 64G; 0 is all of it")
-    cluster.add("--mail-user", str, None, "ADDRESS",
-                "whom Slurm writes to")
-    cluster.add("--mail-type", str, None, "EVENTS",
-                "about what, such as END,FAIL")
-    cluster.add("--comment", str, None, "TEXT",
-                "comment on the job")
+    cluster.add("--mem", str, None, "SIZE", "memory a node, such as 64G; 0 is all of it")
+    cluster.add("--mail-user", str, None, "ADDRESS", "whom Slurm writes to")
+    cluster.add("--mail-type", str, None, "EVENTS", "about what, such as END,FAIL")
+    cluster.add("--comment", str, None, "TEXT", "comment on the job")
     cluster.add("--signal-delay", number(int, low=0), 120, "SECONDS",
                 "how long before the time limit to save and requeue")
     cluster.add("--setup", str, None, "LINE",
@@ -92,8 +81,8 @@ def read_cluster_file(path: str | None) -> tuple[Namespace, dict[str, Any]]:
     """The file at `path`, else $DEIT_CLUSTER, else ~/.config/deit/cluster.toml if there is one.
 
     Returns:
-        The options of `add_cluster_options`, and as `sbatch` further ones of that; the options of
-        deit/main.py.
+        The options of `add_cluster_options`, and as `sbatch` what else goes to sbatch. The options
+        of deit/main.py.
 
     Raises:
         UserError: a file that was asked for does not exist, or one with keys or values that are
