@@ -117,17 +117,15 @@ def snapshot(value: Any, reuse: Any = None) -> Any:
             memory costs several times the copying.
     """
     if isinstance(value, Tensor):
-        old = reuse if isinstance(reuse, Tensor) else None
-        if old is not None and old.shape == value.shape and old.dtype == value.dtype:
-            return old.copy_(value.detach())
+        if isinstance(reuse, Tensor) and reuse.shape == value.shape and reuse.dtype == value.dtype:
+            return reuse.copy_(value.detach())
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, Mapping):
         old = reuse if isinstance(reuse, Mapping) else {}
         return {key: snapshot(item, old.get(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         old = reuse if isinstance(reuse, list | tuple) else ()
-        pairs = itertools.zip_longest(value, old[: len(value)])
-        return type(value)(snapshot(item, other) for item, other in pairs)
+        return type(value)(map(snapshot, value, itertools.chain(old, itertools.repeat(None))))
     return value
 
 

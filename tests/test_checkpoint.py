@@ -6,7 +6,6 @@ import http.server
 import os
 import pathlib
 import pickle
-import subprocess
 import threading
 import zipfile
 
@@ -18,7 +17,6 @@ from torch import nn
 
 from deit.errors import UserError
 from deit.train.checkpoint import Checkpoint, plain_name, read_checkpoint
-from deit.train.weights import load_weights
 
 
 @pytest.fixture
@@ -49,11 +47,14 @@ def published(net, prefix: str = "") -> dict:
     }
 
 
-@pytest.mark.parametrize("legacy", [False, True])
+def save_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
-def test_published_format(net, tmp_path, prefix, legacy):
-    content = published(net, prefix)
-    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+def test_published_format(net, tmp_path, prefix, save):
+    save(published(net, prefix), tmp_path / "c.pth")
     checkpoint = read_checkpoint(tmp_path / "c.pth")
     assert checkpoint["epoch"] == 399
     assert str(checkpoint["args"].output_dir) == "/data/run"
@@ -78,39 +79,30 @@ def test_paths_of_other_pythons_and_systems(tmp_path):
         assert path.name == "b", path
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_bare_state_dict(net, tmp_path, suffix):
-    file = tmp_path / f"c{suffix}"
-    if suffix == ".pth":
-        torch.save(net.state_dict(), file)
-    else:
-        save_file(net.state_dict(), file)
-    assert_same(read_checkpoint(file).state(), net)
+@pytest.mark.parametrize(("save", "suffix"), [(torch.save, "pth"), (save_file, "safetensors")])
+def test_bare_state_dict(net, tmp_path, save, suffix):
+    save(net.state_dict(), tmp_path / f"c.{suffix}")
+    assert_same(read_checkpoint(tmp_path / f"c.{suffix}").state(), net)
 
 
 def test_address_is_downloaded_once(net, tmp_path, monkeypatch):
-    (tmp_path / "served").mkdir()
-    torch.save(published(net), tmp_path / "served" / "checkpoint.pth")
+    torch.save(published(net), tmp_path / "checkpoint.pth")
     requests = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             requests.append(self.path)
 
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "served")
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler = functools.partial(Handler, directory=tmp_path)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    address = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
         for _ in range(2):
-            checkpoint = read_checkpoint(f"{address}/checkpoint.pth?version=2")
-            assert_same(checkpoint.state(), net)
+            assert_same(read_checkpoint(f"{address}/checkpoint.pth?version=2").state(), net)
         assert len(requests) == 1
         with pytest.raises(UserError, match=r"cannot download.*absent.*404"):
             read_checkpoint(f"{address}/absent.pth")
-    finally:
         server.shutdown()
 
 
@@ -149,34 +141,25 @@ class Payload:
         return self.call
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("function", ["system", "eval", "popen"])
-def test_malicious_pickle_is_refused_and_not_run(tmp_path, legacy, function):
-    mark = tmp_path / "was_here"
-    command = ["touch", str(mark)]
-    payload = {
-        "system": Payload(os.system, " ".join(command)),
-        "eval": Payload(eval, f"open('{mark}', 'w')"),
-        "popen": Payload(subprocess.Popen, command),
-    }[function]
-    content = {"model": {"w": torch.ones(2)}, "args": payload}
-    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match="refused to load") as caught:
-        read_checkpoint(tmp_path / "c.pth")
-    assert "\n" not in str(caught.value)
+def bare(protocol):
+    return lambda content, path: path.write_bytes(pickle.dumps(content["args"], protocol))
+
+
+@pytest.mark.parametrize("save", [torch.save, save_legacy, bare(2), bare(4)])
+@pytest.mark.parametrize("function", [os.system, eval])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, function):
+    mark, file = tmp_path / "was_here", tmp_path / "c.pth"
+    command = f"touch {mark}" if function is os.system else f"open('{mark}', 'w')"
+    save({"model": {"w": torch.ones(2)}, "args": Payload(function, command)}, file)
+    with pytest.raises(UserError, match=r"^refused to load .*; nothing of it was run$"):
+        read_checkpoint(file)
     assert not mark.exists()
     # The same file does its work when it is loaded carelessly: the payload is a real one.
-    result = torch.load(tmp_path / "c.pth", weights_only=False)["args"]
-    if function == "popen":
-        result.wait()
+    if save in (torch.save, save_legacy):
+        torch.load(file, weights_only=False)
+    else:
+        pickle.loads(file.read_bytes())
     assert mark.exists()
-
-
-def test_plain_malicious_pickle(tmp_path):
-    for protocol in (2, 4):
-        (tmp_path / "c.pth").write_bytes(pickle.dumps(Payload(os.system, "true"), protocol))
-        with pytest.raises(UserError, match=r"^refused to load .*nothing of it was run$"):
-            read_checkpoint(tmp_path / "c.pth")
 
 
 def test_unusable_files(net, tmp_path):
@@ -202,37 +185,15 @@ def test_unusable_files(net, tmp_path):
         "strings.pth": "'w' is a str",
     }
     for name, message in expected.items():
-        with pytest.raises(UserError, match=message) as caught:
+        with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
             read_checkpoint(tmp_path / name).state()
-        assert "\n" not in str(caught.value)
 
 
 def test_absent_average_is_an_error(net):
     with pytest.raises(UserError, match=r"no 'model_ema'.*--model-ema-eval"):
         Checkpoint({"model": net.state_dict()}, "c.pth").state(ema=True)
     with pytest.raises(UserError, match=r"no 'model' .*'model_ema' is taken with .*ema=True"):
-        Checkpoint({"model_ema": net.state_dict()}, "c.pth").state()
-
-
-def test_foreign_keys_are_counted(net):
-    state = {f"other.{n}": torch.ones(1) for n in range(5)}
-    state["1.weight"] = net[1].weight
-    content = {"model": state, "args": argparse.Namespace(model="a_net")}
-    with pytest.raises(UserError) as caught:
-        load_weights(net, Checkpoint(content, "c.pth"))
-    message = str(caught.value)
-    assert "3 missing keys (0.weight, 0.bias, 1.bias)" in message
-    assert "5 unexpected keys (other.0, other.1, other.2, ...)" in message
-    assert "'a_net'" in message
-    assert "\n" not in message
-
-
-def test_other_shapes_are_counted(net):
-    state = {key: value[:-1] for key, value in net.state_dict().items()}
-    with pytest.raises(
-        UserError, match=r"4 tensors of another shape \(0.weight 2x4 and not 3x4, 0.bias"
-    ):
-        load_weights(net, Checkpoint({"model": state}, "c.pth"))
+        Checkpoint({"state_dict_ema": net.state_dict()}, "c.pth").state()
 
 
 def test_other_names_keep_what_looks_like_a_prefix():

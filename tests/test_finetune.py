@@ -1,4 +1,6 @@
-"""Loading weights for another resolution or other classes, and freezing."""
+"""Loading weights exactly, for another resolution or for other classes, and freezing."""
+
+from argparse import Namespace
 
 import pytest
 import timm
@@ -11,7 +13,8 @@ from deit.train.checkpoint import Checkpoint
 from deit.train.weights import classifier_names, freeze_all_but_attention, load_weights
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
-NAMES = ["vit_tiny_patch16_224", "deit_tiny_patch16_LS", "d2_deit_tiny_patch16_LS"]
+EQUIVARIANT = "d2_deit_tiny_patch16_LS"
+NAMES = ["vit_tiny_patch16_224", "deit_tiny_patch16_LS", EQUIVARIANT]
 
 
 def make(name, seed=0, img_size=32, num_classes=5, **kwargs):
@@ -30,29 +33,23 @@ def adapt(model, state):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_network_gives_the_same_logits(name):
-    trained, fresh = make(name), make(name, seed=1)
+def test_the_same_network_and_another_number_of_classes(name):
+    trained, fresh, other = make(name), make(name, seed=1), make(name, seed=1, num_classes=7)
     images = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(trained(images), fresh(images))
     report = adapt(fresh, trained.state_dict())
     assert torch.equal(trained(images), fresh(images))
     assert str(report) == f"{len(trained.state_dict())} tensors loaded"
 
-
-@pytest.mark.parametrize("name", NAMES)
-def test_another_number_of_classes(name):
-    trained, fresh = make(name), make(name, seed=1, num_classes=7)
-    head = {key: value.clone() for key, value in fresh.state_dict().items() if "head." in key}
-    report = adapt(fresh, trained.state_dict())
+    head = {key: value.clone() for key, value in other.state_dict().items() if "head." in key}
+    report = adapt(other, trained.state_dict())
     assert report.reinitialised == ["head.bias", "head.weight"]
-    assert not report.missing
-    assert not report.unexpected
+    assert report.missing == report.unexpected == []
     assert "2 initialised anew (head.bias, head.weight)" in str(report)
-    images = torch.randn(2, 3, 32, 32)
     features = [model.forward_head(model.forward_features(images), pre_logits=True)
-                for model in (trained, fresh)]  # fmt: skip
+                for model in (trained, other)]  # fmt: skip
     assert torch.equal(*features)
-    assert all(torch.equal(fresh.state_dict()[key], value) for key, value in head.items())
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in head.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,25 +58,20 @@ def test_another_resolution(name):
     report = adapt(fresh, trained.state_dict())
     assert report.adapted
     assert all("pos_embed" in key or "permutation" in key for key in report.adapted)
-    assert not report.reinitialised
-    assert not report.missing
+    assert report.reinitialised == report.missing == []
     assert torch.equal(fresh.head.weight, trained.head.weight)
 
 
 def test_equivariance_survives_another_resolution():
-    trained, fresh = make(NAMES[2]), make(NAMES[2], seed=1, img_size=48)
-    adapt(fresh, trained.state_dict())
-    images = torch.randn(2, 3, 48, 48)
+    trained, fresh = make(EQUIVARIANT), make(EQUIVARIANT, seed=1, img_size=64)
+    state = trained.state_dict()
+    adapt(fresh, state)
+    images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(fresh(images.flip(-1)), fresh(images), atol=1e-5, rtol=1e-5)
     assert (fresh(images)[0] - fresh(images)[1]).abs().max() > 1e-3
-
-
-def test_a_constant_position_embedding_stays_constant():
-    """Resampling is exact where nothing varies; the first rows would show a wrong order."""
-    trained, fresh = make(NAMES[2]), make(NAMES[2], seed=1, img_size=64)
-    constant = trained.state_dict()
-    constant["pos_embed.0"] = torch.arange(12.0).expand_as(constant["pos_embed.0"]).clone()
-    adapt(fresh, constant)
+    # Resampling is exact where nothing varies; the first rows would show a wrong order.
+    state["pos_embed.0"] = torch.arange(12.0).expand_as(state["pos_embed.0"]).clone()
+    adapt(fresh, state)
     expected = torch.arange(12.0).expand(1, 32, 12)
     torch.testing.assert_close(fresh.state_dict()["pos_embed.0"], expected)
 
@@ -96,26 +88,31 @@ def test_what_is_missing_or_unexpected_is_reported():
     assert torch.equal(fresh.state_dict()["blocks.1.attn.qkv.bias"], kept)
 
 
+FOREIGN = {f"layer.{number}": torch.ones(2) for number in range(5)}
+
+
 @pytest.mark.parametrize(
-    ("state", "words"),
+    ("state", "exact", "words"),
     [
-        (
-            lambda: {"layer.weight": torch.ones(2)},
-            r"of another network, 0 tensors fit, .*layer",
-        ),
-        (dict, r"of another network, 0 tensors fit"),
-        (lambda: make(NAMES[1]).state_dict(), "another network"),
-        (lambda: make(NAMES[2], embed_dim=48).state_dict(), "proj_sym.bias 24 and not 12"),
+        (lambda: FOREIGN, False, r"of another network, 0 tensors fit, .*layer"),
+        (dict, False, r"of another network, 0 tensors fit"),
+        (lambda: make(NAMES[1]).state_dict(), False, "another network"),
+        (lambda: make(EQUIVARIANT, embed_dim=48).state_dict(), False,
+         r"proj_sym.bias \[24\] and not \[12\]"),
+        (lambda: FOREIGN | {"head.bias": torch.ones(5)}, True,
+         r"missing keys \(patch_embed.*5 unexpected keys \(layer.0, layer.1, layer.2, ...\)"
+         r".* from model 'a_net'"),
+        (lambda: make(EQUIVARIANT, num_classes=4).state_dict(), True,
+         r"2 tensors of another shape \(head.weight \[4, 12\] and not \[5, 12\]"),
     ],
-    ids=["foreign", "empty", "ordinary", "wider"],
-)
-def test_what_does_not_fit_is_one_clear_error_and_changes_nothing(state, words):
-    model = make(NAMES[2])
+    ids=["foreign", "empty", "ordinary", "wider", "exact", "classes"],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_clear_error_and_changes_nothing(state, exact, words):
+    model = make(EQUIVARIANT)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(UserError, match=words) as error:
-        adapt(model, state())
-    assert "'weights.pth'" in str(error.value)
-    assert "\n" not in str(error.value)
+    checkpoint = Checkpoint({"model": state(), "args": Namespace(model="a_net")}, "weights.pth")
+    with pytest.raises(UserError, match=rf"^[^\n]*'weights.pth' [^\n]*{words}[^\n]*$"):
+        load_weights(model, checkpoint, adapt=not exact)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 
@@ -150,8 +147,7 @@ def test_attention_only(name):
     assert all(n.startswith(("pos_embed", "head.")) or ".attn." in n for n in trained)
     assert {"head.weight", "head.bias"} <= trained
     assert any(n.startswith("pos_embed") for n in trained)
-    attention = {n for n, _ in model.named_parameters() if ".attn." in n}
-    assert attention <= trained
+    assert {n for n, _ in model.named_parameters() if ".attn." in n} <= trained
     assert frozen.isdisjoint(trained), "what the network holds fixed stays fixed"
 
 

@@ -16,7 +16,6 @@ from deit.saving import (
     CheckpointWriter,
     SaveError,
     atomic_path,
-    clean_temporaries,
     snapshot,
     write_text,
 )
@@ -91,15 +90,6 @@ def test_snapshot_is_deep_and_compact_and_reuses_memory_that_fits():
     assert second["c"] is not new["c"]
 
 
-def test_save_under_several_names(writer, tmp_path):
-    writer.save({"model": torch.ones(3)}, ["best.pth", "last.pth"])
-    writer.save({"model": torch.zeros(3)}, ["last.pth"])
-    writer.flush()
-    assert torch.load(tmp_path / "best.pth")["model"].sum() == 3
-    assert torch.load(tmp_path / "last.pth")["model"].sum() == 0
-    assert names(tmp_path) == ["best.pth", "last.pth"]
-
-
 def test_training_goes_on_while_a_file_is_written(writer, monkeypatch, tmp_path):
     started, released = threading.Event(), threading.Event()
     save = torch.save
@@ -146,12 +136,3 @@ def test_too_large_a_file_surfaces_at_a_later_call(tmp_path):
     assert re.fullmatch(message + "the previous file is unchanged\n", output), output
     assert names(out) == ["last.pth"]
     assert torch.load(out / "last.pth")["model"].sum() == 3
-
-
-def test_leftovers_are_cleaned(tmp_path):
-    (tmp_path / ".checkpoint.pth.123.tmp").mkdir()
-    (tmp_path / ".checkpoint.pth.123.tmp" / "checkpoint.pth").touch()
-    (tmp_path / "checkpoint.pth").touch()
-    (tmp_path / "notes.tmp").touch()
-    clean_temporaries(tmp_path)
-    assert names(tmp_path) == ["checkpoint.pth", "notes.tmp"]

@@ -6,13 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from deit.errors import UserError, one_line
 from deit.models.published import adapt_state
 from deit.train.checkpoint import Checkpoint, counted, some
-
-__all__ = ["LoadReport", "classifier_names", "freeze_all_but_attention", "load_weights"]
 
 
 @dataclass
@@ -101,7 +99,7 @@ def load_weights(
         unexpected=[name for name in found if name not in own],
     )
     wrong = [
-        f"{name} {_size(value)} and not {_size(own[name])}"
+        f"{name} {list(value.shape)} and not {list(own[name].shape)}"
         for name, value in found.items()
         if name in own and name not in fitted and name not in head
     ]
@@ -113,9 +111,9 @@ def load_weights(
         problem = one_line(error)
     if problem:
         trained = None if adapt else checkpoint.options.get("model")
-        more = [f"it was saved from model {trained!r}"] if trained else []
-        network, text = type(model).__name__, "; ".join([problem, *more, *filter(None, [hint])])
-        raise UserError(f"checkpoint {source!r} does not fit this {network}: {text}")
+        origin = f"it was saved from model {trained!r}" if trained else ""
+        text = "; ".join(filter(None, (problem, origin, hint)))
+        raise UserError(f"checkpoint {source!r} does not fit this {type(model).__name__}: {text}")
     return report
 
 
@@ -127,10 +125,6 @@ def _misfit(report: LoadReport, wrong: Sequence[str], adapt: bool) -> str:
     keys = (counted(report.missing, "missing key"), counted(report.unexpected, "unexpected key"))
     counts = ", ".join(filter(None, (*keys, shapes)))
     return f"it is of another network, {report.loaded} tensors fit, {counts}" if adapt else counts
-
-
-def _size(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def classifier_names(model: nn.Module) -> set[str]:
