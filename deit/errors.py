@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -48,6 +48,11 @@ def run_command(body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+
+
+def some(names: Sequence[str], count: int = 3) -> str:
+    """The first `count` of `names`, for a message."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -16,16 +16,17 @@ from deit.data import build_dataset, build_eval_loader, eval_transform
 from deit.errors import UserError, one_line_errors
 from deit.main import main
 from deit.measure import command as complexity
+from deit.train import evaluation
 from deit.train.args import parse_args
-from deit.train.checkpoint import Checkpoint
-from deit.train.loading import build_as_trained
 from deit.train.teacher import build_teacher
 
 MODEL = "d2_deit_tiny_patch16_LS"
-KWARGS = ("depth=1", "embed_dim=16", "num_heads=2")
+KWARGS = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 OPTIONS = ("--model", MODEL, "--input-size", "16", "--patch-size", "8", "--attn-mixer",
-           "--model-kwargs", *KWARGS, "--epochs", "1", "--model-ema-decay", "0.5")  # fmt: skip
+           "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items()),
+           "--epochs", "1", "--model-ema-decay", "0.5")  # fmt: skip
 FEW = ("--device", "cpu", "--num-workers", "0", "--threads", "1", "--batch-size", "4")
+ONE_EPOCH = ("--epochs", "1", "--warmup-epochs", "0")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,32 @@ def file(data, tmp_path_factory):
     return out / "checkpoint.pth"
 
 
-def run(*argv: str) -> int:
-    return one_line_errors(lambda: main(parse_args([*FEW, *argv])))
+@pytest.fixture
+def run(capsys):
+    """Run deit/main.py; returns what it prints, on stderr if its status is not to be 0."""
+
+    def run(*argv, status=0) -> str:
+        words = [*FEW, *map(str, argv)]
+        assert one_line_errors(lambda: main(parse_args(words))) == status
+        printed = capsys.readouterr()
+        return printed.err if status else printed.out
+
+    return run
+
+
+def link_classes(data, folder, names, splits=("train", "val")):
+    """The first classes of `data`, or those that a dict says, under other names."""
+    if not isinstance(names, dict):
+        names = {name: f"class{number}" for number, name in enumerate(names)}
+    for split in splits:
+        (folder / split).mkdir(parents=True)
+        for name, original in names.items():
+            (folder / split / name).symlink_to(data / split / original)
+    return folder
+
+
+def scores(printed: str) -> str:
+    return next(line for line in printed.splitlines() if line.startswith("*"))
 
 
 def assert_holds(network, state):
@@ -59,36 +84,34 @@ def test_load(file):
     assert not network.training
     assert network(torch.randn(1, 3, 16, 16)).shape == (1, 3)
     assert_holds(deit.load(str(file), ema=True), saved["model_ema"])
+    other = deit.load(file, img_size=32, num_classes=5)
+    assert other(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    assert other.class_names is None
 
 
 def test_timms_own_loader_takes_the_average(file):
     """As the README says."""
     kwargs = {"img_size": 16, "patch_size": 8, "use_attn_mixer": True, "num_classes": 3}
-    kwargs |= {"depth": 1, "embed_dim": 16, "num_heads": 2}
-    network = timm.create_model(MODEL, checkpoint_path=str(file), **kwargs)
+    network = timm.create_model(MODEL, checkpoint_path=str(file), **kwargs, **KWARGS)
     assert_holds(network, load(file)["model_ema"])
 
 
-def test_load_for_other_images_and_classes(file):
-    network = deit.load(file, img_size=32, num_classes=5)
-    assert network(torch.randn(1, 3, 32, 32)).shape == (1, 5)
-    assert network.class_names is None
-
-
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "words"),
     [
-        {"img_size": "a"},
-        {"img_size": 0},
-        {"img_size": (8, 8, 8)},
-        {"img_size": 16.0},
-        {"num_classes": -1},
-        {"num_classes": "3"},
+        ({"img_size": "a"}, "img_size 'a' is n"),
+        ({"img_size": 0}, "img_size 0 is n"),
+        ({"img_size": (8, 8, 8)}, r"img_size \(8, 8, 8\) is n"),
+        ({"img_size": 16.0}, "img_size 16.0 is n"),
+        ({"num_classes": -1}, "num_classes -1 is no"),
+        ({"num_classes": "3"}, "num_classes '3' is no"),
+        ({"depth": 2}, "does not fit"),
+        # another model's options are not taken
+        ({"model": "test_vit"}, "does not fit"),
     ],
 )
-def test_load_refuses_what_is_no_number(file, wrong):
-    (name,) = wrong
-    with pytest.raises(UserError, match=f"^{name} .* is n"):
+def test_load_refuses_what_cannot_be(file, wrong, words):
+    with pytest.raises(UserError, match=words):
         deit.load(file, **wrong)
 
 
@@ -99,72 +122,60 @@ def test_load_of_older_and_bare_files(file, tmp_path):
     args.model_kwargs = [tuple(pair) for pair in args.model_kwargs]
     torch.save({"model": saved["model"], "args": args}, tmp_path / "old.pth")
     assert_holds(deit.load(tmp_path / "old.pth"), saved["model"])
+    with pytest.raises(UserError, match="no 'model_ema'"):
+        deit.load(tmp_path / "old.pth", ema=True)
     save_file(saved["model"], tmp_path / "bare.safetensors")
     bare = deit.load(tmp_path / "bare.safetensors", model=MODEL, depth=1, embed_dim=16, num_heads=2)
     assert_holds(bare, saved["model"])  # patches, mixer, image size and classes from the shapes
     assert bare.class_names is None
     with pytest.raises(UserError, match="does not say which model it is"):
         deit.load(tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match="no 'model_ema'"):
-        deit.load(tmp_path / "old.pth", ema=True)
-    with pytest.raises(UserError, match="does not fit"):
-        deit.load(file, depth=2)
 
 
-def test_evaluation_needs_nothing_but_the_file(file, data, capsys):
-    assert run("--eval", "--resume", str(file)) == 0
-    printed = capsys.readouterr().out
-    scores = load(file)["progress"]["history"][-1]
-    assert f"Acc@1 {scores['test_acc1']:.3f}" in printed
+def test_evaluation_needs_nothing_but_the_file(file, data, run):
+    printed = run("--eval", "--resume", file)
+    assert f"Acc@1 {load(file)['progress']['history'][-1]['test_acc1']:.3f}" in printed
     taken = f"--model {MODEL} --input-size 16 --patch-size 8 --attn-mixer --model-kwargs depth=1 e"
     assert taken in printed
     assert f"--data-path {data}" in printed
 
 
-def test_networks_for_images_that_are_not_square(data, tmp_path, capsys):
+def test_networks_for_images_that_are_not_square(data, tmp_path, run):
     network = timm.create_model(MODEL, img_size=(32, 64), depth=1, num_classes=3)
     torch.save(network.state_dict(), tmp_path / "wide.pth")
-    argv = ("--model", MODEL, "--model-kwargs", "depth=1", "--data-path", str(data))
-    assert run("--eval", "--resume", str(tmp_path / "wide.pth"), *argv) == 2
-    assert "is for images of 32 x 64 pixels" in capsys.readouterr().err
+    argv = ("--model", MODEL, "--model-kwargs", "depth=1", "--data-path", data)
+    error = run("--eval", "--resume", tmp_path / "wide.pth", *argv, status=2)
+    assert "is for images of 32 x 64 pixels" in error
     loaded = deit.load(tmp_path / "wide.pth", model=MODEL, depth=1)
     assert_holds(loaded, network.state_dict())
 
 
-def test_differences_are_named(file, data, capsys):
-    assert run("--eval", "--resume", str(file), "--input-size", "32") == 2
-    assert "--input-size is 32, it was 16" in capsys.readouterr().err
-    assert run("--eval", "--resume", str(file), "--model-kwargs", "depth=2") == 2
-    assert "--model-kwargs depth is 2, it was 1" in capsys.readouterr().err
-    assert run("--eval", "--resume", str(file), "--model", "resmlp_12", "--input-size", "16") == 2
-    assert f"--model resmlp_12, but {file} was saved from {MODEL}" in capsys.readouterr().err
-    assert run("--eval", "--resume", str(file), "--nb-classes", "7") == 2
-    assert "has 3 outputs: omit it" in capsys.readouterr().err
-    # the default value, but given: it counts
-    assert run("--eval", "--resume", str(file), "--input-size", "224") == 2
-    assert "--input-size is 224, it was 16" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--input-size 32", "--input-size is 32, it was 16"),
+        ("--input-size 224", "--input-size is 224, it was 16"),  # the default, but given
+        ("--model-kwargs depth=2", "--model-kwargs depth is 2, it was 1"),
+        (
+            "--model resmlp_12 --input-size 16",
+            "--model resmlp_12, but {file} was saved from {name}",
+        ),
+        ("--nb-classes 7", "has 3 outputs: omit it"),
+    ],
+)
+def test_differences_are_named(argv, words, file, run):
+    error = run("--eval", "--resume", file, *argv.split(), status=2)
+    assert words.format(file=file, name=MODEL) in error
 
 
-def test_training_goes_on_and_starts_with_the_network_of_the_file(file, data, tmp_path, capsys):
-    common = ("--data-path", str(data), "--warmup-epochs", "0")
-    assert run("--resume", str(file), *common, "--epochs", "2", "--output-dir", str(tmp_path)) == 0
-    assert f"--model {MODEL} --input-size 16" in capsys.readouterr().out
+def test_training_goes_on_and_starts_with_the_network_of_the_file(file, data, tmp_path, run):
+    common = ("--data-path", data, "--warmup-epochs", "0")
+    printed = run("--resume", file, *common, "--epochs", "2", "--output-dir", tmp_path)
+    assert f"--model {MODEL} --input-size 16" in printed
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
-    assert run("--finetune", str(file), *common, "--epochs", "1", "--nb-classes", "5") == 0
-    printed = capsys.readouterr().out
+    printed = run("--finetune", file, *common, "--epochs", "1", "--nb-classes", "5")
     assert "the trained weights (model), not their average" in printed
     assert "initialised anew (head" in printed
-
-
-def test_the_check_of_equivariance_builds_the_network_of_the_file(file, monkeypatch, capsys):
-    from deit.verify import cli as verify
-
-    monkeypatch.setattr(verify.layers, "LAYER_CASES", [])
-    run = lambda *argv: one_line_errors(lambda: verify.main([*argv, "--device", "cpu"]))  # noqa: E731
-    assert run("--checkpoint", str(file)) == 0
-    assert f"{MODEL}, checkpoint" in capsys.readouterr().out
-    assert run("--checkpoint", str(file), "--model-kwargs", "depth=3") == 2
-    assert "missing keys" in capsys.readouterr().err
 
 
 def test_the_complexity_is_that_of_the_network_in_the_file(file, tmp_path, capsys):
@@ -175,23 +186,16 @@ def test_the_complexity_is_that_of_the_network_in_the_file(file, tmp_path, capsy
     assert (twin["model"], ours["model"]) == ("deit_tiny_patch16_LS", MODEL)
     assert ours["params"] == sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert twin["params"] < 10_000  # as narrow and shallow
-    assert one_line_errors(lambda: complexity.main([*argv, "--model-kwargs", "depth=3"])) == 2
-    assert "missing keys" in capsys.readouterr().err
-    few = ["--models", "d2_deit_tiny_patch16_LS", "--no-throughput", "--model-kwargs"]
-    assert one_line_errors(lambda: complexity.main([*few, "num_heads=7"])) == 2
-    assert "num_heads=7: " in capsys.readouterr().err
-
-
-def test_another_models_options_are_not_taken(file):
-    content = {"model": load(file)["model"], "args": Namespace(model=MODEL)}
-    with pytest.raises(UserError, match="does not fit"):
-        build_as_trained(Checkpoint(content, "c"), model="test_vit")
+    few = ["--models", MODEL, "--no-throughput"]
+    for wrong, words in (([*argv, "--model-kwargs", "depth=3"], "missing keys"),
+                         ([*few, "--model-kwargs", "num_heads=7"], "num_heads=7: ")):  # fmt: skip
+        assert one_line_errors(lambda wrong=wrong: complexity.main(wrong)) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_the_teachers_outputs_are_put_in_the_students_order(file):
     args = parse_args(["--teacher-model", MODEL, "--teacher-path", str(file)])
-    classes = ["class2", "class0"]
-    teacher = build_teacher(args, 2, "cpu", classes)
+    teacher = build_teacher(args, 2, "cpu", ["class2", "class0"])
     images = torch.randn(2, 3, 16, 16)
     whole = build_teacher(args, 3, "cpu", ["class0", "class1", "class2"])
     assert torch.equal(teacher(images), whole(images)[:, [2, 0]])
@@ -202,13 +206,10 @@ def test_the_teachers_outputs_are_put_in_the_students_order(file):
 # labels
 
 
-def test_folders_of_some_of_the_classes(file, data, tmp_path, capsys):
-    for name in ("class1", "class2"):
-        (tmp_path / "val").mkdir(exist_ok=True)
-        (tmp_path / "val" / name).symlink_to(data / "val" / name)
-    argv = ("--eval", "--data-path", str(tmp_path), "--resume")
-    assert run(*argv, str(file)) == 0
-    named = capsys.readouterr().out
+def test_folders_of_some_of_the_classes(file, data, tmp_path, run):
+    some = {"class1": "class1", "class2": "class2"}
+    argv = ("--eval", "--data-path", link_classes(data, tmp_path, some, ["val"]), "--resume")
+    named = run(*argv, file)
     assert "the data have 2 of the 3 classes" in named
     images = build_dataset("val", root=data, transform=eval_transform(16))
     network = deit.load(file)
@@ -222,72 +223,52 @@ def test_folders_of_some_of_the_classes(file, data, tmp_path, capsys):
     nameless = load(file)
     del nameless["class_names"]
     torch.save(nameless, tmp_path / "nameless.pth")
-    assert run(*argv, str(tmp_path / "nameless.pth"), "--nb-classes", "3") == 2
-    assert "2 classes" in (error := capsys.readouterr().err)
+    error = run(*argv, tmp_path / "nameless.pth", "--nb-classes", "3", status=2)
+    assert "2 classes" in error
     assert "--class-map FILE" in error
     (tmp_path / "map.txt").write_text("class0\nclass1\nclass2\n")
-    mapped = ("--class-map", str(tmp_path / "map.txt"))
-    assert run(*argv, str(tmp_path / "nameless.pth"), *mapped) == 0
-    assert scores(capsys.readouterr().out) == scores(named)
+    mapped = run(*argv, tmp_path / "nameless.pth", "--class-map", tmp_path / "map.txt")
+    assert scores(mapped) == scores(named)
     (tmp_path / "val" / "other").symlink_to(data / "val" / "class0")
-    assert run(*argv, str(file)) == 2
-    assert "1 classes of the data (other)" in capsys.readouterr().err
+    assert "1 classes of the data (other)" in run(*argv, file, status=2)
 
 
-def scores(printed: str) -> str:
-    return next(line for line in printed.splitlines() if line.startswith("*"))
-
-
-def test_a_classifier_for_other_classes_is_not_taken(file, data, tmp_path, capsys):
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        for number, name in enumerate(("cat", "dog", "owl")):
-            (tmp_path / split / name).symlink_to(data / split / f"class{number}")
-    argv = ("--data-path", str(tmp_path), "--epochs", "1", "--warmup-epochs", "0")
-    assert run("--finetune", str(file), *argv) == 0
-    assert "initialised anew (head" in capsys.readouterr().out
-    assert run("--resume", str(file), *argv) == 2
-    assert "3 classes of the data (cat, dog, owl)" in capsys.readouterr().err
+def test_a_classifier_for_other_classes_is_not_taken(file, data, tmp_path, run):
+    argv = ("--data-path", link_classes(data, tmp_path, ["cat", "dog", "owl"]), *ONE_EPOCH)
+    assert "initialised anew (head" in run("--finetune", file, *argv)
+    error = run("--resume", file, *argv, status=2)
+    assert "3 classes of the data (cat, dog, owl)" in error
 
 
 def test_published_training_goes_on_with_some_of_imagenets_classes(data, tmp_path, capsys):
     """Its file has no names: the labels are ImageNet's, not the order of the folders."""
-    synsets = ImageNetInfo("imagenet-1k").label_names()
-    for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        for number in range(3):
-            target = data / split / f"class{number}"
-            (tmp_path / split / synsets[500 + number]).symlink_to(target)
-    argv = (*OPTIONS, "--nb-classes", "1000")
-    assert train(*argv, data=tmp_path, out=tmp_path / "out") == 0
-    published = load(tmp_path / "out" / "checkpoint.pth")
+    synsets, out = ImageNetInfo("imagenet-1k").label_names(), tmp_path / "out"
+    link_classes(data, tmp_path, synsets[500:503])
+    assert train(*OPTIONS, "--nb-classes", "1000", data=tmp_path, out=out) == 0
+    published = load(out / "checkpoint.pth")
     del published["class_names"]
-    torch.save(published, tmp_path / "out" / "checkpoint.pth")
-    more = ("--resume", "auto", "--epochs", "2")
-    assert train(*OPTIONS, *more, data=tmp_path, out=tmp_path / "out") == 0
+    torch.save(published, out / "checkpoint.pth")
+    assert train(*OPTIONS, "--resume", "auto", "--epochs", "2", data=tmp_path, out=out) == 0
     assert "the data have 3 of the 1000 classes of ImageNet-1K" in capsys.readouterr().out
-    assert load(tmp_path / "out" / "checkpoint.pth")["class_names"] == synsets
+    assert load(out / "checkpoint.pth")["class_names"] == synsets
 
 
 # what cannot be scored
 
 
-def test_weights_that_are_not_finite(file, data, tmp_path, capsys):
+def test_weights_that_are_not_finite(file, data, tmp_path, run):
     broken = load(file)
     broken["model"]["head.weight"][0, 0] = float("nan")
     torch.save(broken, tmp_path / "nan.pth")
     with pytest.raises(UserError, match="infinite or NaN"):
         deit.load(tmp_path / "nan.pth")
     for argv in (("--eval", "--resume"), ("--eval", "--finetune"), ("--resume",), ("--finetune",)):
-        assert run(*argv, str(tmp_path / "nan.pth"), "--data-path", str(data)) == 2
-        error = capsys.readouterr().err
+        error = run(*argv, tmp_path / "nan.pth", "--data-path", data, status=2)
         assert "weights that are infinite or NaN, in 1 tensor (head.weight)" in error
         assert error.count("\n") == 1
 
 
-def test_logits_that_are_not_finite(file, data, monkeypatch, capsys):
-    from deit.train import evaluation
-
+def test_logits_that_are_not_finite(file, run, monkeypatch):
     def overflow(*args, **kwargs):
         model, *rest = build(*args, **kwargs)
         model.register_forward_hook(lambda module, inputs, logits: logits / 0)
@@ -295,19 +276,14 @@ def test_logits_that_are_not_finite(file, data, monkeypatch, capsys):
 
     build = evaluation.build_model
     monkeypatch.setattr(evaluation, "build_model", overflow)
-    assert run("--eval", "--resume", str(file)) == 2
-    assert "the logits of 17 of 17 images are infinite or NaN" in capsys.readouterr().err
+    error = run("--eval", "--resume", file, status=2)
+    assert "the logits of 17 of 17 images are infinite or NaN" in error
 
 
-# mirrored images
-
-
-def test_flop_eval(file, data, tmp_path, capsys):
+def test_flop_eval(file, data, run):
     """A mirror-invariant network gives each image and its mirror image the same answer."""
-    assert run("--eval", "--resume", str(file), "--flop-eval") == 0
-    line = scores(capsys.readouterr().out)
+    line = scores(run("--eval", "--resume", file, "--flop-eval"))
     accuracy = line.split("Acc@1 ")[1].split()[0]
     assert line.endswith(f"mirrored Acc@1 {accuracy} same answer 100.000")
-    ordinary = ("--model", "test_vit", "--input-size", "32", "--data-path", str(data))
-    assert run("--eval", *ordinary, "--flop-eval") == 0
-    assert float(scores(capsys.readouterr().out).split()[-1]) < 100
+    ordinary = ("--model", "test_vit", "--input-size", "32", "--data-path", data)
+    assert float(scores(run("--eval", *ordinary, "--flop-eval")).split()[-1]) < 100

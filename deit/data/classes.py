@@ -17,12 +17,11 @@ from typing import Any
 from timm.data import ImageNetInfo
 
 from deit.data.images import ImageDataset
-from deit.errors import UserError
+from deit.errors import UserError, some
 
 __all__ = ["match_classes", "names_of_outputs", "outputs_of", "read_class_map"]
 
 _SYNSET = re.compile(r"n\d{8}")
-_SHOWN = 3
 
 
 def read_class_map(path: str | Path) -> list[str]:
@@ -122,8 +121,8 @@ def outputs_of(
     unknown = [name for name in classes if name not in place]
     if unknown:
         raise UserError(
-            f"{len(unknown)} classes of the data ({_some(unknown)}) are not among the {len(names)} "
-            f"of {origin} ({_some(names)}): --class-map FILE can say what the outputs are called "
+            f"{len(unknown)} classes of the data ({some(unknown)}) are not among the {len(names)} "
+            f"of {origin} ({some(names)}): --class-map FILE can say what the outputs are called "
             "in these data"
         )
     return [place[name] for name in classes]
@@ -138,7 +137,3 @@ def match_classes(
     if present == len(names):
         return []
     return [f"the data have {present} of the {len(names)} classes of {origin}"]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

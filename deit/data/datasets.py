@@ -25,7 +25,7 @@ from torchvision import datasets as tv
 from deit.data.idx import read_idx
 from deit.data.images import ArrayImages, FileImages, ImageDataset, ZipImages
 from deit.data.tree import is_hidden, is_image, list_folder, sort_out
-from deit.errors import UserError, suggest
+from deit.errors import UserError, some, suggest
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -106,9 +106,9 @@ def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
         ("training", [c for c in val.class_names if c not in set(train.class_names)]),
     ):
         if missing:
-            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise UserError(
-                f"the {which} images lack {len(missing)} of the classes of the other split: {shown}"
+                f"the {which} images lack {len(missing)} of the classes of the other split: "
+                f"{some(missing, 5)}"
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from deit.errors import UserError
+from deit.errors import UserError, some
 
 HIDDEN_NAMES = ("__MACOSX", "@eaDir")
 
@@ -114,7 +114,7 @@ def sort_out(
     images.sort(key=_torchvision_order)
     filled = {path.partition("/")[0] for path, _ in images}
     if empty := sorted(set(classes) - filled):
-        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        shown = some(empty, 5)
         raise UserError(f"no images in the class folders {shown} of {where}{note and '; '}{note}")
     names = sorted(filled)
     index = {name: number for number, name in enumerate(names)}

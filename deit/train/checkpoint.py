@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deit.errors import UserError, one_line
+from deit.errors import UserError, one_line, some
 from deit.train.args import config_dict
 
 _HUB_PREFIX = "hf-hub:"
@@ -272,11 +272,6 @@ def plain_name(key: str) -> str:
     while key.startswith(("_orig_mod.", "module.")):
         key = key.split(".", 1)[1]
     return key
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of `names`."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def counted(names: Sequence[str], noun: str, suffix: str = "") -> str:

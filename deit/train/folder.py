@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from deit.errors import UserError
+from deit.errors import UserError, some
 from deit.train import slurm
 
 LAST = "checkpoint.pth"
@@ -66,11 +66,10 @@ def check_unused(folder: Path, resume: str) -> None:
         log = folder / LOG_FILE
         found += [log.name] if log.exists() and log.stat().st_size else []
     if found:
-        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         go_on = "" if resume else "--resume auto goes on with it, "
         raise UserError(
-            f"--output-dir {folder} holds a training ({shown}): {go_on}another --output-dir keeps "
-            "it, --overwrite removes it"
+            f"--output-dir {folder} holds a training ({some(found)}): {go_on}another --output-dir "
+            "keeps it, --overwrite removes it"
         )
 
 

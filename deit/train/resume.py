@@ -30,9 +30,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from deit.data.stream import seed_everything
-from deit.errors import UserError
+from deit.errors import UserError, some
 from deit.train.args import config_dict
-from deit.train.checkpoint import Checkpoint, some
+from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
 from deit.train.engine import Precision, RunningLoss
 from deit.train.loading import changed_options

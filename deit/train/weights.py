@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deit.errors import UserError, one_line
+from deit.errors import UserError, one_line, some
 from deit.models.published import adapt_state
-from deit.train.checkpoint import Checkpoint, counted, some
+from deit.train.checkpoint import Checkpoint, counted
 
 
 @dataclass
