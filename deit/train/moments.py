@@ -56,11 +56,10 @@ def same_optimizer(one: str, other: str) -> bool:
     return one == other or {one, other} == {"lamb", "fusedlamb"}
 
 
-def groups_by_name(
-    names: Sequence[str], groups: Sequence[Mapping[str, Any]]
-) -> dict[str, Mapping[str, Any]]:
-    """The group of each parameter of an optimizer; `names` in the order of its positions."""
-    return dict(zip(names, (g for g in groups for _ in g["params"]), strict=True))
+def decayed_names(names: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The parameters of an optimizer that decay; `names` in the order of its positions."""
+    decays = [bool(group["weight_decay"]) for group in groups for _ in group["params"]]
+    return [name for name, decay in zip(names, decays, strict=True) if decay]
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -147,14 +146,13 @@ def load_optimizer(
     own, own_groups = optimizer_names(model, optimizer), optimizer.state_dict()["param_groups"]
     groups = saved["param_groups"]
     positions = [index for group in groups for index in group["params"]]
-    sizes = [[len(group["params"]) for group in each] for each in (groups, own_groups)]
-    if (sizes[0] != sizes[1]) if names is None else (len(positions) != len(names)):
+    same_groups = [len(g["params"]) for g in groups] == [len(g["params"]) for g in own_groups]
+    names = own if names is None and same_groups else names
+    if names is None or len(names) != len(positions):
         same = "model, --opt, --layer-decay and --weight-decay"
         raise refusal(source, "has other parameter groups than this run", same)
     if saved["state"] and not _same_kind(optimizer, saved):
         raise refusal(source, "is of another optimizer than this run's", "--opt")
-    names = own if names is None else names
-    group_of = groups_by_name(names, groups)
     index_of = dict(zip(names, positions, strict=True))
     state = {}
     for position, name in enumerate(own):
@@ -165,9 +163,12 @@ def load_optimizer(
                 what = "is of tensors of other shapes than this run's"
                 raise refusal(source, what, "model and --opt")
             state[position] = {key: _placed(key, v, param) for key, v in moments.items()}
-    for group in own_groups:
-        theirs = [group_of[own[i]] for i in group["params"] if own[i] in group_of]
-        group.update(_kept(theirs or groups, source))
+    if not (same_groups and own == list(names)):  # what all groups share is the optimizer's
+        first, *others = groups
+        common = {k: v for k, v in first.items() if all(v == other.get(k) for other in others)}
+        groups = [common] * len(own_groups)
+    for group, theirs in zip(own_groups, groups, strict=True):
+        group.update({key: v for key, v in theirs.items() if key not in _FROM_THIS_RUN})
         # timm's count, of which apex's kernel takes the number
         if type(optimizer).__module__.startswith("apex.") and "step" in group:
             group["step"] = int(group["step"])
@@ -188,16 +189,6 @@ def _same_kind(optimizer: Optimizer, saved: Mapping[str, Any]) -> bool:
     return needed <= saved["param_groups"][0].keys() and (
         not counted or all("step" in state for state in saved["state"].values())
     )
-
-
-def _kept(groups: Sequence[Mapping[str, Any]], source: str) -> dict[str, Any]:
-    """What an optimizer itself keeps in a group, from the saved ones that make it up."""
-    state = {key: value for key, value in groups[0].items() if key not in _FROM_THIS_RUN}
-    for key, value in state.items():
-        if any(group.get(key) != value for group in groups):
-            what = f"has groups of different {key!r}, which are one in this run"
-            raise refusal(source, what, "--weight-decay and --layer-decay")
-    return state
 
 
 def _placed(key: str, value: Any, param: Tensor) -> Any:

@@ -37,7 +37,7 @@ from deit.train.distributed import DistContext
 from deit.train.engine import Precision, RunningLoss
 from deit.train.loading import changed_options
 from deit.train.moments import (
-    groups_by_name,
+    decayed_names,
     load_optimizer,
     optimizer_names,
     optimizer_state,
@@ -253,13 +253,12 @@ class TrainingState:
 
     def _published_differences(self, checkpoint: Checkpoint, names: list[str]) -> list[str]:
         """What the published run did otherwise than this one, unless the options ask for it."""
-        theirs = groups_by_name(names, checkpoint["optimizer"]["param_groups"])
+        theirs = decayed_names(names, checkpoint["optimizer"]["param_groups"])
         own = optimizer_names(self.model, self.optimizer)
-        ours = groups_by_name(own, self.optimizer.param_groups)
-        decay = [name for name in own if ours[name]["weight_decay"]]
-        others = [n for n in own if n in theirs and theirs[n]["weight_decay"] and n not in decay]
+        ours = decayed_names(own, self.optimizer.param_groups)
+        others = [name for name in own if name in theirs and name not in ours]
         notes = []
-        if others and decay:
+        if others and ours:
             notes.append(
                 f"it was trained with weight decay on {some(others)}: "
                 "--decay-as-compiled goes on so"
