@@ -8,6 +8,7 @@ registered, split into parameters that decay and that do not.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,7 +169,8 @@ def load_optimizer(
         common = {k: v for k, v in first.items() if all(v == other.get(k) for other in others)}
         groups = [common] * len(own_groups)
     for group, theirs in zip(own_groups, groups, strict=True):
-        group.update({key: v for key, v in theirs.items() if key not in _FROM_THIS_RUN})
+        kept = {key: value for key, value in theirs.items() if key not in _FROM_THIS_RUN}
+        group.update(copy.deepcopy(kept))  # a step count may be a tensor, which each group counts
         # timm's count, of which apex's kernel takes the number
         if type(optimizer).__module__.startswith("apex.") and "step" in group:
             group["step"] = int(group["step"])
