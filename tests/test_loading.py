@@ -19,6 +19,7 @@ from deit.measure import command as complexity
 from deit.train import evaluation
 from deit.train.args import parse_args
 from deit.train.teacher import build_teacher
+from deit.verify import cli as verify
 
 MODEL = "d2_deit_tiny_patch16_LS"
 KWARGS = {"depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -176,6 +177,15 @@ def test_training_goes_on_and_starts_with_the_network_of_the_file(file, data, tm
     printed = run("--finetune", file, *common, "--epochs", "1", "--nb-classes", "5")
     assert "the trained weights (model), not their average" in printed
     assert "initialised anew (head" in printed
+
+
+def test_the_check_of_equivariance_builds_the_network_of_the_file(file, monkeypatch, capsys):
+    monkeypatch.setattr(verify.layers, "LAYER_CASES", [])
+    argv = ["--checkpoint", str(file), "--device", "cpu"]
+    assert verify.main(argv) == 0
+    assert f"{MODEL}, checkpoint" in capsys.readouterr().out
+    assert one_line_errors(lambda: verify.main([*argv, "--model-kwargs", "depth=3"])) == 2
+    assert "missing keys" in capsys.readouterr().err
 
 
 def test_the_complexity_is_that_of_the_network_in_the_file(file, tmp_path, capsys):
