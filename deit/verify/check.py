@@ -33,11 +33,11 @@ from deit.equivariance import (
 from deit.groups import FLOP, Group
 from deit.train.compilation import compile_network
 from deit.train.engine import lower_precision
+from deit.verify import samples
 from deit.verify.rules import INTO, OUT_OF, Rule, Rules, packed_map
 from deit.verify.trace import BLOCKS, Event, measure_batch, trace
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-HALVES = (torch.bfloat16, torch.float16)
 # For layers and for networks. Gradients go through every layer of a network twice, and some are
 # small differences of large terms: they are compared relative to the largest of them, and may be
 # off by so many tolerances. 16-bit gradients of a network differ by more than would be telling.
@@ -95,9 +95,9 @@ class Case:
         build_twin: makes the ordinary module of the same job, which the same check must refuse: a
             function of the input's parts, and if there are several of the output's, side by side
             on the last axis.
-        inputs: makes a number of natural samples, then as many random ones, from a seed; float64,
-            on the CPU.
-        group, grid: as in `Rules`.
+        size: height and width of the input.
+        form: of the input. "image" is one of three colours, "maps" are parts (B, H, W, C/2),
+            "tokens" parts (B, N, C/2) of a grid of this size.
         is_network: its gradients are compared with more tolerance, on one natural and one random
             sample, so that a large network's activations fit, and not in 16-bit arithmetic.
     """
@@ -106,13 +106,21 @@ class Case:
     variant: str
     build: Callable[[], nn.Module]
     build_twin: Callable[[], nn.Module]
-    inputs: Callable[[int, int], Feature]
+    size: tuple[int, int]
+    form: str = "image"
     group: Group = FLOP
-    grid: tuple[int, int] | None = None
     is_network: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    def inputs(self, count: int, seed: int) -> Feature:
+        """`count` natural samples, then as many random ones; float64, on the CPU."""
+        if self.form == "image":
+            return samples.images(count, self.size, seed)
+        x = samples.features(count, self.size, seed)
+        rep = self.group.regular(samples.WIDTH)
+        return tuple(rep.split(x if self.form == "maps" else x.flatten(1, 2)))
 
 
 @dataclass(frozen=True)
@@ -150,11 +158,6 @@ class Result:
     def worst(self) -> Event:
         """The first event that fails, or else the one with the largest error."""
         return self.culprit or max(self.events, key=lambda event: event.measurement.error)
-
-    @property
-    def layers(self) -> int:
-        """How many layers have been measured."""
-        return len({event.layer for event in self.events})
 
     @property
     def gradient(self) -> float | None:
@@ -211,7 +214,7 @@ def check(
     place = {"device": settings.device, "dtype": settings.dtype}
     module = randomize_(case.build(), settings.seed) if module is None else module
     module = module.to(**place).eval()
-    rules, group = Rules(module, case.group, case.grid), case.group
+    rules, group = Rules(module, case.size, case.group), case.group
     x = map_parts(lambda part: part.to(**place), case.inputs(settings.count, settings.seed))
     before = rules.rule(module, INTO, x).act
     moved = [as_parts(before(g, x)) for g in range(group.order)]
@@ -232,7 +235,7 @@ def check(
     output = measure_batch(y, after, group)
     if promised and compiled is not None:
         events.append(Event("", "compiled", OUT_OF, output))
-    telling = not (case.is_network and settings.compute_dtype in HALVES)
+    telling = not (case.is_network and settings.compute_dtype.itemsize == 2)
     gradients, twin = {}, None
     if not features_only:
         if promised and telling:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import timm
@@ -38,46 +39,30 @@ def get_parser() -> CommandLine:
     """The options of the script."""
     parser = CommandLine(prog="test_equivariance.py", description=DESCRIPTION)
     what = OptionGroup(parser, "what to check")
-    what.add(
-        "--model", str, None, "NAME",
-        "networks, by name or glob, such as 'd2_deit_*' (default: the smallest of each family, "
-        "also with its options)", nargs="+",
-    )  # fmt: skip
-    what.add(
-        "--checkpoint", str, None, "FILE",
-        "check the trained weights in it (not their average), in the network that it was trained "
-        "as: a file, an address or hf-hub:owner/name",
-    )  # fmt: skip
-    what.add(
-        "--model-kwargs", key_value, None, "KEY=VALUE",
-        "with --checkpoint: arguments of the network other than those that it was trained with",
-        nargs="+",
-    )  # fmt: skip
-    what.switch(
-        "--self-test",
-        "check the checks instead: break each kind of layer in turn, and require that each break "
-        "is found and located",
-    )
+    what.add("--model", str, None, "NAME",
+             "networks, by name or glob, such as 'd2_deit_*' (default: the smallest of each "
+             "family, also with its options)", nargs="+")  # fmt: skip
+    what.add("--checkpoint", str, None, "FILE",
+             "check the trained weights in it (not their average), in the network that it was "
+             "trained as: a file, an address or hf-hub:owner/name")  # fmt: skip
+    what.add("--model-kwargs", key_value, None, "KEY=VALUE",
+             "with --checkpoint: arguments of the network other than those that it was trained "
+             "with", nargs="+")  # fmt: skip
+    what.switch("--self-test", "check the checks instead: break each kind of layer in turn, and "
+                "require that each break is found and located")  # fmt: skip
     how = OptionGroup(parser, "how")
-    how.add(
-        "--device", str, None, "DEVICE",
-        "such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)",
-    )  # fmt: skip
-    how.add(
-        "--dtype", str, None, "DTYPE",
-        f"one or more of {', '.join(DTYPES)} (default: all, and mixed precision; with --amp, "
-        "--compile or --checkpoint float32)", nargs="+", choices=tuple(DTYPES),
-    )  # fmt: skip
+    how.add("--device", str, None, "DEVICE",
+            "such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")  # fmt: skip
+    how.add("--dtype", str, None, "DTYPE",
+            f"one or more of {', '.join(DTYPES)} (default: all, and mixed precision; with --amp, "
+            "--compile or --checkpoint float32)", nargs="+", choices=tuple(DTYPES))  # fmt: skip
     how.switch("--amp", "automatic mixed precision")
     add_compile(how, "check what torch.compile makes of layers and networks too (minutes)")
-    how.add(
-        "--batch", number(int, 2, CANDIDATES), 2, "N", "natural images, and as many random ones"
-    )
-    how.add(
-        "--img-size", number(int, 1), None, "N",
-        f"height and width of images (default: {networks.SIZE}, or what a checkpoint was trained "
-        "on)",
-    )  # fmt: skip
+    how.add("--batch", number(int, 2, CANDIDATES), 2, "N",
+            "natural images, and as many random ones")  # fmt: skip
+    how.add("--img-size", number(int, 1), None, "N",
+            f"height and width of images (default: {networks.SIZE}, or what a checkpoint was "
+            "trained on)")  # fmt: skip
     how.add("--seed", number(int, 0), 0, "N", "of parameters and random images")
     add_kernels(how)
     return parser
@@ -188,7 +173,7 @@ def _check_networks(
     columns = [
         ("network", "<57", lambda r: r.case),
         ("arithmetic", "<12", lambda r: r.settings.arithmetic),
-        ("layers", ">6", lambda r: str(r.layers)),
+        ("layers", ">6", lambda r: len({event.layer for event in r.events})),
         ("natural", ">7", lambda r: r.error(slice(None, r.settings.count))),
         ("random", ">7", lambda r: r.error(slice(r.settings.count, None))),
         ("worst at", "<34", lambda r: r.worst),
@@ -221,13 +206,8 @@ def _check(
 
 
 def _self_test(settings: Settings) -> tuple[int, int]:
-    columns = [
-        ("broken", "<22", lambda row: row[0]),
-        ("how", "<50", lambda row: row[1]),
-        ("where", "<28", lambda row: row[2]),
-        ("found", "<47", lambda row: row[3]),
-        ("error", ">8", lambda row: row[4]),
-    ]
+    titles = {"broken": "<22", "how": "<50", "where": "<28", "found": "<47", "error": ">8"}
+    columns = [(title, width, itemgetter(i)) for i, (title, width) in enumerate(titles.items())]
 
     def intact(case: Case) -> tuple[Any, list[str]]:
         event = check(case, settings, features_only=True).culprit

@@ -17,10 +17,10 @@ from torchvision.ops import Permute
 from deit import layers as L
 from deit.equivariance import Feature, map_parts
 from deit.groups import FLOP, OCTIC, Rep
-from deit.verify import samples
 from deit.verify.check import Case
+from deit.verify.samples import WIDTH
 
-WIDTH, WIDER, HEADS, PATCH = 32, 48, 2, 4
+WIDER, HEADS, PATCH = 48, 2, 4
 EVEN, ODD = (3, 4), (3, 5)  # height and width of the token grids
 GRIDS = [(kind, size, L.MirrorGrid(*size)) for kind, size in (("even", EVEN), ("odd", ODD))]
 CHANNELS = FLOP.regular(WIDTH)
@@ -38,24 +38,12 @@ def case(
     form: str = "tokens",
     **options: Any,
 ) -> Case:
-    """`layer(*args, **options)`, checked as a network of one layer.
+    """`layer(*args, **options)`, checked as a network of one layer; `name` it if it is a function.
 
-    Args:
-        name: of the layer if `layer` is a function.
-        size: height and width of the input, and of the grid unless the layer makes that.
-        form: of the input. "tokens" are parts (B, N, C/2), "maps" parts (B, H, W, C/2), "image" is
-            one of three colours.
+    `size` is also that of the token grid, unless the layer makes that.
     """
-    name, group = name or layer.__name__, options.get("group", FLOP)
-
-    def inputs(count: int, seed: int) -> Feature:
-        if form == "image":
-            return samples.images(count, size, seed)
-        x = samples.features(count, size, WIDTH, seed).permute(0, 2, 3, 1)
-        return tuple(group.regular(WIDTH).split(x if form == "maps" else x.flatten(1, 2)))
-
-    grid = size if group is FLOP else None
-    return Case(name, variant, partial(layer, *args, **options), twin, inputs, group, grid)
+    group, build = options.get("group", FLOP), partial(layer, *args, **options)
+    return Case(name or layer.__name__, variant, build, twin, size, form, group)
 
 
 class Call(nn.Module):

@@ -16,7 +16,6 @@ from deit.models.published import twin_of
 from deit.train.build import model_arguments
 from deit.train.checkpoint import read_checkpoint
 from deit.train.loading import build_as_trained
-from deit.verify import samples
 from deit.verify.check import Case
 
 SIZE = 224
@@ -50,10 +49,7 @@ def network_case(
             twin_of(name), **same, **({} if "convnext" in name else {"img_size": size})
         )
 
-    def inputs(count: int, seed: int) -> Any:
-        return samples.images(count, size, seed)
-
-    return Case(name, variant, build, build_twin, inputs, is_network=True)
+    return Case(name, variant, build, build_twin, size, is_network=True)
 
 
 # On small images, with the options of each family.

@@ -113,14 +113,13 @@ class Rules:
 
     Args:
         network: itself a layer, or a network that takes images.
-        grid: height and width of the token grid; None if nothing moves tokens. Where there is a
-            patch embedding it follows from the images.
+        grid: height and width of the token grid. Where there is a patch embedding it follows from
+            the images.
+        group: only flopping moves tokens.
     """
 
-    def __init__(
-        self, network: nn.Module, group: Group = FLOP, grid: tuple[int, int] | None = None
-    ) -> None:
-        self.network, self.group, self.grid = network, group, grid
+    def __init__(self, network: nn.Module, grid: tuple[int, int], group: Group = FLOP) -> None:
+        self.network, self.grid, self.group = network, grid, group
         self.prefix = getattr(network, "num_prefix_tokens", 0)
         # how flopping acts along tokens that are decomposed, as in ResMLP
         self.rows = getattr(network, "tokens", getattr(network, "across", None))
@@ -182,7 +181,7 @@ class Rules:
         of_patches = isinstance(module, (L.PatchEmbed, L.PositionEmbedding))
         prefix = 0 if of_patches else self.prefix
         # pooled features, class tokens, and invariant entries of decomposed tokens have no place
-        if self.grid is None or first.ndim == 2 or first.shape[1] <= prefix:
+        if self.group is not FLOP or first.ndim == 2 or first.shape[1] <= prefix:
             return invariant
         if self.rows is not None and not of_patches:
             return invariant

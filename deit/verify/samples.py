@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deit.data import build_dataset
 
-# natural images are chosen among so many
-CANDIDATES = 256
+CANDIDATES = 256  # natural images are chosen among so many
+WIDTH = 32  # of features
 COARSE = (3, 4)  # height and width of the coarse noise; it should not look the same when flopped
 
 
@@ -53,13 +53,13 @@ def images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     return _with_random(_resized(count, *size), seed)
 
 
-def features(count: int, size: tuple[int, int], width: int, seed: int = 0) -> Tensor:
+def features(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     """`count` maps projected from natural images, then `count` random ones.
 
-    Returns (2 count, width, H, W) in float64 on the CPU; entries have about unit variance.
+    Returns (2 count, H, W, WIDTH) in float64 on the CPU; entries have about unit variance.
     """
     natural = F.pixel_unshuffle(_resized(count, 2 * size[0], 2 * size[1]), 2)
     generator = torch.Generator().manual_seed(seed)
-    projection = torch.randn(width, natural.shape[1], generator=generator, dtype=torch.float64)
+    projection = torch.randn(WIDTH, natural.shape[1], generator=generator, dtype=torch.float64)
     natural = torch.einsum("oc,bchw->bohw", projection, natural)
-    return _with_random(natural / natural.std(), seed)
+    return _with_random(natural / natural.std(), seed).permute(0, 2, 3, 1)

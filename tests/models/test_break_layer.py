@@ -4,43 +4,34 @@ import pytest
 import timm
 import torch
 
-import deit.layers
-import deit.models
+import deit.models  # noqa: F401 - registers the networks
+from deit.equivariance import equivariance_error, image, invariant, randomize_
+from deit.groups import FLOP
+from deit.layers import Linear
+
+HYBRID, EARLY = "hybrid_deit_tiny_patch16_LS", "d2_inv_early_deit_tiny_patch16_LS"
 
 
 def build(name: str, **kwargs) -> torch.nn.Module:
-    torch.manual_seed(0)
     small = {"depth": 4, "embed_dim": 32, "num_heads": 2, "img_size": 16, "patch_size": 4}
-    model = timm.create_model(name, num_classes=5, **small, **kwargs).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
+    return randomize_(timm.create_model(name, num_classes=5, **small, **kwargs).double().eval())
 
 
-@torch.no_grad()
-def mirror_error(model: torch.nn.Module) -> float:
+@pytest.mark.parametrize("layer", range(5))
+def test_blocks_are_equivariant_up_to_there(layer):
+    """Norm and classifier of a hybrid are ordinary ones; the other is invariant to the end."""
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    logits = model(x)
-    return ((model(x.flip(-1)) - logits).norm() / logits.norm()).item()
+    errors = {}
+    for name in (HYBRID, EARLY):
+        model = build(name, break_layer=layer)
+        errors[name] = equivariance_error(model, FLOP, x, image(FLOP), invariant).error
+        kinds = [isinstance(block.attn.qkv, Linear) for block in model.blocks]
+        assert kinds == [True] * layer + [False] * (4 - layer)
+    assert errors[EARLY] < 1e-10
+    assert errors[HYBRID] > 1e-3
 
 
-@pytest.mark.parametrize("layer", range(5))
-def test_hybrid_has_equivariant_blocks_up_to_there(layer):
-    model = build("hybrid_deit_tiny_patch16_LS", break_layer=layer)
-    kinds = [isinstance(block.attn.qkv, deit.layers.Linear) for block in model.blocks]
-    assert kinds == [True] * layer + [False] * (4 - layer)
-    assert mirror_error(model) > 1e-3  # its norm and classifier are ordinary ones
-
-
-@pytest.mark.parametrize("layer", range(5))
-def test_invariant_early_is_invariant_wherever_it_breaks(layer):
-    assert mirror_error(build("d2_inv_early_deit_tiny_patch16_LS", break_layer=layer)) < 1e-10
-
-
-@pytest.mark.parametrize(
-    "name", ["hybrid_deit_tiny_patch16_LS", "d2_inv_early_deit_tiny_patch16_LS"]
-)
+@pytest.mark.parametrize("name", [HYBRID, EARLY])
 def test_default_is_half_the_depth(name):
     shapes = [
         {key: value.shape for key, value in build(name, **kwargs).state_dict().items()}

@@ -87,7 +87,7 @@ def test_tracing_leaves_nothing_behind():
     network = randomize_(VIT.build())
     before = [dict(module.__dict__) for module in network.modules()]
     with torch.no_grad():
-        _, events, _ = trace(network, Rules(network), torch.randn(4, 3, 64, 96))
+        _, events, _ = trace(network, Rules(network, VIT.size), torch.randn(4, 3, 64, 96))
     assert events
     for module, attributes in zip(network.modules(), before, strict=True):
         assert module.__dict__.keys() == attributes.keys()
