@@ -11,8 +11,7 @@ end. A hybrid is equivariant up to and including its bridge, and nothing is prom
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
 
@@ -27,100 +26,19 @@ from deit.equivariance import (
     map_parts,
     measure,
     randomize_,
-    tolerance_of,
     worst,
 )
-from deit.groups import FLOP, Group
+from deit.groups import Group
 from deit.train.compilation import compile_network
-from deit.train.engine import lower_precision
-from deit.verify import samples
+from deit.verify.case import Case, Settings
 from deit.verify.rules import INTO, OUT_OF, Rule, Rules, packed_map
 from deit.verify.trace import BLOCKS, Event, measure_batch, trace
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # For layers and for networks. Gradients go through every layer of a network twice, and some are
 # small differences of large terms: they are compared relative to the largest of them, and may be
 # off by so many tolerances. 16-bit gradients of a network differ by more than would be telling.
 FLOOR, SLACK = (1e-2, 1.0), (1.0, 128)
 INPUT, TRAINING = "the input", "the output in training"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to check: in which arithmetic, with how many images.
-
-    Attributes:
-        dtype: of parameters and images.
-        count: natural images, and random ones.
-        amp: automatic mixed precision; parameters and images are float32 then.
-        compile_mode: check what `torch.compile` makes in this mode too; None for not.
-        compile_blocks: compile each block of a network by itself.
-    """
-
-    dtype: torch.dtype = torch.float64
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a device is immutable
-    count: int = 2
-    seed: int = 0
-    amp: bool = False
-    compile_mode: str | None = None
-    compile_blocks: bool = False
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What features are rounded to."""
-        return lower_precision(self.device) if self.amp else self.dtype
-
-    @property
-    def arithmetic(self) -> str:
-        """For tables."""
-        name = str(self.compute_dtype).removeprefix("torch.")
-        return f"amp {name}" if self.amp else name
-
-    def tolerance(self, depth: int = 1) -> float:
-        """For layers, or for networks of `depth` blocks."""
-        return tolerance_of(self.compute_dtype, depth)
-
-    def autocast(self) -> AbstractContextManager:
-        """To be entered around a forward pass."""
-        return torch.autocast(self.device.type, self.compute_dtype) if self.amp else nullcontext()
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A layer or a network to check.
-
-    Attributes:
-        name, variant: for the table.
-        build: makes the module, with any parameters.
-        build_twin: makes the ordinary module of the same job, which the same check must refuse: a
-            function of the input's parts, and if there are several of the output's, side by side
-            on the last axis.
-        size: height and width of the input.
-        form: of the input. "image" is one of three colours, "maps" are parts (B, H, W, C/2),
-            "tokens" parts (B, N, C/2) of a grid of this size.
-        is_network: its gradients are compared with more tolerance, on one natural and one random
-            sample, so that a large network's activations fit, and not in 16-bit arithmetic.
-    """
-
-    name: str
-    variant: str
-    build: Callable[[], nn.Module]
-    build_twin: Callable[[], nn.Module]
-    size: tuple[int, int]
-    form: str = "image"
-    group: Group = FLOP
-    is_network: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.variant}" if self.variant else self.name
-
-    def inputs(self, count: int, seed: int) -> Feature:
-        """`count` natural samples, then as many random ones; float64, on the CPU."""
-        if self.form == "image":
-            return samples.images(count, self.size, seed)
-        x = samples.features(count, self.size, seed)
-        rep = self.group.regular(samples.WIDTH)
-        return tuple(rep.split(x if self.form == "maps" else x.flatten(1, 2)))
 
 
 @dataclass(frozen=True)
@@ -235,6 +153,7 @@ def check(
     output = measure_batch(y, after, group)
     if promised and compiled is not None:
         events.append(Event("", "compiled", OUT_OF, output))
+    tolerance = settings.tolerance(sum(isinstance(m, BLOCKS) for m in module.modules()))
     telling = not (case.is_network and settings.compute_dtype.itemsize == 2)
     gradients, twin = {}, None
     if not features_only:
@@ -243,16 +162,7 @@ def check(
             gradients = _train(case, module, picked, before, after, settings)
         twin = _twin_error(case, batch, y, after, settings)
     return Result(
-        case,
-        settings,
-        settings.tolerance(sum(isinstance(m, BLOCKS) for m in module.modules())),
-        events,
-        unseen,
-        promised,
-        output.error,
-        compiled,
-        gradients,
-        twin,
+        case, settings, tolerance, events, unseen, promised, output.error, compiled, gradients, twin
     )
 
 

@@ -20,7 +20,8 @@ from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_val
 from deit.equivariance import worst
 from deit.errors import UserError, one_line
 from deit.verify import layers, mutations, networks
-from deit.verify.check import DTYPES, Case, Result, Settings, check
+from deit.verify.case import DTYPES, Case, Settings
+from deit.verify.check import Result, check
 from deit.verify.samples import CANDIDATES
 
 DESCRIPTION = """\

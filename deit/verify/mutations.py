@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from deit import layers as L
 from deit.equivariance import Feature, map_parts, randomize_
-from deit.verify.check import Case, Settings, check
+from deit.verify.case import Case, Settings
+from deit.verify.check import check
 from deit.verify.layers import LAYER_CASES
 from deit.verify.networks import SMALL, network_case
 

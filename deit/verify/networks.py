@@ -16,7 +16,7 @@ from deit.models.published import twin_of
 from deit.train.build import model_arguments
 from deit.train.checkpoint import read_checkpoint
 from deit.train.loading import build_as_trained
-from deit.verify.check import Case
+from deit.verify.case import Case
 
 SIZE = 224
 ODD = (112, 112)  # a grid with a middle column, for patches of 16 pixels

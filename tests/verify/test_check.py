@@ -11,7 +11,8 @@ from deit import layers as L
 from deit.equivariance import randomize_
 from deit.groups import OCTIC
 from deit.models.published import twin_of
-from deit.verify.check import Settings, check, gradient_errors, is_far_off
+from deit.verify.case import Settings
+from deit.verify.check import check, gradient_errors, is_far_off
 from deit.verify.layers import LAYER_CASES, Call
 from deit.verify.mutations import EARLY, HYBRID, LAYERS, MUTATIONS, VIT, wrong_backward
 from deit.verify.networks import choose, default_networks, known_networks
@@ -62,25 +63,25 @@ def test_every_layer_is_measured_inside():
     assert {"head", "map of blocks.0", "map of blocks.1"} <= layers
 
 
-def test_a_hybrid_is_held_to_its_promise_alone():
-    result = check(HYBRID, FLOAT32)
-    layers = {event.layer for event in result.events}
-    assert {"bridge", "blocks.1"} <= layers
-    assert not {"head", "norm", "blocks.2"} & layers
-    assert [event.side for event in result.events if event.layer == ""] == ["into"]
+@pytest.mark.parametrize(
+    ("case", "promised", "measured", "others"),
+    [
+        (HYBRID, False, {"bridge", "blocks.1"}, {"head", "norm", "blocks.2"}),
+        (EARLY, True, {"head", "bridge", "blocks.2", "blocks.3.mlp.fc1"}, set()),
+    ],
+    ids=str,
+)
+def test_a_network_with_a_bridge_is_held_to_its_promise_alone(case, promised, measured, others):
+    result = check(case, FLOAT32)
     assert result.failures == []
-    assert not result.promised
-    assert result.gradient is None
-    assert result.output > 0.01
-
-
-def test_an_invariant_early_network_is_held_to_the_end():
-    result = check(EARLY, FLOAT32)
     layers = {event.layer for event in result.events}
-    assert {"", "head", "bridge", "blocks.2", "blocks.3.mlp.fc1"} <= layers
-    assert result.promised
-    assert result.failures == []
-    assert result.output < FLOAT32.tolerance()
+    assert measured <= layers
+    assert not others & layers
+    sides = [event.side for event in result.events if event.layer == ""]
+    assert sides == ["into", "out of"][: 1 + promised]
+    assert result.promised is promised
+    assert (result.gradient is not None) is promised
+    assert result.output < FLOAT32.tolerance() if promised else result.output > 0.01
 
 
 def test_tracing_leaves_nothing_behind():
