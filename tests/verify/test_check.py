@@ -69,7 +69,7 @@ def test_every_layer_is_measured_inside():
         (HYBRID, False, {"bridge", "blocks.1"}, {"head", "norm", "blocks.2"}),
         (EARLY, True, {"head", "bridge", "blocks.2", "blocks.3.mlp.fc1"}, set()),
     ],
-    ids=str,
+    ids=["hybrid", "early"],
 )
 def test_a_network_with_a_bridge_is_held_to_its_promise_alone(case, promised, measured, others):
     result = check(case, FLOAT32)
