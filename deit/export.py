@@ -33,6 +33,7 @@ from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
 from deit.data import read_class_map
 from deit.deploy import fold
 from deit.deploy.files import (
+    ANY_BATCH_IN_ONNX,
     FORMATS,
     QUANTIZATION,
     Runner,
@@ -165,6 +166,10 @@ def _validate(args: argparse.Namespace) -> None:
     _validate_int8(args)
     if args.format == "onnx":
         require_onnx()
+        if not ANY_BATCH_IN_ONNX and (args.dynamic_batch or args.quantize):
+            raise UserError(f"torch {torch.__version__} writes ONNX files of one batch size in "
+                            "float alone: use a later one, or omit --dynamic-batch and "
+                            "--quantize")  # fmt: skip
 
 
 def _validate_int8(args: argparse.Namespace) -> None:

@@ -21,6 +21,8 @@ __all__ = ["FORMATS", "QUANTIZATION", "OnnxNetwork", "Runner", "quantize_onnx", 
            "write_safetensors"]  # fmt: skip
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# torch 2.6 fixes the batch of linear layers, and writes shapes that the quantiser refuses
+ANY_BATCH_IN_ONNX = hasattr(torch.compiler, "is_exporting")
 INPUT, OUTPUT = "images", "logits"
 METADATA_FILE = "metadata.json"
 SINGLE_FILE_BYTES = 2**31 - 2**20  # protobuf's limit, and room for the graph
@@ -111,7 +113,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _dynamic(dynamic: bool) -> tuple[dict[int, torch.export.Dim]] | None:
-    return ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+    return ({0: torch.export.Dim("batch", min=1, max=2**31 - 1)},) if dynamic else None
 
 
 def write_onnx(

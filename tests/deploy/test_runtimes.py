@@ -62,10 +62,13 @@ def test_exported_with_any_batch_size_and_only_torch_operations(family, target):
 
 @pytest.mark.parametrize("family", FOLDED)
 def test_symbolic_tracing(family):
+    if "deit" in family and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("torch 2.6 cannot trace the expansion of a class token")
     model = folded(family)
     torch.testing.assert_close(symbolic_trace(model)(x32()), model(x32()))
 
 
+@pytest.mark.skipif(not files.ANY_BATCH_IN_ONNX, reason="torch 2.6 fixes the batch")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("family", [name for name in FOLDED if name != "d2_inv_early_deit"])
 def test_onnx_and_its_quantiser(family, tmp_path):

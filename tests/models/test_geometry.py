@@ -109,7 +109,7 @@ def assert_network_equivariant(model, x: Tensor) -> None:
     if symmetric[-1] is not None:
         compared.append((model(x), model(x.flip(-1)), on_logits(model)))
     for before, after, act in compared:
-        assert measure(before, [(1, after)], act).problem(tolerance_of(x.dtype)) is None
+        assert measure([before, after], act).problem(tolerance_of(x.dtype)) is None
 
 
 @pytest.mark.parametrize(("family", "size", "options"), CASES, ids=str)
