@@ -59,6 +59,10 @@ def srun(rank: str, **more: str) -> dict[str, str]:
          RankInfo(2, 4, 0, "tcp://rack2node08:5")),
         (srun("2", MASTER_ADDR="host-1.example.org"), "env://",
          RankInfo(2, 4, 0, "tcp://host-1.example.org:20049")),
+        # Older Slurms say the number of tasks by the job's variable alone.
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "MASTER_ADDR": "n1"},
+         "env://", RankInfo(2, 4, 0, "tcp://n1:20000")),
+        ({"SLURM_STEP_ID": "0"}, "env://", RankInfo()),
         # A batch script has its job's tasks, but nobody started the others.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "env://", RankInfo()),
     ],

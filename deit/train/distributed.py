@@ -65,9 +65,12 @@ class RankInfo:
         """
         if "RANK" in environ and "WORLD_SIZE" in environ:
             names = _TORCHRUN
-        elif "SLURM_STEP_ID" in environ:  # a batch script has all of Slurm's variables but a step's
+        # a batch script has all of Slurm's variables but a step's
+        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
             names = _SRUN
             url = _url_of_step(environ) if url == "env://" else url
+            absent = {"SLURM_STEP_NUM_TASKS": environ.get("SLURM_NTASKS", "none")}
+            environ = absent | {"SLURM_LOCALID": "0"} | dict(environ)
         elif world_size > 1:
             raise UserError(
                 f"--world-size {world_size}, but no launcher started the processes: use "
