@@ -5,11 +5,11 @@ leaves alone, pools it and classifies it. A family says how in a few methods.
 """
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import get_device_dtype, to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -77,20 +77,28 @@ class Scriptable:
 class Classifier(Scriptable, nn.Module):
     """A network of steps and a head.
 
-    The constructor of a family builds stem and steps, describes each step in `feature_info`, calls
-    `_set_channels`, builds the norm, and calls `_init_head`.
+    The constructor of a family calls this one, builds stem and steps, describes each step in
+    `feature_info`, and calls `_build_head`.
+
+    Args:
+        in_chans: colours of the images.
+        num_classes: 0 for no classifier.
+        global_pool: one of the family's `pools`, "" for none.
+        equivariant: whether features are so to the end.
+        use_symmetrized_asym_feats: classify [s, |a|] in place of s.
+        drop_rate: dropout before the classifier.
+        head_init_scale: factor on the classifier's initial weights.
+
+    Raises:
+        ValueError: for sizes that do not divide and options that exclude each other.
     """
 
-    in_chans: int
     blocks: nn.Sequential
-    norm: nn.Module
-    head: nn.Module
-    feature_info: list[dict[str, Any]]  # an entry for each step
+    # An entry for each step. Flopping leaves the first `symmetric_channels` of its maps alone, and
+    # negates the others; None if nothing is promised.
+    feature_info: list[dict[str, Any]]
     num_features: int  # channels of `forward_features`
     head_hidden_size: int  # channels that are classified
-    use_symmetrized_asym_feats: bool
-    equivariant: bool = True  # to the end
-    grad_checkpointing: bool = False
 
     # what a family says
 
@@ -125,18 +133,32 @@ class Classifier(Scriptable, nn.Module):
 
     # construction
 
-    @staticmethod
-    def _describe(
-        module: str, channels: int, reduction: int, symmetric: int | None
-    ) -> dict[str, Any]:
-        """What `feature_info` says of a step: its maps have `symmetric` channels that flopping
-        leaves alone, then those that it negates. None if nothing is promised."""
-        return {
-            "module": module,
-            "num_chs": channels,
-            "reduction": reduction,
-            "symmetric_channels": symmetric,
-        }
+    def __init__(
+        self,
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        *,
+        equivariant: bool = True,
+        use_symmetrized_asym_feats: bool = False,
+        drop_rate: float = 0.0,
+        head_init_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_sizes(in_chans=in_chans, num_classes=num_classes)
+        if use_symmetrized_asym_feats and not equivariant:
+            raise ValueError(
+                "use_symmetrized_asym_feats needs equivariant features at the head: an ordinary "
+                "network, or one with a bridge, has no antisymmetric part there"
+            )
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.equivariant = equivariant
+        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head_init_scale = head_init_scale
+        self.grad_checkpointing = False
 
     def _set_channels(self, channels: int) -> None:
         """Classify features of so many channels: of equivariant ones those that are invariant."""
@@ -144,15 +166,12 @@ class Classifier(Scriptable, nn.Module):
         self.head_hidden_size = FLOP.regular(channels).invariant if half else channels
         self.num_features = self.head_hidden_size
 
-    def _init_head(
-        self, num_classes: int, global_pool: str, drop_rate: float, init_scale: float, **dd: Any
-    ) -> None:
-        """Build what comes after the norm and initialise the network."""
-        self.num_classes = num_classes
-        self.global_pool = self._check_pool(global_pool)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self._classifier(num_classes, **dd)
-        self.head_init_scale = init_scale
+    def _build_head(self, channels: int, norm: Callable[..., nn.Module], **dd: Any) -> None:
+        """Build what comes after steps that give so many channels, and initialise the network."""
+        self._check_pool(self.global_pool)
+        self._set_channels(channels)
+        self.norm = norm(self.head_hidden_size if self.norm_of_head else channels, **dd)
+        self.head = self._classifier(self.num_classes, **dd)
         self.init_weights(needs_reset=False)
 
     def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
@@ -206,11 +225,10 @@ class Classifier(Scriptable, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes for none. `global_pool` changes the pooling."""
-        parameter = next(self.parameters())
         if global_pool is not None:
             self.global_pool = self._check_pool(global_pool)
         self.num_classes = num_classes
-        self.head = self._classifier(num_classes, device=parameter.device, dtype=parameter.dtype)
+        self.head = self._classifier(num_classes, **get_device_dtype(self))
         self.head.apply(init_linear).train(self.training)
 
     def prune_intermediate_layers(

@@ -18,7 +18,7 @@ Source: arXiv:2502.05169, section 4; ConvNeXt, arXiv:2201.03545.
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from math import sqrt
 from typing import Any
 
@@ -43,43 +43,75 @@ from deit.models.registry import register_sizes
 
 
 class _ConvNeXt(Classifier):
-    """What both have in common: channels are last, and means are normalised and classified."""
+    """What both have in common: channels are last, and means are normalised and classified.
+
+    The arguments are those of `ConvNeXt`.
+    """
 
     drawn = (nn.Linear, nn.Conv2d, MirrorKernel)
 
     def __init__(
         self,
-        in_chans: int,
-        img_size: Size | None,
-        equivariant: bool,
-        use_symmetrized_asym_feats: bool,
-        total_stride: int,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        patch_size: Size,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Pool = "avg",
+        kernel_size: int = 7,
+        mlp_ratio: float = 4.0,
+        *,
+        init_scale: float,
+        img_size: Size | None = None,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **head: Any,
     ) -> None:
-        super().__init__()
-        if use_symmetrized_asym_feats and not equivariant:
-            raise ValueError(
-                "use_symmetrized_asym_feats needs equivariant features: an ordinary network has "
-                "no antisymmetric part"
-            )
-        if img_size is not None and equivariant:
+        super().__init__(in_chans, num_classes, global_pool, **head)
+        check_sizes(patch_size=patch_size)
+        patch_size = to_2tuple(patch_size)
+        if img_size is not None and self.equivariant:
             height, width = to_2tuple(img_size)
-            tracing.check_total_stride(height, width, total_stride)
-        self.in_chans = in_chans
-        self.equivariant = equivariant
-        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
+            tracing.check_total_stride(height, width, patch_size[1] * 2 ** (len(dims) - 1))
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        stem: nn.Module
+        if self.equivariant:
+            # the factor gives kernels built from halves the scale of ordinary ones
+            colours = Rep(FLOP, free=0, fixed=in_chans)
+            stem = MirrorConv2d(colours, dims[0], patch_size, patch_size, scale=sqrt(0.5), **dd)
+        else:
+            stem = nn.Conv2d(in_chans, dims[0], patch_size, patch_size, **dd)
+        block = ConvBlock if self.equivariant else OrdinaryConvBlock
+        count = sum(depths)
+        rates = (drop_path_rate * i / max(count - 1, 1) for i in range(count))
+        stages = [
+            nn.Sequential(
+                *(
+                    block(dim, kernel_size, mlp_ratio, init_value=init_scale, drop_path=rate, **dd)
+                    for rate in islice(rates, depth)
+                )
+            )
+            for depth, dim in zip(depths, dims, strict=True)
+        ]
+        self.invariants = InvariantBridge(dims[-1]) if self.use_symmetrized_asym_feats else None
+        self._keep(stem, stages, dims, patch_size[1], **dd)
+        self._build_head(dims[-1], OrdinaryLayerNorm, **dd)
 
-    def _make_stem(self, dim: int, patch_size: tuple[int, int], **dd: Any) -> nn.Module:
-        """A convolution whose stride is its size."""
-        if not self.equivariant:
-            return nn.Conv2d(self.in_chans, dim, patch_size, patch_size, **dd)
-        # the factor gives kernels built from halves the scale of ordinary ones
-        colours = Rep(FLOP, free=0, fixed=self.in_chans)
-        return MirrorConv2d(colours, dim, patch_size, patch_size, scale=sqrt(0.5), **dd)
+    def _keep(
+        self,
+        stem: nn.Module,
+        stages: list[nn.Sequential],
+        dims: Sequence[int],
+        stride: int,
+        **dd: Any,
+    ) -> None:
+        """Register stem and stages under the published names, and describe the steps."""
+        raise NotImplementedError
 
     def _set_channels(self, channels: int) -> None:
         super()._set_channels(channels)
         self.num_features = channels
-        self.invariants = InvariantBridge(channels) if self.use_symmetrized_asym_feats else None
 
     def _embed(self, images: Tensor) -> Feature:
         if self.equivariant:
@@ -118,18 +150,9 @@ class IsotropicConvNeXt(_ConvNeXt):
     """A ConvNeXt of one resolution; also the ordinary one, with the same keys and arguments.
 
     Args:
+        embed_dim, depth: channels and number of blocks.
         equivariant: False for the ordinary twin.
-        num_classes: 0 for no classifier.
-        global_pool: average over the map, or none.
-        img_size: checked if it is given; other sizes work too.
-        layer_scale_init_value: initial LayerScale; none unless it is positive.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
-        use_symmetrized_asym_feats: classify the means of [s, |a|] in place of s.
-        head_init_scale: factor on the classifier's initial weights.
-
-    Raises:
-        ValueError: for sizes that do not divide and options that exclude each other.
+        others: as in `ConvNeXt`.
     """
 
     stem_keys = r"^stem"
@@ -142,40 +165,20 @@ class IsotropicConvNeXt(_ConvNeXt):
         global_pool: Pool = "avg",
         embed_dim: int = 384,
         depth: int = 18,
-        kernel_size: int = 7,
-        mlp_ratio: float = 4.0,
-        *,
-        equivariant: bool = True,
-        img_size: Size | None = None,
-        layer_scale_init_value: float = 0.0,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        use_symmetrized_asym_feats: bool = False,
-        head_init_scale: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        *args: Any,
+        init_scale: float = 0.0,
+        **options: Any,
     ) -> None:
-        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
-        check_sizes(patch_size=patch_size, num_classes=num_classes)
-        patch_size = to_2tuple(patch_size)
-        super().__init__(in_chans, img_size, equivariant, use_symmetrized_asym_feats, patch_size[1])
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.stem = self._make_stem(embed_dim, patch_size, **dd)
-        block = ConvBlock if equivariant else OrdinaryConvBlock
-        scale = layer_scale_init_value
-        self.blocks = nn.Sequential(
-            *(
-                block(embed_dim, kernel_size, mlp_ratio, init_value=scale, drop_path=rate, **dd)
-                for rate in _rising(drop_path_rate, depth)
-            )
-        )
-        symmetric = embed_dim // 2 if equivariant else None
-        self.feature_info = [
-            self._describe(f"blocks.{i}", embed_dim, patch_size[1], symmetric) for i in range(depth)
-        ]
-        self._set_channels(embed_dim)
-        self.norm = OrdinaryLayerNorm(self.head_hidden_size, **dd)
-        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
+        check_sizes(embed_dim=embed_dim, depth=depth)
+        sizes = ((depth,), (embed_dim,), patch_size, in_chans, num_classes, global_pool)
+        super().__init__(*sizes, *args, init_scale=init_scale, **options)
+
+    def _keep(self, stem, stages, dims, stride, **dd) -> None:
+        self.stem = stem
+        (self.blocks,) = stages
+        symmetric = dims[0] // 2 if self.equivariant else None
+        shape = dict(num_chs=dims[0], reduction=stride, symmetric_channels=symmetric)
+        self.feature_info = [dict(module=f"blocks.{i}", **shape) for i in range(len(self.blocks))]
 
     def _stem(self, images: Tensor) -> Feature:
         x = self.stem(images)
@@ -190,12 +193,12 @@ class ConvNeXt(_ConvNeXt):
     Args:
         depths, dims: blocks and channels of each stage.
         patch_size: of the stem.
+        global_pool: average over the map, or none.
+        kernel_size, mlp_ratio: as in `ConvBlock`.
+        init_scale: initial LayerScale; none unless it is positive.
         img_size: checked if it is given; other sizes work too.
-        layer_scale_init_value: initial LayerScale; none unless it is positive.
-        others: as in `IsotropicConvNeXt`.
-
-    Raises:
-        ValueError: for sizes that do not divide.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        others: as in `Classifier`.
     """
 
     def __init__(
@@ -203,54 +206,35 @@ class ConvNeXt(_ConvNeXt):
         depths: Sequence[int] = (3, 3, 9, 3),
         dims: Sequence[int] = (96, 192, 384, 768),
         patch_size: Size = 4,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: Pool = "avg",
-        kernel_size: int = 7,
-        mlp_ratio: float = 4.0,
-        *,
-        img_size: Size | None = None,
-        layer_scale_init_value: float = 1e-6,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        use_symmetrized_asym_feats: bool = False,
-        head_init_scale: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        *args: Any,
+        init_scale: float = 1e-6,
+        **options: Any,
     ) -> None:
         if len(depths) != len(dims) or not depths:
             raise ValueError(
                 f"each stage has its depth and its width: depths {tuple(depths)} and dims "
                 f"{tuple(dims)} must be equally many, and at least one"
             )
-        check_sizes(in_chans=in_chans, depths=depths, dims=dims)
-        check_sizes(patch_size=patch_size, num_classes=num_classes)
-        patch_size = to_2tuple(patch_size)
-        strides = [patch_size[1] * 2**i for i in range(len(depths))]
-        super().__init__(in_chans, img_size, True, use_symmetrized_asym_feats, strides[-1])
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.downsample_layers = nn.ModuleList()
-        self.stages = nn.ModuleList()
-        self.feature_info = []
-        scale = layer_scale_init_value
-        rates = iter(_rising(drop_path_rate, sum(depths)))
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            if i == 0:
-                layers = [self._make_stem(dim, patch_size, **dd), LayerNorm(dim, **dd)]
-            else:
-                before = FLOP.regular(dims[i - 1])
-                conv = MirrorConv2d(before, dim, (2, 2), (2, 2), **dd)
-                layers = [LayerNorm(before, **dd), conv]
-            self.downsample_layers.append(nn.Sequential(*layers))
-            blocks = (
-                ConvBlock(dim, kernel_size, mlp_ratio, init_value=scale, drop_path=rate, **dd)
-                for rate in islice(rates, depth)
+        check_sizes(depths=depths, dims=dims)
+        super().__init__(
+            depths, dims, patch_size, *args, equivariant=True, init_scale=init_scale, **options
+        )
+
+    def _keep(self, stem, stages, dims, stride, **dd) -> None:
+        layers = [nn.Sequential(stem, LayerNorm(dims[0], **dd))]
+        for before, dim in pairwise(dims):
+            conv = MirrorConv2d(FLOP.regular(before), dim, (2, 2), (2, 2), **dd)
+            layers.append(nn.Sequential(LayerNorm(before, **dd), conv))
+        self.downsample_layers, self.stages = nn.ModuleList(layers), nn.ModuleList(stages)
+        self.feature_info = [
+            dict(
+                module=f"stages.{i}",
+                num_chs=dim,
+                reduction=stride * 2**i,
+                symmetric_channels=dim // 2,
             )
-            self.stages.append(nn.Sequential(*blocks))
-            self.feature_info.append(self._describe(f"stages.{i}", dim, strides[i], dim // 2))
-        self._set_channels(dims[-1])
-        self.norm = OrdinaryLayerNorm(self.head_hidden_size, **dd)
-        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
+            for i, dim in enumerate(dims)
+        ]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -282,11 +266,6 @@ class ConvNeXt(_ConvNeXt):
         self.stages = self.stages[:steps]
 
 
-def _rising(rate: float, count: int) -> list[float]:
-    """`count` rates rising linearly from 0 to `rate`."""
-    return [rate * i / max(count - 1, 1) for i in range(count)]
-
-
 ISOTROPIC_SIZES = {
     "small": dict(depth=18, embed_dim=384),
     "base": dict(depth=18, embed_dim=768),
@@ -312,7 +291,6 @@ for _family, _equivariant in {"d2_convnext_isotropic": True, "convnext_isotropic
             "first_conv": ("stem.proj_sym", "stem.proj_asym") if _equivariant else "stem",
             "pool_size": (14, 14),
         },
-        layer_scale="layer_scale_init_value",
         filter_fn=adapt_state,
     )
 register_sizes(
@@ -323,6 +301,5 @@ register_sizes(
         "first_conv": ("downsample_layers.0.0.proj_sym", "downsample_layers.0.0.proj_asym"),
         "pool_size": (7, 7),
     },
-    layer_scale="layer_scale_init_value",
     out_indices=(0, 1, 2, 3),
 )

@@ -58,7 +58,6 @@ def register_sizes(
     sizes: Mapping[str, Mapping[str, Any]],
     *,
     cfg: Mapping[str, Any],
-    layer_scale: str = "init_scale",
     filter_fn: Callable | None = None,
     out_indices: Any = 3,
 ) -> None:
@@ -66,11 +65,10 @@ def register_sizes(
 
     Args:
         module: `__name__` of the calling module; the entry points become its functions.
-        model_cls: called with the row's arguments, overridden by the user's.
+        model_cls: called with the row's arguments, overridden by the user's. The initial LayerScale
+            is its `init_scale`, and users may give it under any of `LAYER_SCALE_NAMES`.
         sizes: name to arguments.
         cfg: fields of the pretrained configuration that differ from `default_cfg`.
-        layer_scale: the argument of `model_cls` for the initial LayerScale; users may give it
-            under any of `LAYER_SCALE_NAMES`.
         filter_fn: translates a checkpoint for a given model, by timm's convention.
         out_indices: what `features_only=True` returns by default.
     """
@@ -81,18 +79,18 @@ def register_sizes(
         **generate_default_cfgs({name: default_cfg(name, **cfg) for name in sizes}),
     }
     for name, row in sizes.items():
-        entry = _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices)
+        entry = _entry_point(name, model_cls, row, filter_fn, out_indices)
         entry.__module__ = module
         setattr(namespace, name, register_model(entry))
 
 
-def _entry_point(name, model_cls, row, layer_scale, filter_fn, out_indices) -> Callable:
+def _entry_point(name, model_cls, row, filter_fn, out_indices) -> Callable:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         given = [key for key in LAYER_SCALE_NAMES if key in kwargs]
         if len(given) > 1:
             raise TypeError(f"{name} got the initial LayerScale more than once: {', '.join(given)}")
         if given:
-            kwargs[layer_scale] = kwargs.pop(given[0])
+            kwargs["init_scale"] = kwargs.pop(given[0])
         hosted = pretrained and not _has_weights(kwargs)
         if hosted and name not in HOSTED:
             raise RuntimeError(

@@ -35,17 +35,11 @@ class ResMLP(Classifier):
     Args:
         img_size, patch_size: one number or (height, width). The maps over tokens are as large as
             the grid, so a network takes images of this size alone.
-        num_classes: 0 for no classifier.
         global_pool: average over tokens, or none.
         init_scale: initial LayerScale.
-        drop_rate: dropout before the classifier.
         proj_drop_rate: dropout in the channel perceptrons.
         drop_path_rate: stochastic depth, the same for all blocks.
-        use_symmetrized_asym_feats: classify [ss, aa] and [|sa|, |as|] in place of [ss, aa].
-        head_init_scale: factor on the classifier's initial weights.
-
-    Raises:
-        ValueError: for sizes that do not divide.
+        others: as in `Classifier`; s there is [ss, aa] here, and a is [as, sa].
     """
 
     def __init__(
@@ -60,21 +54,16 @@ class ResMLP(Classifier):
         mlp_ratio: float = 4.0,
         *,
         init_scale: float = 1e-4,
-        drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        use_symmetrized_asym_feats: bool = False,
-        head_init_scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **head: Any,
     ) -> None:
-        super().__init__()
-        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
-        check_sizes(patch_size=patch_size, num_classes=num_classes)
+        super().__init__(in_chans, num_classes, global_pool, **head)
+        check_sizes(embed_dim=embed_dim, depth=depth, patch_size=patch_size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
         self.embed_dim = embed_dim
-        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
 
         # no factor root one half here, unlike the other families
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, scale=1.0, **dd)
@@ -95,14 +84,12 @@ class ResMLP(Classifier):
                 for _ in range(depth)
             )
         )
-        reduction = max(self.patch_embed.patch_size)
+        shape = dict(num_chs=embed_dim, reduction=self.patch_embed.feat_ratio())
         self.feature_info = [
-            self._describe(f"blocks.{i}", embed_dim, reduction, channels.invariant)
+            dict(module=f"blocks.{i}", **shape, symmetric_channels=channels.invariant)
             for i in range(depth)
         ]
-        self._set_channels(embed_dim)
-        self.norm = OrdinaryAffine(self.head_hidden_size, **dd)
-        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
+        self._build_head(embed_dim, OrdinaryAffine, **dd)
 
     def _embed(self, images: Tensor) -> Feature:
         """Images to parts with decomposed tokens, (B, N, C/2)."""

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 from timm.models._input import update_model_input_size
+from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
-from deit.groups import FLOP
 from deit.layers import (
     Block,
     Dropout,
@@ -48,7 +48,6 @@ class VisionTransformer(Classifier):
 
     Args:
         img_size, patch_size: one number or (height, width).
-        num_classes: 0 for no classifier.
         global_pool: class token, average over patches, or none.
         bridge: None if all blocks are equivariant. Otherwise the first `break_layer` are, and the
             pair becomes one vector by "regular", [(s + a)/sqrt 2, (s - a)/sqrt 2], or by
@@ -57,14 +56,9 @@ class VisionTransformer(Classifier):
         init_scale: initial LayerScale.
         class_token, reg_tokens: tokens that belong to no patch.
         dynamic_img_size: accept any image that the patches tile.
-        drop_rate: dropout before the classifier; the other rates as in timm. `drop_path_rate` is
-            the same for all blocks.
-        use_symmetrized_asym_feats: classify [s, |a|] in place of s.
+        pos_drop_rate, ..., drop_path_rate: as in timm; `drop_path_rate` is the same for all blocks.
         use_attn_mixer, use_fused_attn: see `Attention`.
-        head_init_scale: factor on the classifier's initial weights.
-
-    Raises:
-        ValueError: for sizes that do not divide and options that exclude each other.
+        others: as in `Classifier`.
     """
 
     pools = ("token", "avg", "")
@@ -90,35 +84,24 @@ class VisionTransformer(Classifier):
         class_token: bool = True,
         reg_tokens: int = 0,
         dynamic_img_size: bool = False,
-        drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        use_symmetrized_asym_feats: bool = False,
         use_attn_mixer: bool = False,
         use_fused_attn: bool | None = None,
-        head_init_scale: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **head: Any,
     ) -> None:
-        super().__init__()
-        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        check_sizes(patch_size=patch_size, num_classes=num_classes)
-        if bridge is not None and use_symmetrized_asym_feats:
-            raise ValueError(
-                "use_symmetrized_asym_feats needs equivariant features at the head: "
-                f"after the bridge {bridge!r} there is no antisymmetric part"
-            )
+        super().__init__(in_chans, num_classes, global_pool, equivariant=bridge is None, **head)
+        check_sizes(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
         self.embed_dim = embed_dim
         self.has_class_token = class_token
         self.num_reg_tokens = reg_tokens
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.dynamic_img_size = dynamic_img_size
-        self.use_symmetrized_asym_feats = use_symmetrized_asym_feats
-        self.equivariant = bridge is None
         self.equivariant_depth = _depth_of_bridge(bridge, break_layer, depth)
 
         self.patch_embed = PatchEmbed(
@@ -148,16 +131,15 @@ class VisionTransformer(Classifier):
             )
         )
         self.bridge = None if bridge is None else BRIDGES[bridge](embed_dim)
-        symmetric = [FLOP.regular(embed_dim).invariant] * self.equivariant_depth
+        symmetric = [embed_dim // 2] * self.equivariant_depth
         after = embed_dim if bridge == "invariant" else None
+        shape = dict(num_chs=embed_dim, reduction=self.patch_embed.feat_ratio())
         self.feature_info = [
-            self._describe(f"blocks.{i}", embed_dim, max(self.patch_embed.patch_size), count)
+            dict(module=f"blocks.{i}", **shape, symmetric_channels=count)
             for i, count in enumerate(symmetric + [after] * (depth - self.equivariant_depth))
         ]
-        self._set_channels(embed_dim)
-        self.norm = (LayerNorm if bridge is None else OrdinaryLayerNorm)(embed_dim, **dd)
-        self.invariants = InvariantBridge(embed_dim) if use_symmetrized_asym_feats else None
-        self._init_head(num_classes, global_pool, drop_rate, head_init_scale, **dd)
+        self.invariants = InvariantBridge(embed_dim) if self.use_symmetrized_asym_feats else None
+        self._build_head(embed_dim, LayerNorm if bridge is None else OrdinaryLayerNorm, **dd)
 
     def _check_pool(self, pool: str) -> str:
         if pool == "token" and not self.has_class_token:
@@ -183,7 +165,7 @@ class VisionTransformer(Classifier):
             self.patch_embed.flatten_and_permute = MirrorOrder(grid, device)
             self.pos_embed.set_grid(grid)
         for info in self.feature_info:
-            info["reduction"] = max(self.patch_embed.patch_size)
+            info["reduction"] = self.patch_embed.feat_ratio()
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     # forward
@@ -238,11 +220,7 @@ class VisionTransformer(Classifier):
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, prefix + N, C) to (B, C), or all tokens if pooling is off."""
-        if self.global_pool == "token":
-            return x[:, 0]
-        if self.global_pool == "avg":
-            return x[:, self.num_prefix_tokens :].mean(1)
-        return x
+        return global_pool_nlc(x, self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_chans, H, W) -> (B, num_classes)
         images = x

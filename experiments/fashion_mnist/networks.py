@@ -76,7 +76,6 @@ class Network:
                 "num_classes": CLASSES,
                 "fixed_input_size": self.family != "convnext",
             },
-            layer_scale="layer_scale_init_value" if self.family == "convnext" else "init_scale",
         )
 
     def _class_and_arguments(self) -> tuple[type[nn.Module], dict[str, Any]]:
