@@ -27,7 +27,7 @@ from deit.equivariance import (
     tolerance_of,
 )
 from deit.groups import FLOP
-from deit.layers import MirrorGrid
+from deit.layers import Block, MirrorGrid, OrdinaryBlock, RegularBridge
 
 # (img_size, patch_size): even and odd grids, square and not, patches square and not, of odd width
 GEOMETRIES = [
@@ -106,7 +106,7 @@ def assert_network_equivariant(model, x: Tensor) -> None:
         for before, after, count in zip(maps, flopped, symmetric, strict=True)
         if count is not None
     ]
-    if symmetric[-1] is not None:
+    if symmetric[-1] is not None and not isinstance(getattr(model, "bridge", None), RegularBridge):
         compared.append((model(x), model(x.flip(-1)), on_logits(model)))
     for before, after, act in compared:
         assert measure([before, after], act).problem(tolerance_of(x.dtype)) is None
@@ -117,11 +117,21 @@ def test_equivariance(family, size, options):
     assert_network_equivariant(create_random(family, **options), images(size=size))
 
 
-def test_a_bridge_gives_equivariance_up_or_makes_features_invariant():
-    hybrid, early = create_random("hybrid_deit"), create_random("d2_inv_early_deit")
-    symmetric = [[i["symmetric_channels"] for i in m.feature_info] for m in (hybrid, early)]
-    assert symmetric == [[16, 16, None, None], [16, 16, 32, 32]]
-    assert equivariance_error(hybrid, FLOP, images(), image(FLOP), invariant).error > 1e-3
+@pytest.mark.parametrize("layer", [None, *range(5)])
+def test_a_bridge_gives_equivariance_up_or_makes_features_invariant(layer):
+    """After `break_layer` blocks, by default half of them. Norm and classifier of a hybrid are
+    ordinary ones; the other family is invariant to the end."""
+    options, before = ({}, 2) if layer is None else ({"break_layer": layer}, layer)
+    for family, after in (("hybrid_deit", None), ("d2_inv_early_deit", 32)):
+        model = create_random(family, **options)
+        assert [type(block) for block in model.blocks] == (
+            [Block] * before + [OrdinaryBlock] * (4 - before)
+        )
+        symmetric = [info["symmetric_channels"] for info in model.feature_info]
+        assert symmetric == [16] * before + [after] * (4 - before)
+        assert_network_equivariant(model, images())
+        error = equivariance_error(model, FLOP, images(), image(FLOP), invariant).error
+        assert error > 1e-3 if family == "hybrid_deit" else error < 1e-10
 
 
 @pytest.mark.parametrize("family", INVARIANT)
@@ -285,6 +295,7 @@ def test_sizes_that_make_no_network_are_refused(family):
         ("convnext_isotropic", dict(use_symmetrized_asym_feats=True), "no antisymmetric part"),
         ("hybrid_deit", dict(use_symmetrized_asym_feats=True), "no antisymmetric part"),
         ("d2_deit", dict(break_layer=2), "this network has none"),
+        ("hybrid_deit", dict(break_layer=5), "break_layer 5 is not among the 4 blocks"),
         ("resmlp_equi_d2", dict(img_size=33), "33 pixels cannot be cut into patches of 8 x 8"),
         ("resmlp", dict(nlhb=True), "nlhb"),
         ("d2_convnext_isotropic", dict(img_size=(64, 28)), "64 x 28 .* stride, 8.* 64 x"),

@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+from collections import Counter
 
 import pytest
 import timm
@@ -14,8 +15,8 @@ from timm.models import (
     safe_model_name,
 )
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from timm.utils import ModelEmaV3, reparameterize_model
 from tiny import FAMILIES, NAMES, TRANSFORMERS, create, create_random, images, registered
+from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 
@@ -104,12 +105,28 @@ def test_pretrained_cfg(family):
     assert (tuple(features.shape[2:]) if features.ndim == 4 else None) == cfg["pool_size"]
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """All blocks, in order."""
+    return [m for m in model.modules() if "Block" in type(m).__name__]
+
+
+def count_runs(model: nn.Module) -> Counter:
+    """How often each block is begun from now on, by its number."""
+    runs = Counter()
+    for i, block in enumerate(blocks_of(model)):
+        block.register_forward_pre_hook(lambda *_, i=i: runs.update([i]))
+    return runs
+
+
 @pytest.mark.parametrize("family", NAMES)
-def test_gradient_checkpointing_changes_no_gradient(family):
+def test_gradient_checkpointing_runs_blocks_again_and_changes_no_gradient(family):
     def gradients(checkpointing):
         model = create_random(family).train()
         model.set_grad_checkpointing(checkpointing)
+        runs = count_runs(model)
         model(images()).square().sum().backward()
+        times = 2 if checkpointing else 1
+        assert runs == dict.fromkeys(range(len(blocks_of(model))), times)
         return {n: p.grad for n, p in model.named_parameters()}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -131,10 +148,12 @@ def test_intermediates(family):
         assert y.shape == (2, channels, 32 // reduction, 32 // reduction)
     (last,) = model.forward_intermediates(x, indices=[LAST], intermediates_only=True)
     torch.testing.assert_close(last, maps[LAST])
+    runs = count_runs(model)
     (first,) = model.forward_intermediates(
         x, indices=[FIRST], stop_early=True, intermediates_only=True
     )
     torch.testing.assert_close(first, maps[FIRST])
+    assert runs == {0: 1}  # and no block behind it
     model.set_grad_checkpointing()
     torch.testing.assert_close(model.forward_intermediates(x)[1], maps)
 
@@ -191,6 +210,21 @@ def test_pruned_networks_give_the_same_features_and_use_all_they_keep(family):
         torch.testing.assert_close(y, maps[i])
         (y.sum() + pruned.train().forward_features(x).square().sum()).backward()
         assert [n for n, p in pruned.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_pruning_drops_norm_and_head_where_they_do_not_fit(family):
+    """By default the head goes, and with it a norm of pooled features; a head of other channels
+    than those of the last kept stage goes always."""
+    headless, kept = create(family), create(family)
+    headless.prune_intermediate_layers([0])
+    assert (headless.num_classes, headless.global_pool) == (0, "")
+    assert isinstance(headless.head, nn.Identity)
+    assert isinstance(headless.norm, nn.Identity) == (family not in (*TRANSFORMERS, "resmlp"))
+    kept.prune_intermediate_layers([0], prune_head=False)
+    narrower = family == "d2_convnext"
+    assert [isinstance(m, nn.Identity) for m in (kept.norm, kept.head)] == [narrower] * 2
+    assert kept(x32()).shape == ((2, 8, 16, 16) if narrower else (2, 10))
 
 
 # optimizers
@@ -296,17 +330,3 @@ def test_channels_last(family):
     expected = model(x)
     model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected)
-
-
-@pytest.mark.parametrize("family", NAMES)
-def test_moving_average_and_reparameterization(family):
-    model = create_random(family)
-    ema = ModelEmaV3(model, decay=0.5)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3)
-    ema.update(model)
-    for (name, own), average in zip(model.named_parameters(), ema.module.parameters(), strict=True):
-        torch.testing.assert_close(average, own * (2 / 3), msg=name)
-    x = images()
-    torch.testing.assert_close(reparameterize_model(copy.deepcopy(model))(x), model(x))

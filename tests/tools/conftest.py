@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import NETWORKS, ORDINARY
+from networks import LINEARS, NETWORKS, ORDINARY
 
 
 @pytest.fixture(params=NETWORKS)
 def network(request) -> str:
     """A key of `NETWORKS`."""
+    return request.param
+
+
+@pytest.fixture(params=LINEARS)
+def linear_network(request) -> str:
+    """One of each kind of linear maps, for tools that look at `nn.Linear` alone."""
     return request.param
 
 

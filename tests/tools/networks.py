@@ -35,6 +35,7 @@ NETWORKS: Table = {
     "isotropic convnext": ("d2_convnext_isotropic_small", dict(**ISOTROPIC, **WHOLE), DROP),
     "hierarchical convnext": ("d2_convnext_tiny", dict(**HIERARCHICAL, **WHOLE), DROP),
 }
+LINEARS = ("vit", "resmlp", "isotropic convnext")
 # the ordinary twins whose classes are at least in part ours
 ORDINARY: Table = {
     "ordinary vit": ("deit_small_patch16_LS", VIT, RATES),

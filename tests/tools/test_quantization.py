@@ -30,8 +30,8 @@ def near(actual: Tensor, expected: Tensor) -> bool:
 @pytest.mark.skipif(
     torch.backends.quantized.engine == "none", reason="this torch has no engine for quantised maps"
 )
-def test_dynamic_quantisation(network):
-    model, x = create(network), images()
+def test_dynamic_quantisation(linear_network):
+    model, x = create(linear_network), images()
     quantized = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert count(quantized, QuantizedLinear) == count(model, nn.Linear)
     assert count(quantized, nn.Linear) == 0
@@ -41,16 +41,16 @@ def test_dynamic_quantisation(network):
         # both halves have one weight each, and activations are rounded alike for both images
         assert max(equivariance_errors(quantized, x)) < 0.05
 
-        other = quantize_dynamic(create(network), {nn.Linear}, dtype=torch.qint8)
+        other = quantize_dynamic(create(linear_network), {nn.Linear}, dtype=torch.qint8)
         other.load_state_dict(quantized.state_dict())
         torch.testing.assert_close(other(x), y)
         torch.testing.assert_close(copy.deepcopy(quantized)(x), y)
         torch.testing.assert_close(pickle.loads(pickle.dumps(quantized))(x), y)
 
 
-def test_weight_only_int8_of_torchao(network):
+def test_weight_only_int8_of_torchao(linear_network):
     torchao = pytest.importorskip("torchao.quantization")
-    model, x = create(network), images()
+    model, x = create(linear_network), images()
     before = model(x)
     keys = list(model.state_dict())
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
@@ -64,7 +64,7 @@ def test_weight_only_int8_of_torchao(network):
         torch.testing.assert_close(copy.deepcopy(model)(x), y)
         state = model.state_dict()
         assert list(state) == keys
-        other = create(network)
+        other = create(linear_network)
         torchao.quantize_(other, torchao.Int8WeightOnlyConfig())
         other.load_state_dict(state, assign=True)
         torch.testing.assert_close(other(x), y)
