@@ -34,7 +34,7 @@ from timm.data import create_loader
 from timm.data.dataset import ImageDataset as TimmDataset
 
 from deit.cli import CommandLine, OptionGroup, number, output_file
-from deit.data import ResumableBatchSampler, build_dataset, build_train_loader, train_transform
+from deit.data import DeviceLoader, ResumableBatchSampler, build_dataset, train_transform
 from deit.data.transforms import Transform
 from deit.errors import one_line_errors
 from deit.measure.hardware import synchronize, versions
@@ -66,7 +66,7 @@ def ours(root: Path, transform: Transform, args: Namespace) -> Epochs:
     dataset = build_dataset("train", root=root, transform=transform)
     epochs = args.rounds + 1
     sampler = ResumableBatchSampler(len(dataset), batch_size=args.batch_size, epochs=epochs)
-    loader = build_train_loader(dataset, sampler, device=args.device, num_workers=args.workers)
+    loader = DeviceLoader(dataset, sampler, device=args.device, num_workers=args.workers)
     batches = iter(loader)
     return lambda: (next(batches) for _ in range(sampler.steps_per_epoch))
 

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import deit
-from deit.data import ImageDataset, build_eval_loader
+from deit.data import DeviceLoader, ImageDataset, evaluation_batches
 from deit.errors import one_line_errors
 from deit.train.args import parse_args
 from deit.train.build import build_val_dataset
@@ -76,7 +76,7 @@ def predict(model: nn.Module, dataset: ImageDataset, change=None) -> Tensor:
     transform = dataset.transform
     if change is not None:
         dataset.transform = lambda image: transform(change(image))
-    loader = build_eval_loader(dataset, batch_size=100, device="cpu")
+    loader = DeviceLoader(dataset, evaluation_batches(len(dataset), 100), device="cpu")
     logits = torch.cat([model(images) for images, _ in loader])
     dataset.transform = transform
     return logits

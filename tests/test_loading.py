@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from training_runs import load, make_images, train
 
 import deit
-from deit.data import build_dataset, build_eval_loader, eval_transform
+from deit.data import DeviceLoader, build_dataset, eval_transform, evaluation_batches
 from deit.errors import UserError, one_line_errors
 from deit.main import main
 from deit.measure import command as complexity
@@ -225,7 +225,7 @@ def test_folders_of_some_of_the_classes(file, data, tmp_path, run):
     network = deit.load(file)
     right = [
         bool(network(image).argmax() == label)
-        for image, label in build_eval_loader(images, batch_size=1, device="cpu")
+        for image, label in DeviceLoader(images, evaluation_batches(len(images), 1), device="cpu")
         if label > 0
     ]
     assert f"Acc@1 {100 * sum(right) / len(right):.3f} " in named

@@ -3,9 +3,9 @@
 from deit.data.classes import match_classes, names_of_outputs, outputs_of, read_class_map
 from deit.data.datasets import DATA_SETS, build_dataset, check_same_classes
 from deit.data.images import ImageDataset, to_rgb
-from deit.data.loader import DeviceLoader, build_eval_loader, build_train_loader
+from deit.data.loader import DeviceLoader
 from deit.data.mixup import build_mixup
-from deit.data.stream import ResumableBatchSampler
+from deit.data.stream import ResumableBatchSampler, evaluation_batches
 from deit.data.transforms import INTERPOLATIONS, eval_transform, train_transform
 
 __all__ = [
@@ -15,11 +15,10 @@ __all__ = [
     "ImageDataset",
     "ResumableBatchSampler",
     "build_dataset",
-    "build_eval_loader",
     "build_mixup",
-    "build_train_loader",
     "check_same_classes",
     "eval_transform",
+    "evaluation_batches",
     "match_classes",
     "names_of_outputs",
     "outputs_of",

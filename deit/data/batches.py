@@ -9,9 +9,7 @@ the same on every device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from timm.data.random_erasing import RandomErasing
@@ -23,8 +21,7 @@ from deit.data.stream import Sample, preserve_generators, sample_seeds, seed_eve
 from deit.errors import UserError
 
 
-@dataclass
-class RawBatch:
+class RawBatch(NamedTuple):
     """What a worker sends."""
 
     images: Tensor
@@ -36,104 +33,69 @@ class RawBatch:
     noise: Tensor | None = None
     """What it puts there: float32 (E, 3), normalised values."""
 
-    def pin_memory(self) -> RawBatch:
-        """Called by the DataLoader's pinning thread."""
-        tensors = (self.images, self.targets, self.erased, self.noise)
-        return RawBatch(*(None if tensor is None else tensor.pin_memory() for tensor in tensors))
-
-
-@dataclass
-class WorkerError:
-    """A UserError on its way out of a worker: raised there, its text would hold a traceback."""
-
-    message: str
-
 
 class BatchDataset(Dataset):
-    """Makes whole batches (`DataLoader` hands `__getitems__` what the batch sampler yields).
+    """Makes whole batches: it is indexed by the images of one.
 
-    For training, items are `Sample`s and every image is made under its own seed; for evaluation
-    they are indices. Positions that are multiples of `first_clean` are not erased (0: none).
+    These are `Sample`s for training with the `seed` of a run, where every image is made under a
+    seed of its own, or indices for evaluation. `erasing` spares samples at multiples of its
+    `num_splits` if those are more than one, as it would the first split of a batch.
     """
 
     def __init__(
-        self,
-        images: ImageDataset,
-        seed: int | None = None,
-        erasing: RandomErasing | None = None,
-        first_clean: int = 0,
+        self, images: ImageDataset, seed: int | None = None, erasing: RandomErasing | None = None
     ) -> None:
         self.images = images
         self.seed = seed
         self.erasing = erasing
-        self.first_clean = first_clean
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, items: list[Sample] | list[int]) -> RawBatch | WorkerError:
+    def __getitem__(self, items: list[Sample] | list[int]) -> RawBatch | UserError:
         try:
             if self.seed is None:
-                return self._collate([self.images[index] for index in items])
-            with preserve_generators() if get_worker_info() is None else nullcontext():
+                return _collate([self.images[index] for index in items])
+            with preserve_generators():
                 return self._seeded(items)
-        except UserError as error:
-            return WorkerError(str(error))
+        except UserError as error:  # raised in a worker, its text would hold a traceback
+            return error
 
     def _seeded(self, items: list[Sample]) -> RawBatch:
-        seeds = [sample_seeds(self.seed, item.epoch, item.position) for item in items]
-        made = []
-        for item, seed in zip(items, seeds, strict=True):
-            seed_everything(seed.transform)
+        made, erased, noise = [], [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3)]
+        for number, item in enumerate(items):
+            seeds = sample_seeds(self.seed, item.epoch, item.position)
+            seed_everything(seeds.transform)
             made.append(self.images[item.index])
-        batch = self._collate(made)
-        if self.erasing is not None:
-            clean = [self.first_clean and item.position % self.first_clean == 0 for item in items]
-            drawn = [None if c else s.erasing for c, s in zip(clean, seeds, strict=True)]
-            batch.erased, batch.noise = draw_erasing(self.erasing, batch.images.shape[1:], drawn)
-        return batch
+            if self.erasing is None:
+                continue
+            splits = self.erasing.num_splits
+            if splits > 1 and item.position % splits == 0:
+                continue
+            seed_everything(seeds.erasing)
+            canvas = self.erasing(torch.full(made[-1][0].shape, torch.nan)).flatten(1)
+            (pixels,) = torch.where(~canvas[0].isnan())
+            erased.append(pixels + number * canvas.shape[1])
+            noise.append(canvas[:, pixels].T)
+        batch = _collate(made)
+        if self.erasing is None:
+            return batch
+        return batch._replace(erased=torch.cat(erased), noise=torch.cat(noise))
 
-    def _collate(self, made: list[tuple[Tensor, int]]) -> RawBatch:
-        return RawBatch(
-            _stack([image for image, _ in made]),
-            torch.tensor([target for _, target in made], dtype=torch.int64),
-        )
 
-
-def _stack(images: list[Tensor]) -> Tensor:
-    """uint8 images (3, H, W) as one batch (B, 3, H, W), in shared memory if this is a worker.
+def _collate(made: list[tuple[Tensor, int]]) -> RawBatch:
+    """uint8 images (3, H, W) with their targets, in shared memory if this is a worker.
 
     PIL's images are (H, W, 3) in memory. The batch keeps that layout, so that an image is copied in
     one run of bytes; the conversion to float on the device reorders it.
     """
-    channels, height, width = images[0].shape
+    channels, height, width = made[0][0].shape
     out = torch.empty(0, dtype=torch.uint8)
     if get_worker_info() is not None:
-        count = len(images) * channels * height * width
+        count = len(made) * channels * height * width
         out = out.new(out._typed_storage()._new_shared(count, device="cpu"))
-    out = out.resize_(len(images), height, width, channels)
-    for target, image in zip(out, images, strict=True):
+    out = out.resize_(len(made), height, width, channels)
+    for target, (image, _) in zip(out, made, strict=True):
         target.copy_(image.permute(1, 2, 0))
-    return out.permute(0, 3, 1, 2)
-
-
-def draw_erasing(
-    erasing: RandomErasing, shape: Sequence[int], seeds: Sequence[int | None]
-) -> tuple[Tensor, Tensor]:
-    """`erased` and `noise` of a RawBatch of images of `shape` (3, H, W), one seed an image.
-
-    An image without a seed stays whole.
-    """
-    area = shape[1] * shape[2]
-    erased, noise = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, shape[0])]
-    for number, seed in enumerate(seeds):
-        if seed is not None:
-            seed_everything(seed)
-            canvas = erasing(torch.full(shape, torch.nan)).flatten(1)
-            (pixels,) = torch.where(~canvas[0].isnan())
-            erased.append(pixels + number * area)
-            noise.append(canvas[:, pixels].T)
-    return torch.cat(erased), torch.cat(noise)
+    targets = torch.tensor([target for _, target in made], dtype=torch.int64)
+    return RawBatch(out.permute(0, 3, 1, 2), targets)
 
 
 def erase(images: Tensor, erased: Tensor, noise: Tensor) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ class Sample(NamedTuple):
     position: int
 
 
+@dataclass
 class ResumableBatchSampler:
     """Batch sampler: the batches of one process from (start_epoch, start_step) to the end.
 
@@ -39,43 +41,32 @@ class ResumableBatchSampler:
     dropped. Raises UserError if the data set is smaller than one global batch.
     """
 
-    def __init__(
-        self,
-        length: int,
-        *,
-        batch_size: int,
-        epochs: int,
-        start_epoch: int = 0,
-        start_step: int = 0,
-        seed: int = 0,
-        world_size: int = 1,
-        rank: int = 0,
-        repeats: int = 1,
-    ) -> None:
-        assert 0 <= rank < world_size, (rank, world_size)
-        assert repeats >= 1, repeats
-        self.length = length
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.seed = seed
-        self.world_size = world_size
-        self.rank = rank
-        self.repeats = repeats
-        global_batch = batch_size * world_size
-        self.steps_per_epoch = length // global_batch
+    length: int
+    _: KW_ONLY
+    batch_size: int
+    epochs: int
+    start_epoch: int = 0
+    start_step: int = 0
+    seed: int = 0
+    world_size: int = 1
+    rank: int = 0
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
+        global_batch = self.batch_size * self.world_size
+        self.steps_per_epoch = self.length // global_batch
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"the training set has {length} images, fewer than one global batch of "
-                f"{global_batch} ({batch_size} on each of {world_size} processes): choose a batch "
-                f"size of at most {length // world_size}"
+                f"the training set has {self.length} images, fewer than one global batch of "
+                f"{global_batch} ({self.batch_size} on each of {self.world_size} processes): "
+                f"choose a batch size of at most {self.length // self.world_size}"
             )
-        if not 0 <= start_step <= self.steps_per_epoch:
+        if not 0 <= self.start_step <= self.steps_per_epoch:
             raise UserError(
-                f"cannot start at step {start_step} of an epoch of {self.steps_per_epoch} steps; "
-                "were the data set, batch size or number of processes others before?"
+                f"cannot start at step {self.start_step} of an epoch of {self.steps_per_epoch} "
+                "steps; were the data set, batch size or number of processes others before?"
             )
-        self.start_epoch = start_epoch
-        self.start_step = start_step
 
     def __len__(self) -> int:
         return max(0, (self.epochs - self.start_epoch) * self.steps_per_epoch - self.start_step)
@@ -101,6 +92,17 @@ class ResumableBatchSampler:
             Sample(index, epoch, position)
             for index, position in zip(indices.tolist(), positions.tolist(), strict=True)
         ]
+
+
+def evaluation_batches(
+    length: int, batch_size: int, *, world_size: int = 1, rank: int = 0
+) -> list[list[int]]:
+    """Images rank, rank + world_size, ... in order: over all ranks every image exactly once.
+
+    Nothing is padded or dropped, so that ranks may get different numbers of batches, even none.
+    """
+    indices = list(range(rank, length, world_size))
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
 class SampleSeeds(NamedTuple):

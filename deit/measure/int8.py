@@ -13,9 +13,10 @@ from rich.progress import track
 from torch import Tensor
 
 from deit.data import (
+    DeviceLoader,
     build_dataset,
-    build_eval_loader,
     eval_transform,
+    evaluation_batches,
     match_classes,
     names_of_outputs,
 )
@@ -86,7 +87,8 @@ def labelled_images(folder: str, info: NetworkInfo, outputs: int) -> Batches:
         if note:
             print(f"note    {note}")
     mean, std = (info.mean, info.std) if info.normalized else ((0.0,) * 3, (1.0,) * 3)
-    return build_eval_loader(data, batch_size=BATCH, device="cpu", mean=mean, std=std)
+    batches = evaluation_batches(len(data), BATCH)
+    return DeviceLoader(data, batches, device="cpu", mean=mean, std=std)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
+from timm.data.random_erasing import RandomErasing
 from timm.layers import to_2tuple
 from torch import nn
 
@@ -25,9 +26,8 @@ from deit.data import (
     ImageDataset,
     ResumableBatchSampler,
     build_dataset,
-    build_eval_loader,
-    build_train_loader,
     eval_transform,
+    evaluation_batches,
     match_classes,
     names_of_outputs,
     read_class_map,
@@ -239,7 +239,6 @@ def build_train_stream(
     args: Namespace, dataset: ImageDataset, processes: DistContext, epoch: int, step: int
 ) -> DeviceLoader:
     """The batches of this process, from update `step` of `epoch` to the end of the training."""
-    mean, std = mean_and_std(args)
     sampler = ResumableBatchSampler(
         len(dataset),
         batch_size=args.batch_size,
@@ -251,36 +250,41 @@ def build_train_stream(
         rank=processes.rank,
         repeats=3 if args.repeated_aug else 1,
     )
-    return build_train_loader(
-        dataset,
-        sampler,
-        num_workers=workers(args),
-        pin_memory=args.pin_mem,
-        device=processes.device,
-        mean=mean,
-        std=std,
-        re_prob=0.0 if args.ThreeAugment else args.reprob,  # as published
-        re_mode=args.remode,
-        re_count=args.recount,
-        resplit=args.resplit,
+    if args.ThreeAugment or not args.reprob:  # without erasing, as published
+        return _loader(args, dataset, sampler, processes)
+    splits = sampler.repeats if args.resplit else 0
+    erasing = RandomErasing(
+        args.reprob, mode=args.remode, max_count=args.recount, num_splits=splits, device="cpu"
     )
+    return _loader(args, dataset, sampler, processes, erasing)
 
 
 def build_val_loader(
     args: Namespace, dataset: ImageDataset, processes: DistContext
 ) -> DeviceLoader:
     """The validation batches of this process; all of them without --dist-eval."""
+    place = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
+    batches = evaluation_batches(len(dataset), args.batch_size, **place)
+    return _loader(args, dataset, batches, processes)
+
+
+def _loader(
+    args: Namespace,
+    dataset: ImageDataset,
+    batches: ResumableBatchSampler | list[list[int]],
+    processes: DistContext,
+    erasing: RandomErasing | None = None,
+) -> DeviceLoader:
     mean, std = mean_and_std(args)
-    return build_eval_loader(
+    return DeviceLoader(
         dataset,
-        batch_size=args.batch_size,
-        world_size=processes.world_size if args.dist_eval else 1,
-        rank=processes.rank if args.dist_eval else 0,
+        batches,
+        device=processes.device,
         num_workers=workers(args),
         pin_memory=args.pin_mem,
-        device=processes.device,
         mean=mean,
         std=std,
+        erasing=erasing,
     )
 
 

@@ -27,11 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils import worker as torch_worker
 
 from deit.data import (
+    DeviceLoader,
     ResumableBatchSampler,
     build_dataset,
-    build_eval_loader,
-    build_train_loader,
     eval_transform,
+    evaluation_batches,
     train_transform,
 )
 from deit.data.batches import erase
@@ -59,7 +59,17 @@ def train_loader(dataset=None, device="cpu", **options):
         name: options.pop(name) for name in ORDER & options.keys()
     }
     sampler = ResumableBatchSampler(len(dataset), **order)
-    return build_train_loader(dataset, sampler, device=device, **options)
+    return DeviceLoader(dataset, sampler, device=device, **options)
+
+
+def eval_loader(dataset=None, batch_size=7, num_workers=0, **place):
+    dataset = dataset or images(transform=eval_transform(16))
+    batches = evaluation_batches(len(dataset), batch_size, **place)
+    return DeviceLoader(dataset, batches, device="cpu", num_workers=num_workers)
+
+
+def erasing(probability=0.5, mode="pixel", count=2, splits=0) -> RandomErasing:
+    return RandomErasing(probability, mode=mode, max_count=count, num_splits=splits, device="cpu")
 
 
 ORDER = inspect.signature(ResumableBatchSampler).parameters.keys()
@@ -78,7 +88,7 @@ def random_state() -> tuple:
     return random.getstate(), numpy[1].tobytes(), numpy[2], torch.get_rng_state().numpy().tobytes()
 
 
-ERASING = {"re_prob": 0.5, "re_count": 2}
+ERASING = {"erasing": erasing()}
 
 
 class TestTraining:
@@ -143,30 +153,30 @@ class TestTraining:
 
 
 class TestErasing:
-    def erased(self, **options) -> torch.Tensor:
+    def erased(self, repeats=3, **options) -> torch.Tensor:
         """Which pixels (N, 16, 16) of the first epoch random erasing changed."""
-        options = {"epochs": 1, "repeats": 3, **options}
-        whole = train_loader(epochs=1, repeats=options["repeats"])
-        clean, erased = (torch.cat([b for b, _ in it]) for it in (whole, train_loader(**options)))
-        return (clean != erased).any(1)
+        loaders = [
+            train_loader(epochs=1, repeats=repeats, erasing=e) for e in (None, erasing(**options))
+        ]
+        clean, changed = (torch.cat([batch for batch, _ in loader]) for loader in loaders)
+        return (clean != changed).any(1)
 
     def test_probability(self):
-        assert not self.erased(re_prob=0).any()
-        assert self.erased(re_prob=1).flatten(1).any(1).all()
-        assert 5 < self.erased(re_prob=0.5).flatten(1).any(1).sum() < 25
+        assert not self.erased(probability=0).any()
+        assert self.erased(probability=1).flatten(1).any(1).all()
+        assert 5 < self.erased().flatten(1).any(1).sum() < 25
 
     @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
     def test_is_timms_under_the_seed_of_each_sample(self, mode):
         """With parts that overlap."""
-        theirs = RandomErasing(0.7, mode=mode, max_count=4, device="cpu")
-        ours = train_loader(epochs=1, re_prob=0.7, re_mode=mode, re_count=4)
-        erased = torch.cat([batch for batch, _ in ours])
+        theirs = erasing(0.7, mode, count=4)
+        changed = torch.cat([batch for batch, _ in train_loader(epochs=1, erasing=theirs)])
         clean = torch.cat([batch for batch, _ in train_loader(epochs=1)])
-        assert not torch.equal(erased, clean)
+        assert not torch.equal(changed, clean)
         for position, image in enumerate(clean):
             with preserve_generators():
                 seed_everything(sample_seeds(5, 0, position).erasing)
-                assert torch.equal(theirs(image), erased[position])
+                assert torch.equal(theirs(image), changed[position])
 
     def test_needs_no_synchronisation_with_a_gpu(self):
         """Under fake tensors whatever asks for a value raises."""
@@ -177,7 +187,7 @@ class TestErasing:
 
     @pytest.mark.parametrize(("repeats", "spared"), [(3, [True, False, False]), (1, [False])])
     def test_resplit_spares_the_first_of_several_copies(self, repeats, spared):
-        erased = self.erased(re_prob=1, resplit=True, repeats=repeats).flatten(1).any(1)
+        erased = self.erased(repeats, probability=1, splits=repeats).flatten(1).any(1)
         assert erased.tolist() == [not spare for spare in spared] * (30 // repeats)
 
 
@@ -190,14 +200,7 @@ class TestEvaluation:
         dataset = images(7, eval_transform(16))
         seen = []
         for rank in range(world_size):
-            loader = build_eval_loader(
-                dataset,
-                batch_size=batch_size,
-                world_size=world_size,
-                rank=rank,
-                num_workers=num_workers,
-                device="cpu",
-            )
+            loader = eval_loader(dataset, batch_size, num_workers, world_size=world_size, rank=rank)
             batches = list(loader)
             assert len(batches) == len(loader)
             seen += [target for _, targets in batches for target in targets.tolist()]
@@ -205,9 +208,7 @@ class TestEvaluation:
         assert sorted(seen) == list(range(7))
 
     def test_can_be_run_again_with_the_same_workers(self):
-        loader = build_eval_loader(
-            images(transform=eval_transform(16)), batch_size=7, num_workers=2, device="cpu"
-        )
+        loader = eval_loader(num_workers=2)
         first = list(loader)
         workers = {worker.pid for worker in multiprocessing.active_children()}
         list(islice(loader, 2))  # left in the middle
@@ -224,9 +225,9 @@ class TestFailures:
         path = own_image_tree / "train" / "bee" / "bee_1.JPEG"
         path.write_bytes(path.read_bytes()[:300])
         dataset = build_dataset("train", root=own_image_tree, transform=eval_transform(16))
-        for build in (train_loader, build_eval_loader):
+        for build in (train_loader, eval_loader):
             with pytest.raises(UserError, match=r"^cannot read the image .*$") as error:
-                list(build(dataset, batch_size=5, device="cpu", num_workers=num_workers))
+                list(build(dataset, batch_size=5, num_workers=num_workers))
             assert str(path) in str(error.value)
             assert "\n" not in str(error.value)
 
@@ -237,7 +238,7 @@ class TestFailures:
         with pytest.raises(KeyError, match=r"(?s)Traceback.*in defect"):
             list(train_loader(images(transform=defect), num_workers=1))
 
-    @pytest.mark.parametrize("build", [train_loader, build_eval_loader])
+    @pytest.mark.parametrize("build", [train_loader, eval_loader])
     @pytest.mark.parametrize("error", [KeyError, UserError])
     def test_workers_end_with_a_pass_that_fails(self, error, build):
         """At once, not when the garbage collector finds them."""
@@ -248,7 +249,7 @@ class TestFailures:
         before = set(multiprocessing.active_children())
         gc.disable()
         try:
-            loader = build(images(transform=defect), batch_size=6, device="cpu", num_workers=2)
+            loader = build(images(transform=defect), batch_size=6, num_workers=2)
             with pytest.raises(error, match="a bug"):
                 list(loader)
             assert not set(multiprocessing.active_children()) - before
@@ -266,7 +267,7 @@ class TestFailures:
                 is_available=lambda: True, is_initialized=lambda answer=distributed: answer
             )
             monkeypatch.setattr("deit.data.workers.dist", group)
-            loader = build_eval_loader(dataset, batch_size=7, num_workers=num_workers, device="cpu")
+            loader = eval_loader(dataset, num_workers=num_workers)
             for _ in range(2):
                 list(loader)
             loader.close()
@@ -310,7 +311,7 @@ class TestFailures:
         monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
         before = set(multiprocessing.active_children())
         slow = images(transform=lambda image: time.sleep(1000))
-        loader = build_eval_loader(slow, batch_size=1, num_workers=2, device="cpu")
+        loader = eval_loader(slow, 1, num_workers=2)
         striking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
 
         def stop(*_):
@@ -332,7 +333,7 @@ class TestFailures:
             from test_loader import *
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
             train = train_loader(epochs=99, num_workers=2)
-            val = build_eval_loader(images(), batch_size=2, device="cpu", num_workers=1)
+            val = eval_loader(images(), 2, num_workers=1)
             iterators = [iter(train), iter(val)]
             for iterator in iterators:
                 next(iterator)
@@ -366,7 +367,7 @@ def test_memory_stays_flat_over_100_epochs(image_tree):
 
     dataset = build_dataset("train", root=image_tree, transform=train_transform(64))
     before = set(multiprocessing.active_children())
-    loader = train_loader(dataset, batch_size=5, epochs=101, num_workers=2, re_prob=0.25, repeats=3)
+    loader = train_loader(dataset, batch_size=5, epochs=101, num_workers=2, repeats=3, **ERASING)
     batches = iter(loader)
     next(batches)
     workers = sorted(set(multiprocessing.active_children()) - before, key=lambda worker: worker.pid)
