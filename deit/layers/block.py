@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from deit.groups import FLOP, Group
 from deit.layers.affine import LayerScale
 from deit.layers.attention import Attention
 from deit.layers.drop import DropPath
@@ -25,10 +27,10 @@ class Block(nn.Module):
 
     Args:
         init_values: initial LayerScale.
-        qkv_bias, attn_drop, use_fused_attn, use_attn_mixer: as in `Attention`.
         proj_drop: dropout rate after linear maps.
         drop_path: rate of stochastic depth; it draws one mask a sample, for all irreps.
-        options: of every layer, `group`, `device` and `dtype`.
+        group, device, dtype: of every layer.
+        attention: further options of `Attention`.
     """
 
     def __init__(
@@ -37,27 +39,18 @@ class Block(nn.Module):
         num_heads: int,
         mlp_ratio: float = 4.0,
         *,
-        qkv_bias: bool = True,
         init_values: float = 1e-4,
         proj_drop: float = 0.0,
-        attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        use_fused_attn: bool | None = None,
-        use_attn_mixer: bool = False,
-        **options: Any,
+        group: Group = FLOP,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
     ) -> None:
         super().__init__()
+        options: dict[str, Any] = {"group": group, "device": device, "dtype": dtype}
         self.norm1 = LayerNorm(dim, **options)
-        self.attn = Attention(
-            dim,
-            num_heads,
-            qkv_bias=qkv_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            use_fused_attn=use_fused_attn,
-            use_attn_mixer=use_attn_mixer,
-            **options,
-        )
+        self.attn = Attention(dim, num_heads, proj_drop=proj_drop, **attention, **options)
         self.gamma_1 = LayerScale(dim, init_values, **options)
         self.norm2 = LayerNorm(dim, **options)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **options)

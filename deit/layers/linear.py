@@ -81,7 +81,8 @@ class Linear(nn.Module):
         outputs = []
         for block, part, irrep in zip(self.blocks(), x, self.group.irreps, strict=True):
             if irrep.dim > 1:
-                outputs.append(_on_components(block, part, irrep.dim))
+                # the same block on each of the irrep's components
+                outputs.append(block(part.unflatten(-1, (irrep.dim, -1))).flatten(-2))
             elif self.unshifted is None or irrep.is_trivial:
                 outputs.append(block(part))
             else:
@@ -90,11 +91,6 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_rep.size}, {self.out_rep.size}, group={self.group.name}"
-
-
-def _on_components(block: nn.Module, part: Tensor, dim: int) -> Tensor:
-    """The same block on each of an irrep's components."""
-    return block(part.unflatten(-1, (dim, -1))).flatten(-2)
 
 
 def _shift_other_rows(block: nn.Module, part: Tensor, start: int, count: int) -> Tensor:

@@ -45,21 +45,17 @@ class LayerNorm(nn.Module):
         variances: list[Tensor] = []
         for part, irrep in zip(x, group.irreps, strict=True):
             # as torch's own layer norm, half precision is for storage: the moments need float32
-            part = self.centre(tracing.widen(part), irrep.dim)
+            part = tracing.widen(part)
+            if irrep.dim > 1:  # each component by itself
+                part = part.unflatten(-1, (irrep.dim, -1))
+            part = part - part.mean(-1, keepdim=True)
+            part = part.flatten(-2) if irrep.dim > 1 else part
             centred.append(part)
             mean = part.square().mean(-1, keepdim=True)
             variances.append(mean if irrep.dim == 1 else mean * irrep.dim**2)
         rstd = torch.rsqrt((sum(variances[1:], variances[0]) + self.eps) / group.order)
         scaled = self.scaling(tuple(part * rstd for part in centred))
         return tuple(y.to(part.dtype) for y, part in zip(scaled, x, strict=True))
-
-    @staticmethod
-    def centre(part: Tensor, dim: int) -> Tensor:
-        """Subtract from each of an irrep's `dim` components its mean over channels."""
-        if dim == 1:
-            return part - part.mean(-1, keepdim=True)
-        part = part.unflatten(-1, (dim, -1))
-        return (part - part.mean(-1, keepdim=True)).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{self.rep.size}, eps={self.eps}, group={self.rep.group.name}"

@@ -54,23 +54,21 @@ class PatchEmbed(MirrorConv2d):
         Raises:
             ValueError: if the patches do not tile the image; nothing is changed then.
         """
-        old = self.patch_size, self.img_size
-        self.patch_size = old[0] if patch_size is None else to_2tuple(patch_size)
-        self.img_size = old[1] if img_size is None else to_2tuple(img_size)
-        try:
-            self.grid = self.grid_for(*self.img_size)
-        except ValueError:
-            self.patch_size, self.img_size = old
-            raise
-        if self.patch_size != old[0]:
-            self.kernel_size = self.stride = self.patch_size
+        patches = self.patch_size if patch_size is None else to_2tuple(patch_size)
+        height, width = self.img_size if img_size is None else to_2tuple(img_size)
+        self.grid = self.grid_for(height, width, patches)
+        self.img_size = (height, width)
+        if patches != self.patch_size:
+            self.patch_size = self.kernel_size = self.stride = patches
             for layer in self.children():
                 if isinstance(layer, MirrorKernel):
-                    layer.resize(self.patch_size)
+                    layer.resize(patches)
 
-    def grid_for(self, height: int, width: int) -> MirrorGrid:
+    def grid_for(
+        self, height: int, width: int, patch_size: tuple[int, int] | None = None
+    ) -> MirrorGrid:
         """The token grid of an image; raises ValueError if the patches do not tile it."""
-        (ph, pw) = self.patch_size
+        ph, pw = patch_size or self.patch_size
         if height % ph or width % pw or height < ph or width < pw:
             raise ValueError(
                 f"an image of {height} x {width} pixels cannot be cut into patches of {ph} x {pw}: "

@@ -76,28 +76,28 @@ class MirrorOrder(FixedBuffers):
 
     def __init__(self, grid: MirrorGrid, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.register_fixed(
-            "permutation",
-            grid.permutation(),
-            f"the token order of a {grid.height} x {grid.width} grid",
-            device,
-        )
+        rule = f"the token order of a {grid.height} x {grid.width} grid"
+        for name, index in self.indices(grid).items():
+            self.register_fixed(name, index, rule, device)
+
+    @staticmethod
+    def indices(grid: MirrorGrid) -> dict[str, Tensor]:
+        """The published names and values for this grid."""
+        return {"permutation": grid.permutation()}
 
 
-class MirrorHalves(FixedBuffers):
+class MirrorHalves(MirrorOrder):
     """The same order as published for decomposed tokens: `left_idx` and `right_idx`.
 
     Row-major patches of the left half, and of their mirror images; with an odd width there is a
     `middle_idx` too.
     """
 
-    def __init__(self, grid: MirrorGrid, device: torch.device | str | None = None) -> None:
-        super().__init__()
+    @staticmethod
+    def indices(grid: MirrorGrid) -> dict[str, Tensor]:
         names = ("left_idx", "middle_idx", "right_idx")
-        for name, index in zip(names, grid.permutation().split(grid.blocks), strict=True):
-            if name != "middle_idx" or grid.width % 2:
-                rule = f"the token order of a {grid.height} x {grid.width} grid"
-                self.register_fixed(name, index.clone(), rule, device)
+        halves = zip(names, grid.permutation().split(grid.blocks), strict=True)
+        return {k: v.clone() for k, v in halves if k != "middle_idx" or grid.width % 2}
 
 
 class PositionEmbedding(nn.Module):

@@ -1,15 +1,8 @@
 """All networks; importing this package registers them with timm."""
 
-from deit.models.convnext import ConvNeXt, IsotropicConvNeXt
-from deit.models.ordinary import OrdinaryResMLP, OrdinaryVisionTransformer
-from deit.models.resmlp import ResMLP
-from deit.models.vit import VisionTransformer
-
-__all__ = [
-    "ConvNeXt",
-    "IsotropicConvNeXt",
-    "OrdinaryResMLP",
-    "OrdinaryVisionTransformer",
-    "ResMLP",
-    "VisionTransformer",
-]
+from deit.models.convnext import ConvNeXt as ConvNeXt
+from deit.models.convnext import IsotropicConvNeXt as IsotropicConvNeXt
+from deit.models.ordinary import OrdinaryResMLP as OrdinaryResMLP
+from deit.models.ordinary import OrdinaryVisionTransformer as OrdinaryVisionTransformer
+from deit.models.resmlp import ResMLP as ResMLP
+from deit.models.vit import VisionTransformer as VisionTransformer

@@ -2,6 +2,11 @@
 
 A network embeds an image, runs a number of steps (blocks, or stages of blocks), keeps what flopping
 leaves alone, pools it and classifies it. A family says how in a few methods.
+
+Maps leave a network packed, [s | a], and in the ordinary order, left to right
+(`features_only=True`, `forward_intermediates`). Flopping the image flips them, leaves channels
+[0, C/2) alone and negates channels [C/2, C); `feature_info[i]["symmetric_channels"]` says how many
+are left alone.
 """
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
@@ -94,8 +99,7 @@ class Classifier(Scriptable, nn.Module):
     """
 
     blocks: nn.Sequential
-    # An entry for each step. Flopping leaves the first `symmetric_channels` of its maps alone, and
-    # negates the others; None if nothing is promised.
+    # an entry for each step; its `symmetric_channels` is None if nothing is promised
     feature_info: list[dict[str, Any]]
     num_features: int  # channels of `forward_features`
     head_hidden_size: int  # channels that are classified

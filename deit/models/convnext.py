@@ -1,10 +1,7 @@
 """ConvNeXt: equivariant, isotropic (one resolution) and hierarchical (four stages).
 
-Inside, features are parts with channels last, s and a of (B, H, W, C/2). Maps leave the network
-packed, as (B, C, H, W) (`forward_intermediates`, `features_only=True`, `forward_features`).
-Flopping the image flips them, leaves channels [0, C/2) alone and negates channels [C/2, C);
-`feature_info[i]["symmetric_channels"]` says how many are left alone. The head classifies means of
-s, and with `use_symmetrized_asym_feats` of |a| too.
+Inside, features are parts with channels last, s and a of (B, H, W, C/2). `forward_features` gives a
+map too, packed. The head classifies means of s, and with `use_symmetrized_asym_feats` of |a| too.
 
 The networks are fully convolutional. Flopping maps the kernels' positions to one another, and the
 network is exactly equivariant, if the width of an image is a multiple of the total stride; another

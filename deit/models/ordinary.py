@@ -38,7 +38,18 @@ from deit.models.resmlp import SIZES as RESMLP_SIZES
 from deit.models.vit import SIZES as VIT_SIZES
 
 
-class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
+class _Ordinary(Scriptable):
+    """A network of timm's that can be scripted, and refuses what is no image."""
+
+    patch_embed: Any
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Images to normalised tokens, (B, in_chans, H, W) -> (B, prefix + N, C)."""
+        tracing.check_images(x, self.patch_embed.proj.in_channels)
+        return cast(Any, super()).forward_features(x, *args, **kwargs)
+
+
+class OrdinaryVisionTransformer(_Ordinary, TimmVisionTransformer):
     """timm's VisionTransformer as DeiT III uses it, with the published keys.
 
     Args:
@@ -77,13 +88,8 @@ class OrdinaryVisionTransformer(Scriptable, TimmVisionTransformer):
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         scale_classifier(self.head, head_init_scale)
 
-    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Images to normalised tokens, (B, in_chans, H, W) -> (B, prefix + N, C)."""
-        tracing.check_images(x, self.patch_embed.proj.in_channels)
-        return super().forward_features(x, *args, **kwargs)
 
-
-class OrdinaryResMLP(Scriptable, MlpMixer):
+class OrdinaryResMLP(_Ordinary, MlpMixer):
     """timm's MlpMixer as ResMLP uses it, with the published keys and initialisation.
 
     Args:
@@ -111,18 +117,13 @@ class OrdinaryResMLP(Scriptable, MlpMixer):
             **kwargs,
         )
         # timm's constructor has just registered it under its own name
-        self.patch_embed: Any = self._modules.pop("stem")
+        self.patch_embed = self._modules.pop("stem")
         scale_classifier(self.head, head_init_scale)
 
     @property
     def stem(self) -> nn.Module:
         """timm's name of `patch_embed`."""
         return self.patch_embed
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images to normalised tokens, (B, in_chans, H, W) -> (B, N, C)."""
-        tracing.check_images(x, self.patch_embed.proj.in_channels)
-        return super().forward_features(x)
 
     def init_weights(self, nlhb: bool = False) -> None:
         """As in `ResMLP`, not timm's; `nlhb` (a bias of -log classes) is refused."""

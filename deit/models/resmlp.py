@@ -8,9 +8,6 @@ antisymmetric ones. Entries are named by channel irrep and token irrep; flopping
     tokens symmetric       ss  |  as
     tokens antisymmetric   sa  |  aa
 
-Maps leave the network (`forward_intermediates`, `features_only=True`) in the ordinary order, left
-to right, with C packed channels. Flopping the image flips them, leaves channels [0, C/2) alone and
-negates channels [C/2, C); `feature_info[i]["symmetric_channels"]` says how many are left alone.
 `forward_features` gives the invariant features that are classified: ss and aa, and with
 `use_symmetrized_asym_feats` |sa| and |as|.
 

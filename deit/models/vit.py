@@ -1,14 +1,10 @@
 """Vision transformers (DeiT III): equivariant, hybrid and invariant-early.
 
 One class builds all three: so many equivariant blocks, then a bridge, then ordinary blocks.
-Equivariant features are parts s and a of (B, N, C/2), with tokens in mirror order; whatever leaves
-the network as a map or as tokens is packed, [s | a], and in the ordinary order, row-major and left
-to right. Flopping the image flips it, and acts on its channels as follows.
-
-`forward_intermediates` and `features_only=True`: C channels, of which [0, C/2) are left alone and
-[C/2, C) are negated; `feature_info[i]["symmetric_channels"]` says how many are left alone.
-`forward_features`, `forward_head`: the invariant features that are classified, all left alone,
-s of width C/2 (`num_features`), or [s, |a|] with `use_symmetrized_asym_feats`.
+Equivariant features are parts s and a of (B, N, C/2), with tokens in mirror order. What leaves the
+network is in the ordinary order, row-major and left to right. `forward_features` and `forward_head`
+give the invariant features that are classified: s of width C/2 (`num_features`), or [s, |a|] with
+`use_symmetrized_asym_feats`.
 
 Source: arXiv:2502.05169, section 4; DeiT III, arXiv:2204.07118.
 """
@@ -179,7 +175,7 @@ class VisionTransformer(Classifier):
     def _embed(self, images: Tensor) -> Feature:
         """Patches with their positions after the prefix tokens, parts (B, prefix + N, C/2)."""
         x = self.patch_embed(images)
-        positions = self.pos_embed(self._grid(images) if self.dynamic_img_size else None)
+        positions = self.pos_embed(self._grid(images))
         batch = x[0].shape[0]
         prefix = [t(batch) for t in (self.cls_token, self.reg_token) if t is not None]
         x = [part + position for part, position in zip(x, positions, strict=True)]
