@@ -102,7 +102,7 @@ def test_int8(checkpoint, photos, tmp_path, capsys, mode, options):
     assert info.class_names == ("a", "b", "é")
 
     transform = deit.data.eval_transform(16, crop_ratio=0.9)
-    data = deit.data.build_dataset("val", class_folders=photos, transform=transform)
+    data = deit.data.build_dataset("val", name="image_folder", root=photos, transform=transform)
     pixels = torch.stack([torch.as_tensor(data[i][0]) for i in range(24)])
     labels = torch.tensor([data[i][1] for i in range(24)])
     original = deit.load(checkpoint)

@@ -209,7 +209,7 @@ def test_files_that_are_not_read_are_counted_once(trained, tmp_path, capsys):
     (data / "val" / "class1" / "moving.gif").write_bytes(image)
     (data / "val" / "class0" / "loop").symlink_to(".")
     left_out = (
-        f"not read in {data / 'val'}: hidden files: 1, files of other kinds (.gif 1): 1, "
+        f"not read in {data / 'val'}: .gif: 1, hidden files: 1, "
         "links to folders that are read already: 1"
     )
     assert train("--eval", "--resume", str(trained / "checkpoint.pth"), data=data) == 0

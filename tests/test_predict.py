@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import deit.models  # noqa: F401 - registers the networks
-from deit.data.photos import find_photos, read_photo
+from deit.data.images import read_rgb
+from deit.data.photos import find_photos
 from deit.equivariance import randomize_
 from deit.errors import UserError
 from deit.export import main as export
@@ -92,7 +93,7 @@ def test_checkpoint_and_onnx_agree(saved, argv, expected, folder, tmp_path, caps
     assert "5 photographs classified, 2 skipped" in printed.out
     assert "another class for the mirror image: 0 of 5 (0.00 %)" in printed.out
     assert printed.err.count(f"skipped {folder}/cut.jpg") == 2
-    assert printed.err.count("2 files are left out (hidden 1, .txt 1)") == 2
+    assert printed.err.count(f"not read in {folder}: .txt: 1, hidden files: 1\n") == 2
     for ours, theirs in zip(*found, strict=True):
         assert ours["file"] == theirs["file"]
         assert {p["class"] for p in ours["predictions"]} == expected
@@ -213,7 +214,7 @@ def test_photographs_are_turned(tmp_path, kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: the left side is the upper one then
     Image.fromarray(pixels).save(tmp_path / f"x.{kind}", exif=exif)
-    image = read_photo(tmp_path / f"x.{kind}")
+    image = read_rgb(tmp_path / f"x.{kind}", turned=True)
     assert image.size == (16, 32)
     assert image.getpixel((8, 4))[0] > 250
     assert image.getpixel((8, 28))[0] < 5
@@ -228,7 +229,7 @@ def test_wrong_input(checkpoint, folder, tmp_path):
         main([str(folder), "--checkpoint", "a.onnx"])
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.TXT").write_text("no image")
-    with pytest.raises(UserError, match=r"there are no images in .*1 files .* \(\.txt 1\)"):
+    with pytest.raises(UserError, match=r"there are no images in .*; not read in .*: \.txt: 1"):
         find_photos([str(tmp_path / "empty")])
     (tmp_path / "map.txt").write_text("\n".join("abcd"))
     argv = ["--checkpoint", checkpoint, "--class-map", str(tmp_path / "map.txt")]

@@ -57,18 +57,16 @@ def read_class_map(path: str | Path) -> list[str]:
 
 
 def _from_json(content: Any) -> list[str]:
-    first = lambda value: value[0] if isinstance(value, list) else value  # noqa: E731
     if isinstance(content, list):
-        return [str(first(value)) for value in content]
-    if all(key.isdigit() for key in content):
-        numbers = {int(key): str(first(value)) for key, value in content.items()}
+        pairs = list(enumerate(content))
+    elif all(key.isdigit() for key in content):
+        pairs = [(int(number), name) for number, name in content.items()]
     else:
-        numbers = {int(value): key for key, value in content.items()}
-        if len(numbers) < len(content):
-            raise ValueError("two names have the same number")
-    if sorted(numbers) != list(range(len(numbers))):
-        raise ValueError(f"the numbers are not all of those from 0 to {len(numbers) - 1}")
-    return [numbers[n] for n in range(len(numbers))]
+        pairs = [(int(number), name) for name, number in content.items()]
+    pairs.sort(key=lambda pair: pair[0])
+    if [number for number, _ in pairs] != list(range(len(pairs))):
+        raise ValueError(f"the numbers are not those from 0 to {len(pairs) - 1}, each once")
+    return [str(name[0] if isinstance(name, list) else name) for _, name in pairs]
 
 
 @lru_cache

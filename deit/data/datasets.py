@@ -1,6 +1,7 @@
 """`build_dataset`: every data set of `--data-set`, by name.
 
     IMNET     <root>/{train,val}/<class>/**/<image>; the same in {train,val}.zip or in one zip
+    image_folder  <root>/<class>/**/<image>, whatever the split
     CIFAR10, CIFAR100 (or CIFAR)  torchvision's folder
     INAT, INAT19  iNaturalist 2018 and 2019: {train,val}20xx.json, categories.json, the images
     FASHION   a folder with Fashion-MNIST's idx files, compressed or not (Debian's, torchvision's)
@@ -15,16 +16,16 @@ from __future__ import annotations
 import fcntl
 import json
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torchvision import datasets as tv
 
 from deit.data.idx import read_idx
-from deit.data.images import ArrayImages, FileImages, ImageDataset, ZipImages
-from deit.data.tree import is_hidden, is_image, list_folder, sort_out
+from deit.data.images import ArrayImages, ImageDataset, ZipImages
+from deit.data.tree import class_tree, is_hidden, list_folder, sort_out
 from deit.errors import UserError, some, suggest
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
@@ -33,7 +34,7 @@ IDX_PREFIX = {"train": "train", "val": "t10k"}
 IDX_SUBFOLDERS = ("", "raw", "FashionMNIST/raw")  # as downloaded; inside and around torchvision's
 
 DATA_SETS = ("IMNET", "IMNETZIP", "CIFAR", "CIFAR10", "CIFAR100", "INAT", "INAT18", "INAT19",
-             "FASHION", "FASHIONMNIST", "SAMPLE")  # fmt: skip
+             "FASHION", "FASHIONMNIST", "SAMPLE", "IMAGEFOLDER")  # fmt: skip
 
 
 def build_dataset(
@@ -45,55 +46,56 @@ def build_dataset(
     inat_category: str = "name",
     zip_archive: bool = False,
     download: bool = False,
-    class_folders: str | Path | None = None,
 ) -> ImageDataset:
     """The images of one split: `dataset[i]` is `(transform(RGB PIL image), class index)`.
 
     `split` is train or val, `name` one of DATA_SETS in any case. Without `root`, IMNET (the
     default) is the bundled sample and FASHION is Debian's package if it is installed. `zip_archive`
     reads IMNET from archives, `download` lets torchvision fetch CIFAR and FASHION into `root`.
-    `class_folders` is a folder with a folder a class, read in place of <root>/<split>.
 
     Raises UserError for an unknown name and for missing, empty or damaged data.
     """
-    if class_folders is not None:
-        folder = _existing_root(name, name, class_folders, create=False)
-        images = _class_folders(folder.parent, folder.name)
-    else:
-        images = _open(split, name, root, inat_category, zip_archive, download)
-    images.transform = transform
-    return images
-
-
-def _open(
-    split: str, name: str, root: str | Path | None, category: str, zipped: bool, download: bool
-) -> ImageDataset:
+    kind = name.upper().replace("-", "").replace("_", "")
+    zipped = zip_archive or kind == "IMNETZIP"
     if split not in IDX_PREFIX:
         raise UserError(f"unknown split {split!r}: train or val")
-    kind = name.upper().replace("-", "").replace("_", "")
     if kind not in DATA_SETS:
         raise UserError(
             f"unknown data set {name!r}{suggest(kind, DATA_SETS)} (known: {', '.join(DATA_SETS)})"
         )
-    zipped = zipped or kind == "IMNETZIP"
     if zipped and not kind.startswith("IMNET"):
         raise UserError(f"zip archives are read for the data set IMNET, not for {name}")
-    if kind == "SAMPLE" or (root is None and kind == "IMNET" and not zipped):
-        if root is not None:
-            raise UserError(f"the data set SAMPLE is bundled: it takes no data path, got {root}")
-        return _fashion(SAMPLE_FOLDER, split)
-    folder = _existing_root(name, kind, root, create=download)
-    if kind.startswith("IMNET"):
-        return _zipped_classes(folder, split) if zipped else _class_folders(folder, split)
-    if kind.startswith("CIFAR"):
-        kind = tv.CIFAR10 if kind == "CIFAR10" else tv.CIFAR100
-        data = _torchvision(kind, folder, split, download)
-        return ArrayImages(data.data, data.targets, data.classes, f"{kind.__name__} {split}")
-    if kind.startswith("INAT"):
-        return _inaturalist(folder, split, 2019 if kind == "INAT19" else 2018, category)
+    if kind == "SAMPLE" and root is not None:
+        raise UserError(f"the data set SAMPLE is bundled: it takes no data path, got {root}")
+    if root is None and (kind == "SAMPLE" or (kind == "IMNET" and not zipped)):
+        kind, root = "FASHION", SAMPLE_FOLDER
+    elif root is None and kind.startswith("FASHION") and DEBIAN_FASHION_MNIST.is_dir():
+        root = DEBIAN_FASHION_MNIST
+    elif root is None:
+        raise UserError(f"the data set {name} needs a data path (--data-path)")
+    folder = Path(root).expanduser()
     if download:
-        _torchvision(tv.FashionMNIST, folder, split, download)
-    return _fashion(folder, split)
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        raise UserError(f"the data path does not exist: {folder}")
+    if zipped:
+        images = _zipped_classes(folder, split)
+    elif kind == "IMAGEFOLDER":
+        images = _class_folders(folder.parent, folder.name)
+    elif kind == "IMNET":
+        images = _class_folders(folder, split)
+    elif kind.startswith("CIFAR"):
+        source = tv.CIFAR10 if kind == "CIFAR10" else tv.CIFAR100
+        data = _torchvision(source, folder, split, download)
+        images = ArrayImages(data.data, data.targets, data.classes, f"{source.__name__} {split}")
+    elif kind.startswith("INAT"):
+        images = _inaturalist(folder, split, 2019 if kind == "INAT19" else 2018, inat_category)
+    else:
+        if download:
+            _torchvision(tv.FashionMNIST, folder, split, download)
+        images = _fashion(folder, split)
+    images.transform = transform
+    return images
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
@@ -101,37 +103,21 @@ def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
 
     A class folder that one split lacks would shift the number of every later class, silently.
     """
-    for which, missing in (
-        ("validation", [c for c in train.class_names if c not in set(val.class_names)]),
-        ("training", [c for c in val.class_names if c not in set(train.class_names)]),
-    ):
-        if missing:
+    for which, own, other in (("validation", val, train), ("training", train, val)):
+        if missing := sorted(set(other.class_names) - set(own.class_names)):
             raise UserError(
                 f"the {which} images lack {len(missing)} of the classes of the other split: "
                 f"{some(missing, 5)}"
             )
 
 
-def _existing_root(name: str, kind: str, root: str | Path | None, create: bool) -> Path:
-    if root is None:
-        if kind.startswith("FASHION") and DEBIAN_FASHION_MNIST.is_dir():
-            return DEBIAN_FASHION_MNIST
-        raise UserError(f"the data set {name} needs a data path (--data-path)")
-    root = Path(root).expanduser()
-    if not root.exists():
-        if not create:
-            raise UserError(f"the data path does not exist: {root}")
-        root.mkdir(parents=True)
-    return root
-
-
 def _contents(folder: Path) -> str:
     """What `folder` holds, for a message."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
+    return some(names, 6) or "nothing"
 
 
-def _class_folders(root: Path, split: str) -> FileImages:
+def _class_folders(root: Path, split: str) -> ImageDataset:
     folder = root / split
     if not folder.is_dir():
         hint = "; for archives add --zip-dataloader" if (root / f"{split}.zip").is_file() else ""
@@ -139,24 +125,21 @@ def _class_folders(root: Path, split: str) -> FileImages:
             f"no folder {folder}: IMNET expects {split}/ with one folder a class under the data "
             f"path, which holds {_contents(root)}{hint}"
         )
-    files, classes, repeated = list_folder(folder)
-    if not classes:
+    listing = list_folder(folder)
+    if not listing.folders:
         raise UserError(
             f"no class folders in {folder}: it needs one folder a class and holds "
             f"{_contents(folder)}"
         )
-    paths = ((path, path) for path in files)
-    return FileImages(folder, *sort_out(paths, classes, folder, repeated))
+    return ImageDataset(folder, *class_tree(listing, folder))
 
 
 def _find_archive(root: Path, split: str) -> Path:
     """`root` itself, `root`/split.zip, or the only archive in `root`."""
-    if root.is_file():
-        return root
-    own = root / f"{split}.zip"
+    own = root if root.is_file() else root / f"{split}.zip"
     if own.is_file():
         return own
-    others = sorted(path for path in root.glob("*.zip") if not is_hidden(path.name))
+    others = [path for path in root.glob("*.zip") if not is_hidden(path.name)]
     if len(others) != 1:
         raise UserError(
             f"no archive {own}, nor a single zip with {split}/ in it; "
@@ -172,50 +155,29 @@ def _zipped_classes(root: Path, split: str) -> ZipImages:
             members = opened.infolist()
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the archive {archive}: {error}") from error
-    files = {}  # a file that was added again is there once
+    files, below = {}, {}  # a file that was added again is there once
     for member in members:
-        files["/".join(part for part in member.filename.split("/") if part != ".")] = member
-    files = _below_split(files, split, own=archive.name == f"{split}.zip")
-    classes = {path.partition("/")[0] for path in files if "/" in path and not is_hidden(path)}
-    tree = sort_out((item for item in files.items() if item[0][-1] != "/"), classes, archive)
-    if not tree.files:
+        path = "/".join(part for part in member.filename.split("/") if part != ".")
+        files[path] = member
+        wrapping, found, rest = f"/{path}".partition(f"/{split}/")
+        if found and rest:
+            below[path if is_hidden(wrapping) else rest] = member
+    if archive.name == f"{split}.zip":  # need not have that folder, and can have such a class
+        images = sort_out(below).images
+        whole = len(images) == len(sort_out(files).images)
+        if not (whole and any("/" in path for path in images)):
+            below = files
+    paths, *labels = class_tree(sort_out(below), archive)
+    if not paths:
         raise UserError(f"no images in {archive} as <class>/<image> or {split}/<class>/<image>")
-    return ZipImages(archive, *tree)
-
-
-def _below_split(
-    files: dict[str, zipfile.ZipInfo], split: str, own: bool
-) -> dict[str, zipfile.ZipInfo]:
-    """The files of `split` by their path below its folder, if there is one.
-
-    That folder may be wrapped in another one. An archive of the split's `own` need not have it, and
-    can have a class of that name: then it counts only if all images are below.
-    """
-    images = [path.split("/") for path in files if is_image(path) and not is_hidden(path)]
-    is_folder = all(split in parts[:-1] for parts in images)
-    if own and not (is_folder and any(split in parts[:-2] for parts in images)):
-        return files
-    below = {}
-    for path, member in files.items():
-        parts = path.split("/")
-        if split in parts[:-1]:
-            rest = "/".join(parts[parts.index(split) + 1 :])
-            below[path if is_hidden(path) else rest] = member
-    below.pop("", None)  # the folder itself
-    return below
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Processes of one training would otherwise unpack the same download at the same time."""
-    with open(folder / ".download.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return ZipImages(archive, [below[path] for path in paths], *labels)
 
 
 def _torchvision(dataset: type, root: Path, split: str, download: bool) -> Any:
     try:
-        with _one_at_a_time(root) if download else nullcontext():
+        with open(root / ".download.lock", "w") if download else nullcontext() as lock:
+            if download:  # processes of one training would otherwise unpack it at the same time
+                fcntl.flock(lock, fcntl.LOCK_EX)
             return dataset(str(root), train=split == "train", download=download)
     except (RuntimeError, OSError) as error:
         hint = "" if download else f" ({root} holds {_contents(root)})"
@@ -250,51 +212,38 @@ def _fashion(root: Path, split: str) -> ArrayImages:
     return ArrayImages(images, labels, tv.FashionMNIST.classes, str(image_file))
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _inaturalist(root: Path, split: str, year: int, category: str) -> FileImages:
+def _inaturalist(root: Path, split: str, year: int, category: str) -> ImageDataset:
     """iNaturalist 2018 or 2019, classified at one level of its taxonomy.
 
     A class is a distinct value of `category` (kingdom, phylum, class, ..., name) over the
     categories, numbered by the first category id that has it.
     """
-    annotations = root / f"{split}{year}.json"
-    data = _read_json(annotations)
-    taxonomy = root / "categories.json"
+    annotations, taxonomy = root / f"{split}{year}.json", root / "categories.json"
     try:
-        categories = _read_json(taxonomy) if taxonomy.is_file() else data["categories"]
-        categories = sorted(categories, key=lambda entry: entry["id"])
+        data = json.loads(annotations.read_text(encoding="utf-8"))
+        if taxonomy.is_file():
+            data["categories"] = json.loads(taxonomy.read_text(encoding="utf-8"))
+        categories = sorted(data["categories"], key=lambda entry: entry["id"])
         levels = sorted(set.intersection(*(set(entry) for entry in categories)) - {"id"})
-        if category not in levels:
-            raise UserError(
-                f"unknown iNaturalist category {category!r}: one of {', '.join(levels)}"
-            )
-        class_names = list(dict.fromkeys(str(entry[category]) for entry in categories))
-        index = {name: number for number, name in enumerate(class_names)}
-        target_of = {entry["id"]: index[str(entry[category])] for entry in categories}
+        label_of = {entry["id"]: str(entry.get(category)) for entry in categories}
+        class_names = list(dict.fromkeys(label_of.values()))
         file_of = {entry["id"]: entry["file_name"] for entry in data["images"]}
         names = [file_of[entry["image_id"]] for entry in data["annotations"]]
-        targets = [target_of[entry["category_id"]] for entry in data["annotations"]]
-    except (KeyError, TypeError) as error:
+        labels = [label_of[entry["category_id"]] for entry in data["annotations"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{annotations} (with {taxonomy.name}) is not as iNaturalist's: "
+            f"cannot read {annotations} (with {taxonomy.name}) as iNaturalist's: "
             f"{type(error).__name__} {error}"
         ) from error
-    shown = [number for number, name in enumerate(names) if not is_hidden(name)]
-    if not shown:
+    if category not in levels:
+        raise UserError(f"unknown iNaturalist category {category!r}: one of {', '.join(levels)}")
+    if not names:
         raise UserError(f"{annotations} lists no images")
-    hidden = len(names) - len(shown)
-    names, targets = [names[number] for number in shown], [targets[number] for number in shown]
     if not (root / names[0]).is_file():
         # older downloads lack the folder of the super-category: train_val2018/2761/x.jpg
         shortened = ["/".join([p[0], *p[2:]]) for p in (name.split("/") for name in names)]
         if not (root / shortened[0]).is_file():
             raise UserError(f"{annotations} lists {names[0]}, which is not in {root}")
         names = shortened
-    note = f"not read of {annotations}: hidden files: {hidden}" if hidden else ""
-    return FileImages(root, names, targets, class_names, note)
+    index = {name: number for number, name in enumerate(class_names)}
+    return ImageDataset(root, names, [index[label] for label in labels], class_names)

@@ -24,22 +24,14 @@ def read_idx(path: str | Path) -> np.ndarray:
     Raises UserError, naming the file, if it is missing, damaged or not of unsigned bytes.
     """
     path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE:
-        raise UserError(f"{path} is not an idx file of unsigned bytes: it starts {content[:4]!r}")
-    header = 4 + 4 * content[3]
-    if len(content) < header:
-        raise UserError(f"{path} is damaged: it ends within its header")
-    shape = struct.unpack(f">{content[3]}I", content[4:header])
-    expected = int(np.prod(shape, dtype=np.int64))
-    if len(content) - header != expected:
+        if content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
+            raise ValueError(f"it starts {content[:4]!r}")
+        shape = struct.unpack_from(f">{content[3]}I", content, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError, IndexError, struct.error) as error:
         raise UserError(
-            f"{path} is damaged: its header promises {expected} bytes of data, "
-            f"it holds {len(content) - header}"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+            f"cannot read {path}, which must be a whole idx file of unsigned bytes: {error}"
+        ) from error

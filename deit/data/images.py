@@ -1,11 +1,12 @@
 """Labelled images from files, from a zip archive read in place, and from one array.
 
-All three keep their index in numpy arrays: a list of a million Python strings would be copied page
-by page into every forked worker, because reading a string touches its reference count.
+Their index is in numpy arrays: a list of a million Python strings would be copied page by page into
+every forked worker, because reading a string touches its reference count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from deit.errors import UserError
@@ -36,7 +37,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises ValueError for values that are not finite.
     """
     if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_to_grey(image).convert("RGB")
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it has values that are infinite or not a number")
+        # some versions of Pillow hold the 16 bits of PNG and PGM in the mode I
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            low, span = 0.0, 65535.0
+        else:
+            low, span = values.min(), np.ptp(values) or 1.0
+        grey = np.rint((values - low) * (255 / span)).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB") if image.mode != "RGB" else image
     if image.mode == "La":  # converts to nothing else
@@ -45,48 +55,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def _deep_to_grey(image: Image.Image) -> Image.Image:
-    """An image of the mode I;16 (of any byte order), I or F as one of the mode L."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it has values that are infinite or not a number")
-    # some versions of Pillow hold the 16 bits of PNG and PGM in the mode I
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        low, span = 0.0, 65535.0
-    else:
-        low, span = values.min(), np.ptp(values) or 1.0
-    return Image.fromarray(np.rint((values - low) * (255 / span)).astype(np.uint8))
-
-
-def decode_rgb(file: str | BinaryIO, source: str) -> Image.Image:
-    """The RGB image in `file`; `source` names it in the UserError that a damaged one raises."""
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return to_rgb(image)
-    except Exception as error:  # the decoders raise whatever their library does
-        reason = str(error) or type(error).__name__
-        raise UserError(f"cannot read the image {source}: {reason}") from error
+def read_rgb(file: str | Path | BinaryIO, *, turned: bool = False) -> Image.Image:
+    """The image in `file` as RGB, `turned` as its EXIF orientation says. Raises as Pillow does."""
+    with Image.open(file) as image:
+        image.load()
+        if turned:
+            with contextlib.suppress(Exception):  # damaged metadata do not spoil the pixels
+                ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 class ImageDataset(Dataset):
-    """Images and their classes: `dataset[i]` is `(transform(RGB image), class index)`.
+    """Images in files and their classes: `dataset[i]` is `(transform(RGB image), class index)`.
 
-    Subclasses say how to `load` image i and how to name its `source` in a message. `note` tells
-    the user what was left out when the images were listed; it is empty if nothing was.
+    `names` are relative to `root`. `note` tells the user what was left out when the images were
+    listed; it is empty if nothing was.
     """
 
     def __init__(
         self,
+        root: str | Path,
+        names: Sequence[str],
         targets: Sequence[int] | np.ndarray,
         class_names: Sequence[str],
-        transform: Callable[[Image.Image], Any] | None = None,
         note: str = "",
     ) -> None:
+        self.root = str(root)
         self.targets = np.asarray(targets, dtype=np.int64)
         self.class_names = tuple(class_names)
-        self.transform = transform
         self.note = note
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
 
     @property
     def num_classes(self) -> int:
@@ -111,34 +110,20 @@ class ImageDataset(Dataset):
                 raise
         return image, int(self.targets[index])
 
-    def load(self, index: int) -> Image.Image:
-        raise NotImplementedError
-
     def source(self, index: int) -> str:
-        raise NotImplementedError
-
-
-class FileImages(ImageDataset):
-    """One file an image; `names` are relative to `root`."""
-
-    def __init__(
-        self,
-        root: str | Path,
-        names: Sequence[str],
-        targets: Sequence[int],
-        class_names: Sequence[str],
-        note: str = "",
-    ) -> None:
-        super().__init__(targets, class_names, note=note)
-        self.root = str(root)
-        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-
-    def source(self, index: int) -> str:
+        """What image `index` is called in a message."""
         return os.path.join(self.root, os.fsdecode(self._names[index]))
 
     def load(self, index: int) -> Image.Image:
-        path = self.source(index)
-        return decode_rgb(path, path)
+        """Image `index` as RGB. UserError, naming it, if it cannot be read."""
+        try:
+            return self._read(index)
+        except Exception as error:  # the decoders raise whatever their library does
+            reason = str(error) or type(error).__name__
+            raise UserError(f"cannot read the image {self.source(index)}: {reason}") from error
+
+    def _read(self, index: int) -> Image.Image:
+        return read_rgb(self.source(index))
 
 
 class ZipImages(ImageDataset):
@@ -157,20 +142,16 @@ class ZipImages(ImageDataset):
         class_names: Sequence[str],
         note: str = "",
     ) -> None:
-        super().__init__(targets, class_names, note=note)
-        self.archive = str(archive)
+        super().__init__(archive, [m.filename for m in members], targets, class_names, note)
         for member in members:
-            if member.flag_bits & 1:
-                raise UserError(f"{archive}: {member.filename} is encrypted")
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if member.flag_bits & 1 or not known:
                 raise UserError(
-                    f"{archive}: {member.filename} is neither stored nor deflated; pack it again"
+                    f"{archive}: {member.filename} is encrypted, or neither stored nor deflated; "
+                    "pack it again"
                 )
-        self._names = np.array([os.fsencode(m.filename) for m in members], dtype=np.bytes_)
-        self._index = np.array(
-            [(m.header_offset, m.compress_size, m.compress_type, m.CRC) for m in members],
-            dtype=np.int64,
-        )
+        index = [(m.header_offset, m.compress_size, m.compress_type, m.CRC) for m in members]
+        self._index = np.array(index, dtype=np.int64)
         self._descriptor: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,30 +161,19 @@ class ZipImages(ImageDataset):
         if getattr(self, "_descriptor", None) is not None:
             os.close(self._descriptor)
 
-    def source(self, index: int) -> str:
-        return f"{self.archive}/{os.fsdecode(self._names[index])}"
-
-    def load(self, index: int) -> Image.Image:
-        source = self.source(index)
-        return decode_rgb(io.BytesIO(self._read(index, source)), source)
-
-    def _read(self, index: int, source: str) -> bytes:
-        """The uncompressed bytes of member `index`, checked against its CRC."""
-        try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.archive, os.O_RDONLY)
-            offset, size, kind, checksum = self._index[index].tolist()
-            header = os.pread(self._descriptor, LOCAL_HEADER.size, offset)
-            signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
-            start = offset + LOCAL_HEADER.size + name_length + extra_length
-            content = os.pread(self._descriptor, size, start)
-            if kind == zipfile.ZIP_DEFLATED:
-                content = zlib.decompress(content, wbits=-zlib.MAX_WBITS)
-        except (OSError, struct.error, zlib.error) as error:
-            raise UserError(f"cannot read {source}: {error}") from error
+    def _read(self, index: int) -> Image.Image:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.root, os.O_RDONLY)
+        offset, size, kind, checksum = self._index[index].tolist()
+        header = os.pread(self._descriptor, LOCAL_HEADER.size, offset)
+        signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
+        start = offset + LOCAL_HEADER.size + name_length + extra_length
+        content = os.pread(self._descriptor, size, start)
+        if kind == zipfile.ZIP_DEFLATED:
+            content = zlib.decompress(content, wbits=-zlib.MAX_WBITS)
         if signature != b"PK\x03\x04" or zlib.crc32(content) != checksum:
-            raise UserError(f"cannot read {source}: the archive is damaged there (wrong checksum)")
-        return content
+            raise ValueError("the archive is damaged there (wrong checksum)")
+        return read_rgb(io.BytesIO(content))
 
 
 class ArrayImages(ImageDataset):
@@ -215,14 +185,12 @@ class ArrayImages(ImageDataset):
         targets: Sequence[int] | np.ndarray,
         class_names: Sequence[str],
         name: str,
-        transform: Callable | None = None,
     ) -> None:
-        super().__init__(targets, class_names, transform)
+        super().__init__(name, (), targets, class_names)
         self._images = images
-        self._name = name
 
     def source(self, index: int) -> str:
-        return f"{self._name}, image {index}"
+        return f"{self.root}, image {index}"
 
-    def load(self, index: int) -> Image.Image:
+    def _read(self, index: int) -> Image.Image:
         return Image.fromarray(self._images[index]).convert("RGB")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from deit.data.images import to_rgb
+from deit.data.images import read_rgb
 from deit.data.transforms import Transform
-from deit.data.tree import is_hidden, is_image, list_folder
+from deit.data.tree import list_folder
 from deit.errors import UserError, one_line
 
-__all__ = ["PhotoBatch", "find_photos", "read_photo", "read_photos"]
-
-_KINDS_SHOWN = 5
+__all__ = ["PhotoBatch", "find_photos", "read_photos"]
 
 
 class PhotoBatch(NamedTuple):
@@ -44,43 +39,22 @@ def find_photos(sources: Sequence[str]) -> tuple[list[str], str]:
         UserError: one of them does not exist, a folder cannot be read, or there are no images.
     """
     found: dict[str, None] = {}  # of names alone, for folders of a million
-    left_out: Counter[str] = Counter()
+    notes = []
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir():
-            for file in sorted(list_folder(path)[0]):
-                if is_hidden(file):
-                    left_out["hidden"] += 1
-                elif is_image(file):
-                    found[str(path / file)] = None
-                else:
-                    left_out[PurePath(file).suffix.lower() or "no suffix"] += 1
+            listing = list_folder(path)
+            found.update(dict.fromkeys(str(path / file) for file in sorted(listing.images)))
+            notes += filter(None, [listing.note(path)])
         elif path.exists():
             found[str(path)] = None
         else:
             raise UserError(f"there is no file or folder {source!r}")
-    kinds = [f"{kind} {count}" for kind, count in left_out.most_common(_KINDS_SHOWN)]
-    kinds += ["..."] if len(left_out) > _KINDS_SHOWN else []
-    note = ""
-    if left_out:
-        note = f"{left_out.total()} files are left out ({', '.join(kinds)})"
+    note = "; ".join(notes)
     if not found:
         where = ", ".join(map(repr, sources))
         raise UserError(f"there are no images in {where}{note and '; '}{note}")
     return list(found), note
-
-
-def read_photo(path: str | Path) -> Image.Image:
-    """The photograph as RGB, turned as its EXIF orientation says. Raises whatever Pillow does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about large images and odd metadata
-        with Image.open(path) as image:
-            image.load()
-            turned = image
-            with contextlib.suppress(Exception):  # damaged metadata do not spoil the pixels
-                turned = ImageOps.exif_transpose(image)
-                turned.format = image.format  # says what the mode I means
-            return to_rgb(turned)
 
 
 def read_photos(
@@ -88,24 +62,26 @@ def read_photos(
 ) -> Iterator[PhotoBatch]:
     """The photographs in batches, each short by the files that could not be read.
 
-    Threads read the next batch while the present one is in use.
+    They are turned as their EXIF orientation says. Threads read the next batch while the present
+    one is in use.
     """
 
     def read(path: str) -> Tensor | str:
         try:
-            return transform(read_photo(path))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about large images and odd metadata
+                return transform(read_rgb(path, turned=True))
         except Exception as error:  # the decoders raise whatever their library does
             return one_line(error)[:200]
 
     pool = ThreadPoolExecutor(threads)
     try:
-        coming = [pool.submit(read, path) for path in paths[:batch_size]]
+        coming = pool.map(read, paths[:batch_size])
         for start in range(0, len(paths), batch_size):
-            found = [future.result() for future in coming]
             end = start + batch_size
-            coming = [pool.submit(read, path) for path in paths[end : end + batch_size]]
-            results = list(zip(paths[start:end], found, strict=True))
-            images = [result for result in found if not isinstance(result, str)]
+            results = list(zip(paths[start:end], coming, strict=True))
+            coming = pool.map(read, paths[end : end + batch_size])
+            images = [result for _, result in results if not isinstance(result, str)]
             yield PhotoBatch(
                 [path for path, result in results if not isinstance(result, str)],
                 torch.stack(images) if images else None,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torchvision import transforms as tv
 
@@ -28,25 +28,15 @@ CROP_PADDING = 4
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
-class GaussianBlur:
-    """Blur with a radius drawn uniformly from `radius` (pixels, PIL's Gaussian approximation)."""
-
-    def __init__(self, radius: tuple[float, float] = (0.1, 2.0)) -> None:
-        self.radius = radius
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.radius)))
+def gaussian_blur(image: Image.Image) -> Image.Image:
+    """`image` blurred with a random radius of 0.1 to 2 pixels (PIL's Gaussian approximation)."""
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 def build_three_augment() -> tv.RandomChoice:
     """ThreeAugment: grayscale, solarize or Gaussian blur, one of them, equally likely."""
-    return tv.RandomChoice(
-        [
-            tv.Grayscale(num_output_channels=3),
-            tv.RandomSolarize(threshold=128, p=1.0),
-            GaussianBlur(),
-        ]
-    )
+    grayscale = tv.Grayscale(num_output_channels=3)
+    return tv.RandomChoice([grayscale, tv.RandomSolarize(threshold=128, p=1.0), gaussian_blur])
 
 
 def train_transform(
@@ -59,7 +49,6 @@ def train_transform(
     simple_crop: bool = False,
     hflip: float = 0.5,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Transform:
     """The random training transform, from an RGB PIL image to a uint8 tensor (3, S, S).
 
@@ -76,31 +65,37 @@ def train_transform(
     Raises UserError for an unknown interpolation or augmentation string.
     """
     _check_interpolation(interpolation, (*INTERPOLATIONS, "random"))
-    if three_augment:
-        secondary = [build_three_augment(), *_color_jitter(color_jitter)]
-        crop = _crop(input_size, interpolation, simple=simple_crop, small=False)
-        return tv.Compose([*crop, *_flip(hflip), *secondary, tv.PILToTensor()])
     try:
-        transform = create_transform(
+        geometry, colour, end = create_transform(
             input_size,
             is_training=True,
             hflip=hflip,
             color_jitter=color_jitter or None,
-            auto_augment=auto_augment or None,
+            auto_augment=None if three_augment else auto_augment or None,
             interpolation=interpolation,
             mean=tuple(mean),
-            std=tuple(std),
             normalize=False,
+            separate=True,
         )
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"augmentation {auto_augment!r} is not understood; a valid one is rand-m9-mstd0.5-inc1"
         ) from error
-    crop = _crop(input_size, interpolation, simple=simple_crop, small=input_size <= SMALL)
-    assert isinstance(transform.transforms[0], RandomResizedCropAndInterpolation), transform
-    for step in transform.transforms:
+    crop, *flip = geometry.transforms
+    assert isinstance(crop, RandomResizedCropAndInterpolation), crop
+    crops = [crop]
+    if simple_crop or (input_size <= SMALL and not three_augment):
+        # a resize to the very size of the output has no use for a random interpolation
+        mode = str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
+        padding = "reflect" if simple_crop else "constant"
+        crops = [
+            tv.Resize(input_size, interpolation=mode),
+            tv.RandomCrop(input_size, padding=CROP_PADDING, padding_mode=padding),
+        ]
+    for step in colour.transforms:
         _repair_posterize(step)
-    return tv.Compose([*crop, *transform.transforms[1:]])
+    three = [build_three_augment()] if three_augment else []
+    return tv.Compose([*crops, *flip, *three, *colour.transforms, *end.transforms])
 
 
 def eval_transform(
@@ -109,8 +104,6 @@ def eval_transform(
     crop_ratio: float = 1.0,
     warp: bool = False,
     interpolation: str = "bicubic",
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Transform:
     """Resize the shorter side to int(S / crop_ratio), cut the S x S centre: uint8 (3, S, S).
 
@@ -125,8 +118,6 @@ def eval_transform(
         crop_pct=1.0 if warp else crop_ratio,
         crop_mode="squash" if warp else "center",
         interpolation=interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
         normalize=False,
     )
 
@@ -154,23 +145,3 @@ def _repair_posterize(step: Callable) -> None:
 def _check_interpolation(interpolation: str, known: Sequence[str]) -> None:
     if interpolation not in known:
         raise UserError(f"unknown interpolation {interpolation!r}: one of {', '.join(known)}")
-
-
-def _crop(input_size: int, interpolation: str, *, simple: bool, small: bool) -> list[Callable]:
-    if not (simple or small):
-        return [RandomResizedCropAndInterpolation(input_size, interpolation=interpolation)]
-    # a resize to the very size of the output has no use for a random interpolation
-    mode = str_to_interp_mode("bicubic" if interpolation == "random" else interpolation)
-    padding_mode = "reflect" if simple else "constant"
-    return [
-        tv.Resize(input_size, interpolation=mode),
-        tv.RandomCrop(input_size, padding=CROP_PADDING, padding_mode=padding_mode),
-    ]
-
-
-def _flip(probability: float) -> list[Callable]:
-    return [tv.RandomHorizontalFlip(probability)] if probability > 0 else []
-
-
-def _color_jitter(strength: float | None) -> list[Callable]:
-    return [tv.ColorJitter(strength, strength, strength)] if strength else []

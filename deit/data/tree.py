@@ -8,34 +8,22 @@ once. What is left out is counted, and said in one line.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit.errors import UserError, some
 
-HIDDEN_NAMES = ("__MACOSX", "@eaDir")
-
-
-class ClassTree(NamedTuple):
-    """The images of some classes, in torchvision's order."""
-
-    files: list[Any]
-    """What came with the path of each image."""
-    targets: list[int]
-    class_names: list[str]
-    note: str
-    """What was left out, or an empty string."""
+_HIDDEN = re.compile(r"(^|/)(__MACOSX|@eaDir|\.[^/]+)(/|$)")
 
 
 def is_hidden(path: str) -> bool:
     """Whether a part of the relative `path` (with slashes) is hidden."""
-    return any(
-        (part.startswith(".") and part != ".") or part in HIDDEN_NAMES for part in path.split("/")
-    )
+    return _HIDDEN.search(path) is not None
 
 
 def is_image(path: str) -> bool:
@@ -43,19 +31,61 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(IMG_EXTENSIONS)
 
 
-def list_folder(folder: Path) -> tuple[list[str], list[str], int]:
-    """All files below `folder`, its class folders (both relative to it), and links not followed.
+class Listing(NamedTuple):
+    """The files below a folder, or in an archive, by their relative paths."""
 
-    Such a link leads to a folder that is read already. Folders that lie below `folder` are read
-    before links to them, and what is hidden comes last: a class is read where it belongs, whatever
-    leads there as well. UserError for a folder that may not be read.
+    images: list[str]
+    folders: set[str]
+    """Those at the top, with images or without."""
+    left_out: Counter[str]
+    """How many files of what kind are no images."""
+
+    def note(self, where: str | Path) -> str:
+        """What is left out of `where`, in one line, or an empty string."""
+        most = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+        kinds = [f"{kind}: {count}" for kind, count in most]
+        return f"not read in {where}: {some(kinds, 8)}" if kinds else ""
+
+
+class ClassTree(NamedTuple):
+    """The images of some classes, in torchvision's order."""
+
+    paths: list[str]
+    targets: list[int]
+    class_names: list[str]
+    note: str
+    """What was left out, or an empty string."""
+
+
+def sort_out(paths: Iterable[str]) -> Listing:
+    """Tell images from other files; the paths of folders end with a slash."""
+    listing = Listing([], set(), Counter())
+    for path in paths:
+        hidden = is_hidden(path)
+        if "/" in path and not hidden:
+            listing.folders.add(path.partition("/")[0])
+        if path.endswith("/"):
+            continue
+        if is_image(path) and not hidden:
+            listing.images.append(path)
+        else:
+            kind = PurePosixPath(path).suffix.lower() or "no suffix"
+            listing.left_out["hidden files" if hidden else kind] += 1
+    return listing
+
+
+def list_folder(folder: Path) -> Listing:
+    """All files below `folder`. Links to folders that are read already are left out.
+
+    Folders that lie below `folder` are read before links to them: a class is read where it belongs,
+    whatever leads there as well. Hidden folders are not entered. UserError for a folder that may
+    not be read.
     """
     files: list[str] = []
-    classes: list[str] = []
     repeated = 0
     seen: set[tuple[int, int]] = set()
-    found, links, hidden = deque([""]), deque(), deque()
-    while queue := found or links or hidden:
+    found, links = deque([""]), deque()
+    while queue := found or links:
         relative = queue.popleft()
         try:
             status = os.stat(folder / relative)
@@ -68,60 +98,36 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], int]:
         except OSError as error:
             raise UserError(f"cannot read the folder {folder / relative}: {error}") from error
         for entry in entries:
-            path = f"{relative}/{entry.name}" if relative else entry.name
-            if not os.path.isdir(entry.path) if entry.is_symlink() else not entry.is_dir():
-                files.append(path)
-            elif is_hidden(path):
-                # a hidden link may lead anywhere
-                (files if entry.is_symlink() else hidden).append(path)
-            else:
-                (links if entry.is_symlink() else found).append(path)
-                if not relative:
-                    classes.append(path)
-    return files, classes, repeated
+            path = os.path.join(relative, entry.name)
+            is_link = entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+            if is_folder and not is_hidden(path):
+                (links if is_link else found).append(path)
+                path += "/"
+            files.append(path)
+    listing = sort_out(files)
+    if repeated:
+        listing.left_out["links to folders that are read already"] = repeated
+    return listing
 
 
-def sort_out(
-    paths: Iterable[tuple[str, Any]], classes: Iterable[str], where: str | Path, repeated: int = 0
-) -> ClassTree:
-    """The images among `paths` (relative to the class folders, each with anything), by class.
-
-    `classes` are the class folders that there are at least, `repeated` the links that were not
-    followed, `where` the name of it all. UserError for a class without an image.
-    """
-    images: list[tuple[str, Any]] = []
-    hidden = loose = 0
-    others: Counter[str] = Counter()
-    for path, file in paths:
-        if is_hidden(path):
-            hidden += 1
-        elif not is_image(path):
-            others[PurePosixPath(path).suffix.lower() or "no suffix"] += 1
-        elif "/" not in path:
-            loose += 1
-        else:
-            images.append((path, file))
-    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]
-    kinds = ", ".join(f"{suffix} {count}" for suffix, count in most)
-    left_out = {
-        "hidden files": hidden,
-        f"files of other kinds ({kinds})": others.total(),
-        "images outside the class folders": loose,
-        "links to folders that are read already": repeated,
-    }
-    note = ", ".join(f"{what}: {count}" for what, count in left_out.items() if count)
-    note = f"not read in {where}: {note}" if note else ""
+def class_tree(listing: Listing, where: str | Path) -> ClassTree:
+    """The images of `listing`, named `where`, by class. UserError for a class without an image."""
+    images = [path for path in listing.images if "/" in path]
+    if loose := len(listing.images) - len(images):
+        listing.left_out["images outside the class folders"] = loose
+    note = listing.note(where)
     images.sort(key=_torchvision_order)
-    filled = {path.partition("/")[0] for path, _ in images}
-    if empty := sorted(set(classes) - filled):
-        shown = some(empty, 5)
-        raise UserError(f"no images in the class folders {shown} of {where}{note and '; '}{note}")
-    names = sorted(filled)
+    names = sorted({path.partition("/")[0] for path in images})
+    if empty := sorted(listing.folders.difference(names)):
+        raise UserError(
+            f"no images in the class folders {some(empty, 5)} of {where}{note and '; '}{note}"
+        )
     index = {name: number for number, name in enumerate(names)}
-    targets = [index[path.partition("/")[0]] for path, _ in images]
-    return ClassTree([file for _, file in images], targets, names, note)
+    targets = [index[path.partition("/")[0]] for path in images]
+    return ClassTree(images, targets, names, note)
 
 
-def _torchvision_order(image: tuple[str, Any]) -> tuple[str, str, str]:
-    folder, _, name = image[0].rpartition("/")
+def _torchvision_order(path: str) -> tuple[str, str, str]:
+    folder, _, name = path.rpartition("/")
     return folder.partition("/")[0], folder, name

@@ -79,7 +79,7 @@ def labelled_images(folder: str, info: NetworkInfo, outputs: int) -> Batches:
     Raises:
         UserError: there are none, or their classes are not the network's.
     """
-    data = build_dataset("val", class_folders=folder, transform=_transform(info))
+    data = build_dataset("val", name="image_folder", root=folder, transform=_transform(info))
     names, origin = names_of_outputs(
         data.class_names, outputs, source=info.model, saved=info.class_names or ()
     )

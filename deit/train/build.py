@@ -126,26 +126,26 @@ def _about_unknown(name: str, value: Any, args: Namespace) -> str:
 
 def build_train_dataset(args: Namespace) -> ImageDataset:
     """The training split with its random transforms, or with those of evaluation (--no-aug)."""
-    folder = args.data_path if args.data_set == "image_folder" else ""
     transform = train_transform_of(args) if args.aug else _eval_transform(args)
-    return _build_dataset(args, "train", folder, transform)
+    return _build_dataset(args, "train", args.data_set, args.data_path, transform)
 
 
 def build_val_dataset(args: Namespace) -> ImageDataset:
     """The validation split with the deterministic transform."""
-    return _build_dataset(args, "val", args.eval_data_path, _eval_transform(args))
+    name, root = args.data_set, args.data_path
+    if args.eval_data_path:
+        name, root = "image_folder", args.eval_data_path
+    return _build_dataset(args, "val", name, root, _eval_transform(args))
 
 
 def _build_dataset(
-    args: Namespace, split: str, class_folders: str, transform: Transform
+    args: Namespace, split: str, name: str, root: str, transform: Transform
 ) -> ImageDataset:
     return build_dataset(
         split,
+        name=name,
+        root=root or None,
         transform=transform,
-        class_folders=class_folders or None,
-        # Without a path IMNET is the bundled sample.
-        name="IMNET" if args.data_set == "SAMPLE" else args.data_set,
-        root=args.data_path or None,
         inat_category=args.inat_category,
         zip_archive=args.zip_dataloader,
         download=args.download,

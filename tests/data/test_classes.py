@@ -70,8 +70,8 @@ def test_class_map_of_synsets(tmp_path):
     ("text", "message"),
     [
         ("{", "cannot be read"),
-        ('{"a": 0, "b": 0}', "same number"),
-        ('{"a": 0, "b": 2}', "not all of those from 0 to 1"),
+        ('{"a": 0, "b": 0}', "not those from 0 to 1, each once"),
+        ('{"a": 0, "b": 2}', "not those from 0 to 1"),
         ("5", "cannot be read"),
         ('["a", "a"]', "has 'a' twice"),
         ("[]", "is empty"),

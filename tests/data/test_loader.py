@@ -47,9 +47,9 @@ def images(count=30, transform=None) -> ArrayImages:
     """Random images whose class is their number."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 20, 3), dtype=np.uint8)
     names = [str(number) for number in range(count)]
-    return ArrayImages(
-        pixels, range(count), names, "random images", transform or train_transform(16)
-    )
+    dataset = ArrayImages(pixels, range(count), names, "random images")
+    dataset.transform = transform or train_transform(16)
+    return dataset
 
 
 def train_loader(dataset=None, device="cpu", **options):
@@ -103,9 +103,8 @@ class TestTraining:
             assert targets.dtype == torch.int64
 
     def test_normalisation(self):
-        white = ArrayImages(
-            np.full((6, 8, 8), 255, np.uint8), [0] * 6, ["a"], "white", eval_transform(8)
-        )
+        white = ArrayImages(np.full((6, 8, 8), 255, np.uint8), [0] * 6, ["a"], "white")
+        white.transform = eval_transform(8)
         (batch, _), *_ = train_loader(white, epochs=1)
         mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
         torch.testing.assert_close(batch, ((1 - mean) / std)[:, None, None].expand(6, 3, 8, 8))
