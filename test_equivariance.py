@@ -16,8 +16,7 @@ import sys
 import torch
 
 from deit.errors import one_line_errors
-from deit.verify.case import DTYPES, Settings
-from deit.verify.check import check
+from deit.verify.check import DTYPES, Settings, check
 from deit.verify.cli import main
 from deit.verify.layers import LAYER_CASES
 from deit.verify.mutations import MUTATIONS, find

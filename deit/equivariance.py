@@ -135,7 +135,7 @@ def measure(
         outputs: f(gx), (B, ...), for each element g of the group; the first is f(x).
         act: how the group acts on them.
         pieces: what of f(x) must differ between samples, each by itself.
-        constant: f(x) is not a batch and depends on no input, as a position embedding.
+        constant: f(x) depends on no input, as a position embedding (1, N, C).
 
     Raises:
         ValueError: if there are fewer than two samples to tell apart.
@@ -147,7 +147,7 @@ def measure(
     errors = []
     for g, z in enumerate(moved, 1):
         difference = [p - q for p, q in zip(as_parts(z), as_parts(act(g, y)), strict=True)]
-        errors.append(_relative(difference, as_parts(y), constant))
+        errors.append(_relative(difference, as_parts(y)))
     contrast = inf
     if not constant:
         # each sample against the one before it; amin and amax pass NaN on
@@ -160,16 +160,11 @@ def measure(
     return EquivarianceReport(tuple(torch.stack(errors).amax(0).tolist()), contrast)
 
 
-def _relative(
-    difference: Sequence[Tensor], reference: Sequence[Tensor], whole: bool = False
-) -> Tensor:
-    """Norm of each sample of `difference` over that of `reference`, (B,); 0/0 is NaN.
-
-    `whole` takes all for one sample.
-    """
+def _relative(difference: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """Norm of each sample of `difference` over that of `reference`, (B,); 0/0 is NaN."""
 
     def norm(parts: Sequence[Tensor]) -> Tensor:
-        rows = [part.reshape(1 if whole else len(part), -1) for part in parts if part.numel()]
+        rows = [part.reshape(len(part), -1) for part in parts if part.numel()]
         return torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
 
     return norm(difference) / norm(reference)

@@ -5,8 +5,7 @@ this package. Errors and tolerances are those of `deit.equivariance`.
 
     rules      how flopping acts on what goes into a layer and comes out of it
     trace      every feature inside a network, and the first layer that fails
-    case       what to check, and how
-    check      the check of one layer or network: features, output, gradients, ordinary twin
+    check      what to check, and how: features, output, gradients, ordinary twin
     layers     one case for each variant of each layer
     networks   the networks, and how they are made
     mutations  layers broken on purpose, which must be found

@@ -11,9 +11,9 @@ end. A hybrid is equivariant up to and including its bridge, and nothing is prom
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import nan
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,99 @@ from deit.equivariance import (
     map_parts,
     measure,
     randomize_,
+    tolerance_of,
     worst,
 )
-from deit.groups import Group
+from deit.groups import FLOP, Group
 from deit.train.compilation import compile_network
-from deit.verify.case import Case, Settings
+from deit.train.engine import lower_precision
+from deit.verify import samples
 from deit.verify.rules import INTO, OUT_OF, Rule, Rules, packed_map
 from deit.verify.trace import BLOCKS, Event, measure_batch, trace
 
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # For layers and for networks. Gradients go through every layer of a network twice, and some are
 # small differences of large terms: they are compared relative to the largest of them, and may be
 # off by so many tolerances. 16-bit gradients of a network differ by more than would be telling.
 FLOOR, SLACK = (1e-2, 1.0), (1.0, 128)
-INPUT, TRAINING = "the input", "the output in training"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to check.
+
+    Attributes:
+        dtype: of parameters and images.
+        count: natural images, and random ones.
+        amp: automatic mixed precision; parameters and images are float32 then.
+        compile_mode: check what `torch.compile` makes in this mode too; None for not.
+        compile_blocks: compile each block of a network by itself.
+    """
+
+    dtype: torch.dtype = torch.float64
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a device is immutable
+    count: int = 2
+    seed: int = 0
+    amp: bool = False
+    compile_mode: str | None = None
+    compile_blocks: bool = False
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What features are rounded to."""
+        return lower_precision(self.device) if self.amp else self.dtype
+
+    @property
+    def arithmetic(self) -> str:
+        """For tables."""
+        name = str(self.compute_dtype).removeprefix("torch.")
+        return f"amp {name}" if self.amp else name
+
+    def tolerance(self, depth: int = 1) -> float:
+        """For layers, or for networks of `depth` blocks."""
+        return tolerance_of(self.compute_dtype, depth)
+
+    def autocast(self) -> AbstractContextManager:
+        """To be entered around a forward pass."""
+        return torch.autocast(self.device.type, self.compute_dtype) if self.amp else nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A layer or a network to check.
+
+    Attributes:
+        name, variant: for the table.
+        build: makes the module, with any parameters.
+        build_twin: makes the ordinary module of the same job, which the same check must refuse: a
+            function of the input's parts, and if there are several of the output's, side by side
+            on the last axis.
+        size: height and width of the input.
+        form: of the input. "image" is one of three colours, "maps" are parts (B, H, W, C/2),
+            "tokens" parts (B, N, C/2) of a grid of this size.
+        is_network: its gradients are compared with more tolerance, on one natural and one random
+            sample, so that a large network's activations fit, and not in 16-bit arithmetic.
+    """
+
+    name: str
+    variant: str
+    build: Callable[[], nn.Module]
+    build_twin: Callable[[], nn.Module]
+    size: tuple[int, int]
+    form: str = "image"
+    group: Group = FLOP
+    is_network: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.variant}" if self.variant else self.name
+
+    def inputs(self, count: int, seed: int) -> Feature:
+        """`count` natural samples, then as many random ones; float64, on the CPU."""
+        if self.form == "image":
+            return samples.images(count, self.size, seed)
+        x = samples.features(count, self.size, seed)
+        rep = self.group.regular(samples.WIDTH)
+        return tuple(rep.split(x if self.form == "maps" else x.flatten(1, 2)))
 
 
 @dataclass(frozen=True)
@@ -47,12 +127,12 @@ class Result:
 
     Attributes:
         events: measurements, in the order of computation; the last are of maps and of the output.
+        unseen: layers that should have been measured, and were not.
         promised: whether anything is promised of the output.
         output: its error, promised or not.
-        gradients: relative errors by name, and of the output in training; none if not compared.
         compiled: how far the compiled output is from that of eager code; None if not compiled.
+        gradients: relative errors by name, and of the output in training; none if not compared.
         twin: the ordinary twin's error, in float32; None if not measured.
-        unseen: layers that should have been measured, and were not.
     """
 
     case: Case
@@ -107,15 +187,10 @@ class Result:
             )
         if self.compiled is not None and not self.compiled <= tol:
             failures.append(f"compiling changes the output: error {self.compiled:.1e} > {tol:.1e}")
-        own = self.output if self.promised else 0.0
-        if self.twin is not None and not is_far_off(self.twin, own, tol):
+        beyond_doubt = max(10 * self.output if self.promised else 0.0, 2 * tol)
+        if self.twin is not None and not self.twin > beyond_doubt:
             failures.append(f"the ordinary twin is hardly worse (error {self.twin:.1e})")
         return failures + [f"{name} was never measured" for name in self.unseen]
-
-
-def is_far_off(twin: float, own: float, tol: float) -> bool:
-    """Whether an ordinary twin's error is beyond doubt: ten times our own, and two tolerances."""
-    return twin > max(10 * own, 2 * tol)
 
 
 def check(
@@ -153,16 +228,28 @@ def check(
     output = measure_batch(y, after, group)
     if promised and compiled is not None:
         events.append(Event("", "compiled", OUT_OF, output))
-    tolerance = settings.tolerance(sum(isinstance(m, BLOCKS) for m in module.modules()))
-    telling = not (case.is_network and settings.compute_dtype.itemsize == 2)
-    gradients, twin = {}, None
+    gradients, twin_error = {}, None
     if not features_only:
-        if promised and telling:
+        if promised and not (case.is_network and settings.compute_dtype.itemsize == 2):
             picked = x[[0, settings.count]] if case.is_network else x
-            gradients = _train(case, module, picked, before, after, settings)
-        twin = _twin_error(case, batch, y, after, settings)
+            gradients = _train(case, module, picked, before, after.act, settings)
+        twin = randomize_(case.build_twin(), settings.seed).to(settings.device).eval()
+        with torch.no_grad():
+            of_twin = twin(torch.cat(parts, -1).float())
+        if isinstance(y, tuple):
+            of_twin = of_twin.split([part.shape[-1] for part in y], -1)
+        twin_error = measure_batch(of_twin, after, group).error
     return Result(
-        case, settings, tolerance, events, unseen, promised, output.error, compiled, gradients, twin
+        case,
+        settings,
+        settings.tolerance(sum(isinstance(m, BLOCKS) for m in module.modules())),
+        events,
+        unseen,
+        promised,
+        output.error,
+        compiled,
+        gradients,
+        twin_error,
     )
 
 
@@ -191,32 +278,33 @@ def _maps(module: nn.Module, batch: Feature, group: Group) -> list[Event]:
         return []
     found = module.forward_intermediates(batch, intermediates_only=True)
     return [
-        Event(f"map of {name}", "map", OUT_OF, measure_batch(y, packed_map(count), group))
+        Event(f"map of {name}", "map", OUT_OF, measure_batch(y, packed_map(count, y), group))
         for (name, count), y in zip(symmetric.items(), found, strict=False)
     ]
 
 
 def _train(
-    case: Case, module: nn.Module, x: Feature, before: Action, after: Rule, settings: Settings
+    case: Case, module: nn.Module, x: Feature, before: Action, after: Action, settings: Settings
 ) -> dict[str, float]:
-    """Relative errors of gradients in the input and in parameters, and of the output in training,
-    which may take other paths through a layer than inference."""
+    """Relative errors of the output in training, which may take other paths through a layer than
+    inference, and of gradients in the input and in parameters."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     count = len(as_parts(x))
-    inputs = [f"{INPUT}, part {i}" for i in range(count)] if count > 1 else [INPUT]
+    inputs = [f"the input, part {i}" for i in range(count)] if count > 1 else ["the input"]
+    outputs, gradients = [], []
     module.train()
-
-    def backward(g: int) -> tuple[Feature, dict[str, Tensor]]:
+    for g in range(case.group.order):
         x_g = map_parts(lambda part: part.detach().requires_grad_(), before(g, x))
         torch.manual_seed(settings.seed)  # the same masks of stochastic depth for each element
         with settings.autocast():
             y = module(x_g)
         # linear, for a loss that saturates would amplify the rounding of the output
         generator = torch.Generator().manual_seed(1)
-        weights = map_parts(
-            lambda part: torch.randn(part.shape, generator=generator, dtype=torch.float64), y
-        )
-        weights = as_parts(after.act(g, weights))
+        random = [
+            torch.randn(part.shape, generator=generator, dtype=torch.float64)
+            for part in as_parts(y)
+        ]
+        weights = as_parts(after(g, tuple(random) if isinstance(y, tuple) else random[0]))
         found = torch.autograd.grad(
             as_parts(y),
             [*as_parts(x_g), *parameters.values()],
@@ -225,42 +313,24 @@ def _train(
         )
         of_input = found[:count] if isinstance(x, tuple) else found[0]
         of_input = as_parts(before(case.group.inverse(g), of_input))
-        names = [*inputs, *parameters]
-        return y, dict(zip(names, [*of_input, *found[count:]], strict=True))
-
-    outputs, gradients = zip(*map(backward, range(case.group.order)), strict=True)
+        outputs.append(y)
+        gradients.append([*of_input, *found[count:]])
     module.eval()
-    expected, floor = gradients[0], FLOOR[case.is_network]
-    errors = [gradient_errors(expected, found, floor) for found in gradients[1:]]
-    of_output = {TRAINING: measure(outputs, after.act).error}
-    return of_output | {name: worst(*(each[name] for each in errors)) for name in expected}
+    expected, *others = gradients
+    errors = [gradient_errors(expected, found, FLOOR[case.is_network]) for found in others]
+    of_gradients = zip([*inputs, *parameters], torch.stack(errors).amax(0).tolist(), strict=True)
+    return {"the output in training": measure(outputs, after).error, **dict(of_gradients)}
 
 
-def gradient_errors(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], floor: float
-) -> dict[str, float]:
+def gradient_errors(expected: Sequence[Tensor], found: Sequence[Tensor], floor: float) -> Tensor:
     """Relative error of each gradient.
 
     A gradient much smaller than the others is what rounding leaves of terms that cancel, so no
     error is taken relative to less than `floor` times the largest norm. If all gradients vanish,
     the errors are NaN.
     """
-    norms = {name: float(gradient.double().norm()) for name, gradient in expected.items()}
-    least = floor * worst(*norms.values())
-    return {
-        name: float((found[name].double() - gradient.double()).norm()) / worst(norms[name], least)
-        if least != 0
-        else nan
-        for name, gradient in expected.items()
-    }
-
-
-def _twin_error(case: Case, batch: Feature, own: Feature, after: Rule, settings: Settings) -> float:
-    """The error of the ordinary twin with random parameters, cut into parts as our `own` output."""
-    place = {"device": settings.device, "dtype": torch.float32}
-    twin = randomize_(case.build_twin(), settings.seed).to(**place).eval()
-    with torch.no_grad():
-        y = twin(torch.cat(as_parts(batch), -1).to(**place))
-    if isinstance(own, tuple):
-        y = y.split([part.shape[-1] for part in own], -1)
-    return measure_batch(y, after, case.group).error
+    norms = torch.stack([each.double().norm() for each in expected])
+    errors = [
+        (other.double() - each.double()).norm() for each, other in zip(expected, found, strict=True)
+    ]
+    return torch.stack(errors) / norms.clamp(min=floor * norms.amax())

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 
 import timm
@@ -20,8 +20,7 @@ from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_val
 from deit.equivariance import worst
 from deit.errors import UserError, one_line
 from deit.verify import layers, mutations, networks
-from deit.verify.case import DTYPES, Case, Settings
-from deit.verify.check import Result, check
+from deit.verify.check import DTYPES, Case, Result, Settings, check
 from deit.verify.samples import CANDIDATES
 
 DESCRIPTION = """\
@@ -32,8 +31,7 @@ inside each network, the maps it hands out, its logits. Errors are relative to t
 Exit code 0 if everything held, 1 if a check failed, 2 for wrong input.
 """
 MOST_FAILURES = 3  # are listed of a row
-# Of a table: a title, the format of cells, and what gives a row's cell.
-Column = tuple[str, str, Callable[..., Any]]
+Row = tuple[list[Any], list[str]]  # cells, and what fails
 
 
 def get_parser() -> CommandLine:
@@ -153,36 +151,44 @@ def _print_header(settings: list[Settings]) -> None:
 
 
 def _check_layers(settings: list[Settings]) -> tuple[int, int]:
-    def error(index: int, *results: Result) -> float:
-        return worst(results[index].error(), results[index].gradient)
+    columns = {"layer": "<46", **dict.fromkeys((each.arithmetic for each in settings), ">8"),
+               "images differ": ">13", "ordinary twin": ">13"}  # fmt: skip
 
-    columns = [
-        ("layer", "<46", lambda *results: results[0].case),
-        *((each.arithmetic, ">8", partial(error, i)) for i, each in enumerate(settings)),
-        ("images differ", ">13", lambda *results: min(r.contrast for r in results)),
-        ("ordinary twin", ">13", lambda *results: min(r.twin for r in results)),
-    ]
+    def row(case: Case) -> Row:
+        results = [check(case, each) for each in settings]
+        errors = [worst(result.error(), result.gradient) for result in results]
+        contrast, twin = (min(map(attrgetter(name), results)) for name in ("contrast", "twin"))
+        return [case, *errors, contrast, twin], _failures(*results)
+
     notes = ["the largest error of features, output and gradients; 'images differ': the smallest "
              "difference of features of different images"]  # fmt: skip
-    rows = [(case, partial(_check, case, settings, None)) for case in layers.LAYER_CASES]
+    rows = [(case, partial(row, case)) for case in layers.LAYER_CASES]
     return _print_table("Layers", columns, rows, notes)
 
 
 def _check_networks(
     args: argparse.Namespace, cases: list[tuple[Case, nn.Module | None]], settings: list[Settings]
 ) -> tuple[int, int]:
-    columns = [
-        ("network", "<57", lambda r: r.case),
-        ("arithmetic", "<12", lambda r: r.settings.arithmetic),
-        ("layers", ">6", lambda r: len({event.layer for event in r.events})),
-        ("natural", ">7", lambda r: r.error(slice(None, r.settings.count))),
-        ("random", ">7", lambda r: r.error(slice(r.settings.count, None))),
-        ("worst at", "<34", lambda r: r.worst),
-        ("gradients", ">9", lambda r: r.gradient),
-        ("logits", ">9", lambda r: r.output if r.promised else f"({r.output:.1e})"),
-        ("images differ", ">13", lambda r: r.contrast),
-        ("ordinary twin", ">13", lambda r: r.twin),
-    ]
+    columns = {"network": "<57", "arithmetic": "<12", "layers": ">6", "natural": ">7",
+               "random": ">7", "worst at": "<34", "gradients": ">9", "logits": ">9",
+               "images differ": ">13", "ordinary twin": ">13"}  # fmt: skip
+
+    def row(case: Case, network: nn.Module | None, each: Settings) -> Row:
+        found = check(case, each, network)
+        cells = [
+            case,
+            each.arithmetic,
+            len({event.layer for event in found.events}),
+            found.error(slice(None, each.count)),
+            found.error(slice(each.count, None)),
+            found.worst,
+            found.gradient,
+            found.output if found.promised else f"({found.output:.1e})",
+            found.contrast,
+            found.twin,
+        ]
+        return cells, _failures(found)
+
     notes = ["natural, random: the largest error of a feature on these images; ordinary twin: its "
              "error in the logits"]  # fmt: skip
     if any(case.name.startswith("hybrid_") for case, _ in cases):
@@ -191,37 +197,32 @@ def _check_networks(
     # by default a large network is checked without the slow float64, and without AMP
     quick = [each for each in settings if each.dtype != torch.float64 and not each.amp]
     rows = [
-        (case, partial(_check, case, [each], network))
+        (case, partial(row, case, network, each))
         for case, network in cases
         for each in (settings if args.dtype or len(settings) == 1 or case.variant else quick)
     ]
     return _print_table("Networks", columns, rows, notes)
 
 
-def _check(
-    case: Case, settings: list[Settings], network: nn.Module | None
-) -> tuple[list[Result], list[str]]:
-    """The results in several arithmetics, and what fails in each."""
-    results = [check(case, each, network) for each in settings]
-    return results, [f"{r.settings.arithmetic}: {text}" for r in results for text in r.failures]
+def _failures(*results: Result) -> list[str]:
+    """What fails, in which arithmetic."""
+    return [f"{r.settings.arithmetic}: {text}" for r in results for text in r.failures]
 
 
 def _self_test(settings: Settings) -> tuple[int, int]:
-    titles = {"broken": "<22", "how": "<50", "where": "<28", "found": "<47", "error": ">8"}
-    columns = [(title, width, itemgetter(i)) for i, (title, width) in enumerate(titles.items())]
+    columns = {"broken": "<22", "how": "<50", "where": "<28", "found": "<47", "error": ">8"}
 
-    def intact(case: Case) -> tuple[Any, list[str]]:
+    def intact(case: Case) -> Row:
         event = check(case, settings, features_only=True).culprit
         wrong = [] if event is None else [f"{event} fails although nothing is broken"]
-        return [("nothing", case, "-", event or "nothing", None)], wrong
+        return ["nothing", case, "-", event or "nothing", None], wrong
 
-    def broken(mutation: mutations.Mutation) -> tuple[Any, list[str]]:
+    def broken(mutation: mutations.Mutation) -> Row:
         kind = "network" if mutation.kind is nn.Module else mutation.kind.__name__
-        case = mutation.case
-        where = mutation.where or ("network" if case.is_network else case)
+        where = mutation.where or ("network" if mutation.case.is_network else mutation.case)
         found, error, wrong = mutations.find(mutation, settings)
-        row = (kind, mutation.what, where, found, error)
-        return [row], [f"{mutation.what}: {text}" for text in wrong]
+        row = [kind, mutation.what, where, found, error]
+        return row, [f"{mutation.what}: {text}" for text in wrong]
 
     rows = [(case, partial(intact, case)) for case in mutations.INTACT]
     rows += [(each, partial(broken, each)) for each in mutations.MUTATIONS]
@@ -230,41 +231,41 @@ def _self_test(settings: Settings) -> tuple[int, int]:
 
 def _print_table(
     title: str,
-    columns: list[Column],
-    rows: Iterable[tuple[Any, Callable[[], tuple[list[Any], list[str]]]]],
+    columns: dict[str, str],
+    rows: Iterable[tuple[Any, Callable[[], Row]]],
     notes: Sequence[str] = (),
 ) -> tuple[int, int]:
     """Print rows as they come, each with a verdict, which is coloured in a terminal; then failures.
 
     Args:
-        rows: names, and checks that return what the columns take and failures. A check that
-            crashes is a failure like others.
+        columns: titles, and the alignment and width of each.
+        rows: names and checks. A check that crashes is a failure like others.
 
     Returns:
         The number of rows, and of those with failures.
     """
     # soft_wrap: a pipe or a file can take a line whole
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    titles = "  ".join(f"{name:{width}}" for name, width, _ in columns)
+    titles = "  ".join(f"{name:{width}}" for name, width in columns.items())
     console.print(f"\n{title}\n\n{titles.rstrip()}")
     count = failed = 0
     listed = list(notes)
     for name, run in rows:
         try:
-            found, failures = run()
-            cells = [_shown(cell(*found)) for _, _, cell in columns]
+            cells, failures = run()
         except UserError:
             raise
         except Exception as error:
-            cells = [str(name), *["-"] * (len(columns) - 1)]
+            cells = [name, *[None] * (len(columns) - 1)]
             failures = [f"{type(error).__name__}: {one_line(error)}"]
-        line = "  ".join(f"{c:{width}}" for c, (_, width, _) in zip(cells, columns, strict=True))
+        shown = [_shown(cell) for cell in cells]
+        line = "  ".join(f"{c:{w}}" for c, w in zip(shown, columns.values(), strict=True))
         console.print(line, end="  ")
         console.print("FAILED" if failures else "ok", style="red" if failures else "green")
         count, failed = count + 1, failed + bool(failures)
-        listed += [f"FAILED: {cells[0]}: {failure}" for failure in failures[:MOST_FAILURES]]
+        listed += [f"FAILED: {shown[0]}: {failure}" for failure in failures[:MOST_FAILURES]]
         if len(failures) > MOST_FAILURES:
-            listed.append(f"FAILED: {cells[0]}: and {len(failures) - MOST_FAILURES} more")
+            listed.append(f"FAILED: {shown[0]}: and {len(failures) - MOST_FAILURES} more")
     for line in listed:
         console.print(line)
     return count, failed

@@ -17,7 +17,7 @@ from torchvision.ops import Permute
 from deit import layers as L
 from deit.equivariance import Feature, map_parts
 from deit.groups import FLOP, OCTIC, Rep
-from deit.verify.case import Case
+from deit.verify.check import Case
 from deit.verify.samples import WIDTH
 
 WIDER, HEADS, PATCH = 48, 2, 4

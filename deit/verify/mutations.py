@@ -16,26 +16,19 @@ from torch import Tensor, nn
 
 from deit import layers as L
 from deit.equivariance import Feature, map_parts, randomize_
-from deit.verify.case import Case, Settings
-from deit.verify.check import check
+from deit.verify.check import Case, Settings, check
 from deit.verify.layers import LAYER_CASES
-from deit.verify.networks import SMALL, network_case
+from deit.verify.networks import SCALED, SMALL, network_case
 
-TWO, FOUR = {"depth": 2}, {"depth": 4}
-VIT = network_case("d2_deit_tiny_patch16_LS", "2 blocks", TWO, SMALL)
-MEAN = network_case(
-    "d2_deit_tiny_patch16_LS", "2 blocks, mean", {**TWO, "global_pool": "avg"}, SMALL
-)
-HYBRID = network_case("hybrid_deit_tiny_patch16_LS", "4 blocks", FOUR, SMALL)
-EARLY = network_case("d2_inv_early_deit_tiny_patch16_LS", "4 blocks", FOUR, SMALL)
-RESMLP = network_case("resmlp_equi_d2_12", "2 blocks", TWO, SMALL)
+VIT = network_case("d2_deit_tiny_patch16_LS", "2 blocks", SMALL, depth=2)
+MEAN = network_case(VIT.name, "2 blocks, mean", SMALL, depth=2, global_pool="avg")
+HYBRID = network_case("hybrid_deit_tiny_patch16_LS", "4 blocks", SMALL, depth=4)
+EARLY = network_case("d2_inv_early_deit_tiny_patch16_LS", "4 blocks", SMALL, depth=4)
+RESMLP = network_case("resmlp_equi_d2_12", "2 blocks", SMALL, depth=2)
 ISOTROPIC = network_case(
-    "d2_convnext_isotropic_small",
-    "2 blocks, LayerScale",
-    {**TWO, "layer_scale_init_value": 1e-6},
-    SMALL,
+    "d2_convnext_isotropic_small", "2 blocks, LayerScale", SMALL, depth=2, **SCALED
 )
-CONVNEXT = network_case("d2_convnext_tiny", "4 blocks", {"depths": (1, 1, 1, 1)}, SMALL)
+CONVNEXT = network_case("d2_convnext_tiny", "4 blocks", SMALL, depths=(1, 1, 1, 1))
 INTACT = (VIT, MEAN, HYBRID, EARLY, RESMLP, ISOTROPIC, CONVNEXT)
 LAYERS = {str(case): case for case in LAYER_CASES}
 

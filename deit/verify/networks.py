@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import timm
@@ -16,26 +17,29 @@ from deit.models.published import twin_of
 from deit.train.build import model_arguments
 from deit.train.checkpoint import read_checkpoint
 from deit.train.loading import build_as_trained
-from deit.verify.case import Case
+from deit.verify.check import Case
 
 SIZE = 224
 ODD = (112, 112)  # a grid with a middle column, for patches of 16 pixels
 SMALL = (64, 96)
 SYMMETRIZED = {"use_symmetrized_asym_feats": True}
 MIXER = {"use_attn_mixer": True}
+REGISTERS = {"class_token": False, "reg_tokens": 2, "global_pool": "avg"}
+SCALED = {"layer_scale_init_value": 1e-6}
 
 
 def network_case(
-    name: str,
-    variant: str = "",
-    options: Mapping[str, Any] | None = None,
-    size: int | tuple[int, int] = SIZE,
+    name: str, variant: str = "", size: int | tuple[int, int] = SIZE, **options: Any
 ) -> Case:
-    """A registered network, the arguments it is made with, and the image size, (height, width).
+    """A registered network, for images of a size, (height, width), made with `options`.
 
     Its `build` raises `UserError` if it cannot be built for these images.
     """
-    size, options = to_2tuple(size), dict(options or {})
+    size, twin_options = to_2tuple(size), {}
+    if "convnext" not in name:
+        twin_options["img_size"] = size
+    if "patch_size" in options:
+        twin_options["patch_size"] = options["patch_size"]
 
     def build() -> nn.Module:
         try:
@@ -43,36 +47,21 @@ def network_case(
         except ValueError as error:
             raise UserError(f"{name} cannot be built: {one_line(error)}") from error
 
-    def build_twin() -> nn.Module:
-        same = {key: options[key] for key in ("patch_size",) if key in options}
-        return timm.create_model(
-            twin_of(name), **same, **({} if "convnext" in name else {"img_size": size})
-        )
-
+    build_twin = partial(timm.create_model, twin_of(name), **twin_options)
     return Case(name, variant, build, build_twin, size, is_network=True)
 
 
 # On small images, with the options of each family.
 VARIANTS = (
+    network_case("d2_deit_tiny_patch16_LS", "mixer, symmetrized, odd", ODD, **SYMMETRIZED, **MIXER),
+    network_case("d2_deit_tiny_patch16_LS", "registers, mean", SMALL, **REGISTERS),
+    network_case("hybrid_deit_tiny_patch16_LS", "mixer, odd", ODD, **MIXER),
+    network_case("d2_inv_early_deit_tiny_patch16_LS", "mixer, odd", ODD, **MIXER),
+    network_case("resmlp_equi_d2_12", "symmetrized, odd", ODD, **SYMMETRIZED),
     network_case(
-        "d2_deit_tiny_patch16_LS", "mixer, symmetrized, odd", {**SYMMETRIZED, **MIXER}, ODD
+        "d2_convnext_isotropic_small", "LayerScale, symmetrized, odd", ODD, **SYMMETRIZED, **SCALED
     ),
-    network_case(
-        "d2_deit_tiny_patch16_LS",
-        "registers, mean",
-        {"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
-        SMALL,
-    ),
-    network_case("hybrid_deit_tiny_patch16_LS", "mixer, odd", MIXER, ODD),
-    network_case("d2_inv_early_deit_tiny_patch16_LS", "mixer, odd", MIXER, ODD),
-    network_case("resmlp_equi_d2_12", "symmetrized, odd", SYMMETRIZED, ODD),
-    network_case(
-        "d2_convnext_isotropic_small",
-        "LayerScale, symmetrized, odd",
-        {**SYMMETRIZED, "layer_scale_init_value": 1e-6},
-        ODD,
-    ),
-    network_case("d2_convnext_tiny", "symmetrized, not square", SYMMETRIZED, SMALL),
+    network_case("d2_convnext_tiny", "symmetrized, not square", SMALL, **SYMMETRIZED),
 )
 
 
@@ -86,18 +75,14 @@ def default_networks(size: int = SIZE) -> list[Case]:
     return cases
 
 
-def known_networks() -> list[str]:
-    """All registered networks that promise something."""
-    return [name for name in timm.list_models() if twin_of(name)]
-
-
 def choose(patterns: list[str]) -> list[str]:
-    """The networks that match names or globs, in the order of the patterns, each once.
+    """The networks that promise something and match names or globs, in the order of the patterns,
+    each once.
 
     Raises:
         UserError: if a pattern matches none, or names an ordinary network.
     """
-    known = known_networks()
+    known = [name for name in timm.list_models() if twin_of(name)]
     chosen: dict[str, None] = {}
     for pattern in patterns:
         matches = [name for name in known if fnmatchcase(name, pattern)]
@@ -128,5 +113,4 @@ def network_of(
     network, args = build_as_trained(checkpoint, model=name, img_size=img_size, kwargs=kwargs)
     choose([args.model])
     options = model_arguments(args, network.num_classes)
-    size = options.pop("img_size")
-    return network_case(args.model, "checkpoint", options, size), network
+    return network_case(args.model, "checkpoint", options.pop("img_size"), **options), network

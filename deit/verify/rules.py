@@ -3,9 +3,6 @@
 The form of a feature says most of it. A tuple of parts is equivariant: the group acts on part rho
 by irrep rho, for flopping (s, -a), and moves its places. One tensor is an image, or invariant. The
 rules here are the exceptions, and what flopping does to places.
-
-The token order is written out here once more rather than taken from `deit.layers`, so that an error
-in the layers' own order cannot cancel against the same error in the check.
 """
 
 from __future__ import annotations
@@ -15,24 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Mlp as OrdinaryMlp
-from timm.models.vision_transformer import Attention as OrdinaryAttention
 from torch import Tensor, nn
 
 from deit import layers as L
-from deit.equivariance import Action, Feature, as_parts, compose, image, invariant, tokens
+from deit.equivariance import (
+    Action,
+    Feature,
+    as_parts,
+    channels,
+    compose,
+    image,
+    invariant,
+    tokens,
+)
 from deit.groups import FLOP, Group, Rep
 
 INTO, OUT_OF = "into", "out of"
-# Ordinary layers: a network that is invariant to its end uses them on invariant features alone.
-ORDINARY = (
-    nn.Linear,
-    nn.LayerNorm,
-    L.OrdinaryAffine,
-    L.OrdinaryBlock,
-    OrdinaryAttention,
-    OrdinaryMlp,
-)
 
 
 @dataclass(frozen=True)
@@ -47,16 +42,14 @@ class Rule:
     constant: bool = False
 
 
-def swap(height: int, width: int, prefix: int = 0) -> Action:
-    """Exchange mirror images among tokens (B, prefix + N, ...) of a grid in mirror order: the left
-    half row by row, then the middle column, then the right half mirrored."""
-    half, middle = height * (width // 2), height * (width % 2)
+def swap(x: Tensor, count: int, dim: int = 1, prefix: int = 0, sign: int = 1) -> Tensor:
+    """Along `dim`, `count` entries behind the prefix change places with the last ones.
 
-    def mirror(x: Tensor) -> Tensor:
-        before, left, centre, right = x.split([prefix, half, middle, half], 1)
-        return torch.cat([before, right, centre, left], 1)
-
-    return tokens(mirror)
+    That is how flopping moves places in mirror order. Those between get a sign.
+    """
+    middle = x.shape[dim] - prefix - 2 * count
+    before, left, centre, right = x.split([prefix, count, middle, count], dim)
+    return torch.cat([before, right, sign * centre, left], dim)
 
 
 def on_parts(group: Group) -> Action:
@@ -69,24 +62,9 @@ def on_parts(group: Group) -> Action:
     return act
 
 
-def exchange(dim: int) -> Action:
-    """Flopping exchanges the two halves along `dim`, of every part."""
-    return tokens(lambda x: torch.cat(x.chunk(2, dim)[::-1], dim))
-
-
-def exchange_places(rows: Rep) -> Action:
+def on_places(rows: Rep) -> Action:
     """On parts whose rows are places [l | m | r]: l and r are exchanged, m of a is negated."""
-
-    def act(g: int, x: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        if not g:
-            return x
-        pieces = [part.split([rows.free, rows.fixed, rows.free], 1) for part in x]
-        return tuple(
-            torch.cat([right, sign * middle, left], 1)
-            for sign, (left, middle, right) in zip((1, -1), pieces, strict=True)
-        )
-
-    return act
+    return lambda g, x: (swap(x[0], rows.free), swap(x[1], rows.free, sign=-1)) if g else x
 
 
 def decomposed(rows: Rep) -> Rule:
@@ -95,17 +73,10 @@ def decomposed(rows: Rep) -> Rule:
     return Rule(act, lambda x: tuple(piece for part in x for piece in rows.split(part, 1)))
 
 
-def packed_map(symmetric: int) -> Rule:
+def packed_map(symmetric: int, x: Tensor) -> Rule:
     """Maps (B, C, H, W) as networks hand them out: flipped, channels behind the first negated."""
-
-    def split(x: Tensor) -> tuple[Tensor, ...]:
-        return x[:, :symmetric], x[:, symmetric:]
-
-    def act(g: int, x: Tensor) -> Tensor:
-        s, a = split(x)
-        return torch.cat([s, -a], 1).flip(-1) if g else x
-
-    return Rule(act, split)
+    rep = Rep(FLOP, x.shape[1] - symmetric, 2 * symmetric - x.shape[1])
+    return Rule(compose(channels(rep, 1), image(FLOP)), lambda y: tuple(rep.split(y, 1)))
 
 
 class Rules:
@@ -113,13 +84,16 @@ class Rules:
 
     Args:
         network: itself a layer, or a network that takes images.
-        grid: height and width of the token grid. Where there is a patch embedding it follows from
-            the images.
+        size: height and width of the images, or of the token grid where there is no patch
+            embedding.
         group: only flopping moves tokens.
     """
 
-    def __init__(self, network: nn.Module, grid: tuple[int, int], group: Group = FLOP) -> None:
-        self.network, self.grid, self.group = network, grid, group
+    def __init__(self, network: nn.Module, size: tuple[int, int], group: Group = FLOP) -> None:
+        self.network, self.group = network, group
+        patches = getattr(network, "patch_embed", network)
+        is_cut = isinstance(patches, L.PatchEmbed)
+        self.grid = L.MirrorGrid(*(patches.dynamic_feat_size(size) if is_cut else size))
         self.prefix = getattr(network, "num_prefix_tokens", 0)
         # how flopping acts along tokens that are decomposed, as in ResMLP
         self.rows = getattr(network, "tokens", getattr(network, "across", None))
@@ -130,8 +104,9 @@ class Rules:
         for m in network.modules():  # those outside first
             if isinstance(m, L.MixerBlock):
                 # these work on sums and differences, which flopping exchanges
-                self._own |= dict.fromkeys(m.attn.modules(), Rule(exchange(1)))
-                self._own |= dict.fromkeys(m.mlp.modules(), Rule(exchange_places(m.tokens)))
+                halves = Rule(tokens(lambda part: swap(part, part.shape[1] // 2)))
+                self._own |= dict.fromkeys(m.attn.modules(), halves)
+                self._own |= dict.fromkeys(m.mlp.modules(), Rule(on_places(m.tokens)))
             elif isinstance(m, L.Linear):
                 # its blocks see single parts: the layer around them is measured
                 inner = (each for block in m.blocks() for each in block.modules())
@@ -142,48 +117,33 @@ class Rules:
                     constant=True,
                 )
 
-    def promises(self, module: nn.Module) -> bool:
-        """Whether anything is promised of a layer that has parameters."""
-        if self._own.get(module, True) is None:
-            return False
-        return self.invariant or not isinstance(module, ORDINARY)
-
     def rule(self, module: nn.Module, side: str, x: Feature) -> Rule | None:
         """How the input (INTO) or the output (OUT_OF) transforms; None if nothing is promised."""
         if module in self._own:
             return self._own[module]
+        places = self._places(as_parts(x)[0])
         if isinstance(x, tuple):
-            if len(x) != len(self.group.irreps):
-                return None
             if self.rows is not None and not isinstance(module, L.PatchEmbed):
                 return decomposed(self.rows)
             constant = isinstance(module, (L.PositionEmbedding, L.PrefixToken))
-            return Rule(compose(on_parts(self.group), self._places(module, x)), constant=constant)
-        if side == INTO and module is self.network and x.ndim == 4:
-            patches = getattr(module, "patch_embed", module)
-            if isinstance(patches, L.PatchEmbed):
-                self.grid = patches.dynamic_feat_size(tuple(x.shape[-2:]))
+            return Rule(compose(on_parts(self.group), places), constant=constant)
+        if side == INTO and (module is self.network or isinstance(module, L.MirrorConv2d)):
             return Rule(image(FLOP))
-        if side == INTO and isinstance(module, L.MirrorConv2d):
-            return Rule(image(FLOP))
-        places = self._places(module, x)
         if isinstance(module, L.RegularBridge):
-            return Rule(compose(exchange(-1), places))
-        ordinary = module is self.network or isinstance(module, ORDINARY)
+            exchange = tokens(lambda part: swap(part, part.shape[-1] // 2, -1))
+            return Rule(compose(exchange, places))
+        ordinary = any(True for _ in module.parameters())
         if isinstance(module, L.InvariantBridge) or (self.invariant and ordinary):
             return Rule(places)
         return None
 
-    def _places(self, module: nn.Module, x: Feature) -> Action:
-        first = as_parts(x)[0]
-        if first.ndim == 4:  # (B, H, W, C)
+    def _places(self, x: Tensor) -> Action:
+        """On the places of maps (B, H, W, C) or of tokens (B, N, C) behind their prefix."""
+        if self.group is not FLOP or x.ndim == 2:  # pooled features have none
+            return invariant
+        if x.ndim == 4:
             return tokens(lambda part: part.flip(2))
-        of_patches = isinstance(module, (L.PatchEmbed, L.PositionEmbedding))
-        prefix = 0 if of_patches else self.prefix
-        # pooled features, class tokens, and invariant entries of decomposed tokens have no place
-        if self.group is not FLOP or first.ndim == 2 or first.shape[1] <= prefix:
+        prefix = x.shape[1] - self.grid.rep.size
+        if prefix not in (0, self.prefix):  # prefix tokens alone
             return invariant
-        if self.rows is not None and not of_patches:
-            return invariant
-        height, width = self.grid
-        return swap(height, width, 0 if first.shape[1] == height * width else prefix)
+        return tokens(lambda part: swap(part, self.grid.rep.free, prefix=prefix))

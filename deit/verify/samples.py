@@ -25,17 +25,28 @@ def _natural() -> Tensor:
     """
     dataset = build_dataset("val", name="SAMPLE")
     pixels = torch.from_numpy(np.stack([np.array(dataset[i][0]) for i in range(CANDIDATES)]))
-    mean, std = (
-        torch.tensor(values, dtype=torch.float64)
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], dtype=torch.float64)
     batch = ((pixels.double() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
     asymmetry = (batch - batch.flip(-1)).flatten(1).norm(dim=1) / batch.flatten(1).norm(dim=1)
     return batch[asymmetry.argsort(descending=True)]
 
 
-def _resized(count: int, height: int, width: int) -> Tensor:
-    return F.interpolate(_natural()[:count], (height, width), mode="bicubic", antialias=True)
+def images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """`count` natural images, then `count` random ones: (2 count, 3, H, W), float64, CPU."""
+    natural = F.interpolate(_natural()[:count], size, mode="bicubic", antialias=True)
+    return _with_random(natural, seed)
+
+
+def features(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """`count` maps projected from natural images, then `count` random ones.
+
+    Returns (2 count, H, W, WIDTH) in float64 on the CPU; entries have about unit variance.
+    """
+    natural = F.pixel_unshuffle(images(count, (2 * size[0], 2 * size[1]))[:count], 2)
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(WIDTH, natural.shape[1], generator=generator, dtype=torch.float64)
+    natural = torch.einsum("oc,bchw->bohw", projection, natural)
+    return _with_random(natural / natural.std(), seed).permute(0, 2, 3, 1)
 
 
 def _with_random(natural: Tensor, seed: int) -> Tensor:
@@ -46,20 +57,3 @@ def _with_random(natural: Tensor, seed: int) -> Tensor:
     coarse = torch.randn((*natural.shape[:2], *COARSE), generator=generator, dtype=torch.float64)
     noise = fine + F.interpolate(coarse, natural.shape[-2:], mode="nearest")
     return torch.cat([natural, noise])
-
-
-def images(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
-    """`count` natural images, then `count` random ones: (2 count, 3, H, W), float64, CPU."""
-    return _with_random(_resized(count, *size), seed)
-
-
-def features(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
-    """`count` maps projected from natural images, then `count` random ones.
-
-    Returns (2 count, H, W, WIDTH) in float64 on the CPU; entries have about unit variance.
-    """
-    natural = F.pixel_unshuffle(_resized(count, 2 * size[0], 2 * size[1]), 2)
-    generator = torch.Generator().manual_seed(seed)
-    projection = torch.randn(WIDTH, natural.shape[1], generator=generator, dtype=torch.float64)
-    natural = torch.einsum("oc,bchw->bohw", projection, natural)
-    return _with_random(natural / natural.std(), seed).permute(0, 2, 3, 1)

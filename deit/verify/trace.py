@@ -58,11 +58,15 @@ def trace(
     """Run a network on a batch such as `torch.cat([x, x.flip(-1)])`, and measure all within.
 
     Returns:
-        The output; the measurements, in the order of computation; the names of layers that were
-        never measured although something is promised of them.
+        The output; the measurements, in the order of computation; the names of the outermost
+        layers with parameters that have seen no feature.
     """
     names = {module: name for name, module in network.named_modules()}
-    seen: set[str] = set()
+    unseen = {  # in order, as dictionaries are
+        name: None
+        for module, name in names.items()
+        if isinstance(module, BLOCKS) or [*module.parameters(recurse=False)]
+    }
     running: list[str] = []
     events: list[Event] = []
     last: tuple[Tensor, ...] = ()  # the parts that were measured last
@@ -70,15 +74,16 @@ def trace(
     def compare(module: nn.Module, side: str, x: Any) -> None:
         nonlocal last
         parts = as_parts(x)
-        is_feature = parts and all(isinstance(part, Tensor) for part in parts)
-        rule = rules.rule(module, side, x) if is_feature else None
-        if rule is None:
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
             return
-        seen.add(names[module])
+        unseen.pop(names[module], None)
+        rule = rules.rule(module, side, x)
         # What comes out of one layer and goes into the next is measured once. Zero is invariant,
         # but has no relative error.
-        if (side == INTO and _same(parts, last)) or (
-            rule.constant and not any(part.any() for part in parts)
+        if (
+            rule is None
+            or (side == INTO and _same(parts, last))
+            or (rule.constant and not any(part.any() for part in parts))
         ):
             return
         found = measure_batch(x, rule, rules.group)
@@ -94,7 +99,7 @@ def trace(
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         running.pop()
         if isinstance(module, L.MirrorKernel):
-            output, _ = output  # the rest is a bias
+            output = output[0][None]  # without the bias
         # dropout passes on what it is given
         if not (inputs and _same(as_parts(inputs[0]), as_parts(output))):
             compare(module, OUT_OF, output)
@@ -104,19 +109,9 @@ def trace(
             hooks.callback(module.register_forward_pre_hook(before).remove)
             hooks.callback(module.register_forward_hook(after).remove)
         output = network(batch)
-    return output, events, _unseen(network, rules, seen)
+    inside = tuple(f"{name}." for name in unseen)
+    return output, events, [name for name in unseen if not name.startswith(inside)]
 
 
 def _same(x: tuple[Any, ...], y: tuple[Any, ...]) -> bool:
     return len(x) == len(y) and all(p is q for p, q in zip(x, y, strict=True))
-
-
-def _unseen(network: nn.Module, rules: Rules, seen: set[str]) -> list[str]:
-    """The outermost layers with parameters that no hook has seen."""
-    unseen: list[str] = []
-    for name, layer in network.named_modules():
-        has_own = any(True for _ in layer.parameters(recurse=False)) or isinstance(layer, BLOCKS)
-        inside = any(name.startswith(f"{outer}.") for outer in unseen)
-        if has_own and not inside and name not in seen and rules.promises(layer):
-            unseen.append(name)
-    return unseen

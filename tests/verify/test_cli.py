@@ -4,6 +4,7 @@ import argparse
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from deit.equivariance import map_parts
 from deit.errors import one_line_errors
 from deit.verify import cli
 from deit.verify.layers import LAYER_CASES
@@ -24,7 +26,7 @@ NAME = "d2_deit_tiny_patch16_LS"
 @pytest.fixture
 def few(monkeypatch):
     """One layer and one small network."""
-    case = network_case(NAME, "1 block", {"depth": 1}, (64, 96))
+    case = network_case(NAME, "1 block", (64, 96), depth=1)
     monkeypatch.setattr(cli.layers, "LAYER_CASES", LAYER_CASES[:1])
     monkeypatch.setattr(cli.networks, "default_networks", lambda size: [case])
 
@@ -39,14 +41,31 @@ def run(*argv: str) -> int:
         (["--seed", "1"], 5,  # one layer, one network in four arithmetics
          ["float64", "float32", "bfloat16", "amp bfloat16", "worst at", "ordinary twin", NAME]),
         (["--amp"], 2, ["amp bfloat16"]),
-        pytest.param(["--compile"], 2, ["compiled (default)"], marks=pytest.mark.slow),
-        pytest.param(["--compile-blocks"], 2, ["block by block"], marks=pytest.mark.slow),
+        (["--compile"], 2, ["compiled (default)"]),
+        (["--compile-blocks"], 2, ["block by block"]),
     ],
 )  # fmt: skip
-def test_what_holds_exits_with_zero(few, capsys, argv, checks, words):
+def test_what_holds_exits_with_zero(few, monkeypatch, capsys, argv, checks, words):
+    # Inductor's code takes a minute to make
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     assert run(*argv) == 0
     output = capsys.readouterr().out
     assert all(word in output for word in [f"all {checks} checks held", *words]), output
+
+
+def test_compiling_may_not_change_the_output(few, monkeypatch, capsys):
+    def larger(function, **options):
+        def compiled(*args, **kwargs):
+            y = function(*args, **kwargs)
+            return y if isinstance(y, list) else map_parts(lambda part: 1.1 * part, y)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", larger)
+    assert run("--compile") == 1
+    output = capsys.readouterr().out
+    assert "2 of 2 checks FAILED" in output
+    assert output.count("FAILED: ") == output.count("compiling changes the output: error") == 2
 
 
 def test_what_fails_or_crashes_exits_with_one_and_is_named(few, monkeypatch, capsys):
@@ -129,38 +148,36 @@ def test_the_self_test_fails_where_a_break_is_not_found_or_located_elsewhere(mon
     assert "broken is blocks.1, blamed is blocks.1.mlp" in output
 
 
-def save(path, name, says=(), **options) -> str:
+def save(path, name, says=None, **options) -> str:
     model = timm.create_model(name, num_classes=7, **options)
-    args = {"args": argparse.Namespace(model=name, **dict(says))} if says else {}
+    args = {"args": argparse.Namespace(model=name, **says)} if says is not None else {}
     torch.save({"model": model.state_dict(), **args}, path)
     return str(path)
-
-
-SMALL = {"input_size": 64}
-ISOTROPIC = "d2_convnext_isotropic_small"
 
 
 @pytest.mark.parametrize(
     ("name", "options", "says", "argv"),
     [
-        (NAME, {"img_size": 64, "use_attn_mixer": True, "use_symmetrized_asym_feats": True}, SMALL,
-         ["--img-size", "96"]),
-        (NAME, {"img_size": (64, 96)}, {}, ["--model", NAME]),  # the size is read off the tokens
-        (ISOTROPIC, {"layer_scale_init_value": 1e-6}, SMALL, []),
-        (ISOTROPIC, {"use_symmetrized_asym_feats": True}, SMALL, []),
-        ("resmlp_equi_d2_12", {"img_size": 64}, SMALL, []),
+        (NAME, {"use_attn_mixer": True, "use_symmetrized_asym_feats": True}, {"input_size": 64},
+         ["--img-size", "96", "--model-kwargs", "depth=1"]),
+        # the size is read off the tokens
+        (NAME, {"img_size": (64, 96)}, None, ["--model", NAME, "--model-kwargs", "depth=1"]),
+        ("d2_convnext_isotropic_small", {"layer_scale_init_value": 1e-6},
+         {"input_size": 64, "model_kwargs": [("depth", 1)]}, []),
+        ("resmlp_equi_d2_12", {}, {"input_size": 64, "model_kwargs": [("depth", 1)]}, []),
     ],
 )  # fmt: skip
 def test_a_checkpoint_is_checked_with_the_options_it_needs(
     few, tmp_path, capsys, name, options, says, argv
 ):
-    file = save(tmp_path / "a.pth", name, says, **options)
+    size = {} if "convnext" in name else {"img_size": 64}
+    file = save(tmp_path / "a.pth", name, says, depth=1, **{**size, **options})
     assert run("--checkpoint", file, *argv) == 0
     assert f"{name}, checkpoint" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_network_is_refused(few, tmp_path, capsys):
-    file = save(tmp_path / "d.pth", NAME)
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, capsys):
+    file = save(tmp_path / "d.pth", NAME, depth=1)
     assert run("--checkpoint", file) == 2
     assert "does not say which model it is" in capsys.readouterr().err
     assert run("--checkpoint", file, "--model", "d2_deit_small_patch16_LS") == 2
