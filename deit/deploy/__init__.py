@@ -47,18 +47,17 @@ def fold(model: nn.Module, target: Target = "torch") -> nn.Module:
     """
     if target not in get_args(Target):
         raise UserError(f"target {target!r} is not known: use {' or '.join(get_args(Target))}")
-    model = getattr(model, "_orig_mod", model)  # of a compiled network the one behind it
-    folded = _fold_network(model, target)
-    if folded is None:
-        found = {}
-        for name, child in model.named_modules():
-            if (new := _fold_network(child, target)) is not None:
-                found[name] = (child, new)
-        # copies share what is replaced in a moment, so that its weights are not copied first
-        folded = copy.deepcopy(model, {id(child): child for child, _ in found.values()})
-        for name, (_, new) in found.items():
-            folded.set_submodule(name, new)
-    return folded.eval()
+    # of a compiled network the one behind it; in a list, so that the whole is one of its modules
+    outer = nn.ModuleList([getattr(model, "_orig_mod", model)])
+    found = {}
+    for name, module in outer.named_modules():
+        if (folded := _fold_network(module, target)) is not None:
+            found[name] = (module, folded)
+    # copies share what is replaced in a moment, so that its weights are not copied first
+    copied = copy.deepcopy(outer, {id(module): module for module, _ in found.values()})
+    for name, (_, folded) in found.items():
+        copied.set_submodule(name, folded)
+    return copied[0].eval()
 
 
 def _fold_network(model: nn.Module, target: Target) -> nn.Module | None:

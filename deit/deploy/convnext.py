@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.deploy.pair import Each, PairMlp, PairNorm, Residual, Target
+from deit.deploy.pair import Each, Folded, PairMlp, PairNorm, Residual, RowMlp, Target
 from deit.deploy.vit import fold_last_norm, fold_patches
 from deit.deploy.weights import BUTTERFLY, Map, Pair, affine_maps, convolution, exact, pointwise
 from deit.layers import ConvBlock, LayerNorm, MirrorConv2d, MirrorKernel, tracing
 from deit.models import ConvNeXt, IsotropicConvNeXt
-
-__all__ = ["FoldedConvNeXt"]
 
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -52,46 +50,32 @@ def halves(x: Tensor, dim: int) -> Pair:
     return first.contiguous(), second.contiguous()
 
 
-class PointwiseMlp(nn.Module):
-    """As `PairMlp` with 1x1 convolutions of images (B, C/2, H, W); gives u and v.
+class Quarters(nn.Module):
+    """1x1 convolutions of s and a, images (B, C/2, H, W), that give u and v.
 
-    Each quarter of the outputs has its own convolution: joining them costs one copy, taking halves
-    apart and joining them others costs two.
+    Each quarter of the outputs has its own: joining them costs one copy, taking halves apart and
+    joining them others costs two.
     """
 
-    def __init__(self, first: Sequence[Map], second: Sequence[Map], act: nn.Module):
+    def __init__(self, maps: Sequence[Map]):
         super().__init__()
-        self.fc1_s, self.fc1_a = map(pointwise, first)
-        self.fc2_s1, self.fc2_s2 = map(pointwise, second[0].chunk(2))
-        self.fc2_a1, self.fc2_a2 = map(pointwise, second[1].chunk(2))
-        self.act = act
+        self.s1, self.s2 = map(pointwise, maps[0].chunk(2))
+        self.a1, self.a2 = map(pointwise, maps[1].chunk(2))
 
     def forward(self, x: Pair) -> Pair:
-        hs, ha = self.fc1_s(x[0]), self.fc1_a(x[1])
-        plus, minus = self.act(hs + ha), self.act(hs - ha)
-        s, a = plus + minus, plus - minus
-        u = torch.cat([self.fc2_s1(s), self.fc2_a1(a)], 1)
-        return u, torch.cat([self.fc2_s2(s), self.fc2_a2(a)], 1)
+        u = torch.cat([self.s1(x[0]), self.a1(x[1])], 1)
+        return u, torch.cat([self.s2(x[0]), self.a2(x[1])], 1)
 
 
-class FoldedConvNeXt(nn.Module):
-    """Images (B, in_chans, H, W) to logits (B, num_classes), or what the network's head gives.
-
-    Of standard layers and operations, for inference alone.
-
-    Raises:
-        ValueError: in `forward`, for images whose width the original refuses too.
-    """
+class FoldedConvNeXt(Folded):
+    """A folded equivariant ConvNeXt, isotropic or hierarchical."""
 
     def __init__(self, model: IsotropicConvNeXt | ConvNeXt, target: Target):
-        super().__init__()
+        super().__init__(model)
         self.channels_first = target == "onnx"
-        self.num_classes = model.num_classes
         self.stride = model.feature_info[len(model._steps()) - 1]["reduction"]
-        self.global_pool = model.global_pool
-        self.absolute = model.use_symmetrized_asym_feats
         self.steps = nn.Sequential(*fold_steps(model, self.channels_first))
-        self.norm, self.head = copy.deepcopy(model.norm), copy.deepcopy(model.head)
+        self.norm = copy.deepcopy(model.norm)
 
     def forward(self, images: Tensor) -> Tensor:
         tracing.check_total_stride(images.shape[-2], images.shape[-1], self.stride)
@@ -108,20 +92,14 @@ class FoldedConvNeXt(nn.Module):
 
 def fold_steps(model: IsotropicConvNeXt | ConvNeXt, channels_first: bool) -> list[nn.Module]:
     """Stem, blocks and what stands between stages, from images to (u, v)."""
-    to_own = [] if channels_first else [Apply(torch.permute, LAST)]
+    to_last, to_first = Apply(torch.permute, LAST), Apply(torch.permute, FIRST)
     end = Apply(halves, 1 if channels_first else -1)
     if isinstance(model, IsotropicConvNeXt):
-        stem = [regrouped(fold_patches(model.stem)), *to_own, end]
-        return [*stem, *(fold_block(block, channels_first) for block in model.blocks)]
+        steps = [regrouped(fold_patches(model.stem)), *([] if channels_first else [to_last]), end]
+        return [*steps, *(fold_block(block, channels_first) for block in model.blocks)]
     conv, norm = model.downsample_layers[0]
-    conv, norm = regrouped(fold_patches(conv, (True, True))), regrouped(fold_last_norm(norm))
-    steps = [
-        conv,
-        Apply(torch.permute, LAST),
-        norm,
-        *([Apply(torch.permute, FIRST)] if channels_first else []),
-        end,
-    ]
+    steps = [regrouped(fold_patches(conv, (True, True))), to_last, regrouped(fold_last_norm(norm))]
+    steps += [to_first, end] if channels_first else [end]
     for i, stage in enumerate(model.stages):
         if i:
             steps += fold_downsample(*model.downsample_layers[i], channels_first)
@@ -133,27 +111,43 @@ def fold_block(block: ConvBlock, channels_first: bool) -> Residual:
     """A ConvNeXt block on (u, v), channels last or first."""
     dim = 1 if channels_first else -1
     conv = block.dwconv
-    depthwise = Each(
-        fold_depthwise([conv.sym_to_sym, conv.asym_to_sym], conv.padding, channels_first),
-        fold_depthwise([conv.sym_to_asym, conv.asym_to_asym], conv.padding, channels_first),
-    )
+    kernels = (conv.sym_to_sym, conv.asym_to_sym), (conv.sym_to_asym, conv.asym_to_asym)
+    depthwise = Each(*(fold_depthwise(own, conv.padding, channels_first) for own in kernels))
     block = exact(block)
     first = affine_maps(block.norm.scaling, block.pwconv1, BUTTERFLY)
     second = affine_maps(BUTTERFLY, block.pwconv2, block.gamma or nn.Identity())
-    norm = PairNorm(block.norm.eps, (True, True), dim)
+    norm = PairNorm(block.norm.eps, dim=dim)
     if channels_first:
-        return Residual(depthwise, norm, PointwiseMlp(first, second, nn.GELU()))
-    return Residual(depthwise, norm, PairMlp(first, second, nn.GELU()), Apply(exchange, dim))
+        mlp = PairMlp(Each(*map(pointwise, first)), nn.GELU(), Quarters(second))
+        return Residual(depthwise, norm, mlp)
+    return Residual(depthwise, norm, RowMlp(first, nn.GELU(), second), Apply(exchange, dim))
 
 
 def fold_depthwise(
     kernels: Sequence[MirrorKernel], padding: int, channels_first: bool
 ) -> nn.Module:
     """Two depthwise kernels as one of both inputs."""
-    weights, biases = zip(*(kernel() for kernel in kernels), strict=True)
-    weight = torch.cat([exact(half) for half in weights])
-    bias = None if biases[0] is None else torch.cat([exact(bias) for bias in biases])
-    return placed(convolution(weight, bias, padding=padding, groups=len(weight)), channels_first)
+    weights, biases = zip(*(exact(kernel)() for kernel in kernels), strict=True)
+    weight = torch.cat(weights)
+    bias = None if biases[0] is None else torch.cat(biases)
+    return placed(convolution(weight, bias, len(weight), padding=padding), channels_first)
+
+
+def fold_downsample(norm: LayerNorm, conv: MirrorConv2d, channels_first: bool) -> list[nn.Module]:
+    """Norm and strided convolution between two stages, (u, v) to (u, v)."""
+    dim = 1 if channels_first else -1
+    affine = exact(norm.scaling)
+    kernel, bias = exact(conv).kernel()
+    bias = bias + torch.einsum("oihw,i->o", kernel[:, : len(affine.beta)], affine.beta)
+    kernel = kernel * torch.cat([affine.alpha_sym, affine.alpha_asym])[:, None, None]
+    layer = regrouped(convolution(kernel, bias, stride=conv.stride, padding=conv.padding))
+    return [
+        Apply(exchange, dim),
+        PairNorm(norm.eps, dim=dim),
+        Apply(torch.cat, dim),
+        placed(layer, channels_first),
+        Apply(halves, dim),
+    ]
 
 
 def placed(conv: nn.Conv2d, channels_first: bool) -> nn.Module:
@@ -161,23 +155,6 @@ def placed(conv: nn.Conv2d, channels_first: bool) -> nn.Module:
     if channels_first:
         return conv
     return nn.Sequential(Apply(torch.permute, FIRST), conv, Apply(torch.permute, LAST))
-
-
-def fold_downsample(norm: LayerNorm, conv: MirrorConv2d, channels_first: bool) -> list[nn.Module]:
-    """Norm and strided convolution between two stages, (u, v) to (u, v)."""
-    dim = 1 if channels_first else -1
-    affine = exact(norm.scaling)
-    kernel, bias = (exact(tensor) for tensor in conv.kernel())
-    bias = bias + torch.einsum("oihw,i->o", kernel[:, : len(affine.beta)], affine.beta)
-    kernel = kernel * torch.cat([affine.alpha_sym, affine.alpha_asym])[:, None, None]
-    layer = placed(regrouped(convolution(kernel, bias, conv.stride, conv.padding)), channels_first)
-    return [
-        Apply(exchange, dim),
-        PairNorm(norm.eps, (True, True), dim),
-        Apply(torch.cat, dim),
-        layer,
-        Apply(halves, dim),
-    ]
 
 
 def regrouped(layer: nn.Module) -> nn.Module:

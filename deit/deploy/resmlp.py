@@ -13,21 +13,18 @@ half mirrored.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
-from deit.deploy.pair import Each, PairMlp, Residual, Target
+from deit.deploy.pair import Each, Folded, PairMlp, Residual, RowMlp, Target
 from deit.deploy.vit import fold_patches
 from deit.deploy.weights import Map, Pair, affine_maps, exact, fill, linear, times
 from deit.groups import Rep
 from deit.layers import MixerBlock, OrdinaryAffine, tracing
 from deit.models import ResMLP
-
-__all__ = ["FoldedResMLP"]
 
 QUICK = 1.702  # of ResMLP's x sigmoid(1.702 x), which is SiLU(1.702 x) / 1.702
 
@@ -62,7 +59,7 @@ class TokenMixing(nn.Module):
             self.map: nn.Module = linear(Map(weight))
         else:  # over the rows, without a transposition
             layer = nn.Conv1d(*weight.T.shape, 1, bias=False, device="meta")
-            self.map = fill(layer, weight[..., None], None)
+            self.map = fill(layer, weight[..., None])
         self.register_buffer("gain", gain)
         self.register_buffer("bias", bias)
 
@@ -71,48 +68,35 @@ class TokenMixing(nn.Module):
         return x + (y * self.gain + self.bias)
 
 
-class RowBiasedMlp(PairMlp):
-    """A PairMlp whose biases, (N, channels) of s and a, are not the same on all rows."""
+class RowBiased(nn.Module):
+    """A linear map and a bias of each row, (N, channels), for each part (B, N, channels)."""
 
-    def __init__(
-        self, first: Sequence[Map], second: Sequence[Map], act: nn.Module, before: Pair, after: Pair
-    ):
-        super().__init__([Map(w) for w, _ in first], [Map(w) for w, _ in second], act)
-        for name, biases in (("before", before), ("after", after)):
-            self.register_buffer(f"{name}_s", biases[0])
-            self.register_buffer(f"{name}_a", biases[1])
+    def __init__(self, maps: Sequence[Map], biases: Pair):
+        super().__init__()
+        self.map = Each(*(linear(Map(weight)) for weight, _ in maps))
+        self.register_buffer("bias_s", biases[0])
+        self.register_buffer("bias_a", biases[1])
 
-    def forward(self, x: Pair) -> Pair:  # parts (B, N, C/2)
-        hs, ha = self.fc1_s(x[0]) + self.before_s, self.fc1_a(x[1]) + self.before_a
-        plus, minus = self.act(hs + ha), self.act(hs - ha)
-        return self.fc2_s(plus + minus) + self.after_s, self.fc2_a(plus - minus) + self.after_a
+    def forward(self, x: Pair) -> Pair:
+        s, a = self.map(x)
+        return s + self.bias_s, a + self.bias_a
 
 
-class FoldedResMLP(nn.Module):
-    """Images (B, in_chans, H, W) to logits (B, num_classes), or what the network's head gives.
-
-    Of standard layers and operations, for inference alone.
-
-    Raises:
-        ValueError: in `forward`, for images of another size than that of the network.
-    """
+class FoldedResMLP(Folded):
+    """A folded `ResMLP`."""
 
     def __init__(self, model: ResMLP, target: Target):
-        super().__init__()
-        self.num_classes = model.num_classes
+        super().__init__(model)
         self.img_size = model.patch_embed.img_size
-        self.global_pool = model.global_pool
-        self.absolute = model.use_symmetrized_asym_feats
         self.tokens = model.tokens
         self.patch_embed = fold_patches(model.patch_embed)
         self.register_buffer("order", model.patch_embed.grid.permutation())
         self.register_buffer("signs", Places(model.tokens).signs)
-        blocks = [fold_block(exact(block), target) for block in model.blocks]
+        blocks = (fold_block(exact(block), target) for block in model.blocks)
         self.blocks = nn.Sequential(*(layer for block in blocks for layer in block))
         affine = exact(model.norm) if isinstance(model.norm, OrdinaryAffine) else None
         self.register_buffer("scale", None if affine is None else affine.alpha.data)
         self.register_buffer("bias", None if affine is None else affine.beta.data)
-        self.head = copy.deepcopy(model.head)
 
     def forward(self, images: Tensor) -> Tensor:
         tracing.check_image_size(images.shape[-2], images.shape[-1], *self.img_size)
@@ -170,15 +154,17 @@ def fold_perceptron(block: MixerBlock, places: Places) -> PairMlp:
     def scaled(x: Pair) -> Pair:
         return x[0] * norm.alpha_sym, x[1] * norm.alpha_asym
 
+    def zeros(channels: Rep) -> Pair:
+        rows = torch.zeros(1, tokens.size, channels.invariant, dtype=torch.float64)
+        return rows, rows
+
     first = affine_maps(scaled, mlp.fc1, times(sqrt(2) * before))
     second = affine_maps(times(sqrt(0.5) * after), mlp.fc2, block.gamma_2)
-    width, hidden = mlp.fc1.in_rep.invariant, mlp.fc2.in_rep.invariant
-    zeros = [torch.zeros(1, tokens.size, n, dtype=torch.float64) for n in (width, hidden)]
-    biases = times(before)(mlp.fc1(block.to_places(norm((zeros[0], zeros[0])))))
-    ends = places.to(block.gamma_2(block.from_places(mlp.fc2((zeros[1], zeros[1])))))
-    biases, ends = ([part[0] for part in parts] for parts in (biases, ends))
+    starts = times(before)(mlp.fc1(block.to_places(norm(zeros(mlp.fc1.in_rep)))))
+    ends = places.to(block.gamma_2(block.from_places(mlp.fc2(zeros(mlp.fc2.in_rep)))))
+    starts, ends = ([part[0] for part in parts] for parts in (starts, ends))
     if tokens.fixed:
-        return RowBiasedMlp(first, second, nn.SiLU(), biases, ends)
-    first = [Map(weight, rows[0]) for (weight, _), rows in zip(first, biases, strict=True)]
+        return PairMlp(RowBiased(first, starts), nn.SiLU(), RowBiased(second, ends))
+    first = [Map(weight, rows[0]) for (weight, _), rows in zip(first, starts, strict=True)]
     second = [Map(weight, rows[0]) for (weight, _), rows in zip(second, ends, strict=True)]
-    return PairMlp(first, second, nn.SiLU())
+    return RowMlp(first, nn.SiLU(), second)

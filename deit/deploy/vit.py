@@ -18,13 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit.deploy.pair import PairMlp, PairNorm, Residual, Target
+from deit.deploy.pair import Each, Folded, PairNorm, Residual, RowMlp, Target
 from deit.deploy.weights import BUTTERFLY, Map, Pair, affine_maps, convolution, exact, fill, linear
 from deit.layers import Block, LayerNorm, MirrorConv2d, RegularBridge, tracing
 from deit.layers.tokens import MirrorGrid, resample, whole
 from deit.models import VisionTransformer
-
-__all__ = ["FoldedVisionTransformer"]
 
 Centred = tuple[bool, bool]
 
@@ -39,36 +37,32 @@ class PairAttention(nn.Module):
 
     def __init__(self, qkv: Sequence[Map], proj: Sequence[Map], num_heads: int, target: Target):
         super().__init__()
-        self.num_heads, self.target = num_heads, target
-        if target == "torch":
-            self.qkv_s, self.qkv_a = map(linear, qkv)
+        self.num_heads, self.fused = num_heads, target == "torch"
+        if self.fused:
+            self.qkv = Each(*map(linear, qkv))
         else:
-            self.q_s, self.k_s, self.v_s = map(linear, qkv[0].chunk(3))
-            self.q_a, self.k_a, self.v_a = map(linear, qkv[1].chunk(3))
-        self.proj_s, self.proj_a = map(linear, proj)
+            thirds = zip(*(part.chunk(3) for part in qkv), strict=True)
+            self.q, self.k, self.v = (Each(*map(linear, third)) for third in thirds)
+        self.proj = Each(*map(linear, proj))
 
     def forward(self, x: Pair) -> Pair:
-        s, a = self._fused(*x) if self.target == "torch" else self._explicit(*x)
-        return self.proj_s(s), self.proj_a(a)
+        return self.proj(self._fused(x) if self.fused else self._explicit(x))
 
-    def _fused(self, s: Tensor, a: Tensor) -> Pair:
-        shape = (3, self.num_heads, -1)
-        qkv = [self.qkv_s(s).unflatten(-1, shape), self.qkv_a(a).unflatten(-1, shape)]
+    def _fused(self, x: Pair) -> Pair:
+        qkv = [part.unflatten(-1, (3, self.num_heads, -1)) for part in self.qkv(x)]
         qkv = torch.cat(qkv, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=1.0).transpose(1, 2)
         half = y.shape[-1] // 2
         return y[..., :half].flatten(2), y[..., half:].flatten(2)
 
-    def _explicit(self, s: Tensor, a: Tensor) -> Pair:
-        shape = (self.num_heads, -1)
-        q = torch.cat([self.q_s(s).unflatten(-1, shape), self.q_a(a).unflatten(-1, shape)], -1)
-        k = torch.cat([self.k_s(s).unflatten(-1, shape), self.k_a(a).unflatten(-1, shape)], -1)
-        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1)
-        s, a = (
-            (weights @ v.unflatten(-1, shape).transpose(1, 2)).transpose(1, 2).flatten(2)
-            for v in (self.v_s(s), self.v_a(a))
+    def _explicit(self, x: Pair) -> Pair:
+        q, k, v = (
+            [part.unflatten(-1, (self.num_heads, -1)) for part in layer(x)]
+            for layer in (self.q, self.k, self.v)
         )
-        return s, a
+        q, k = torch.cat(q, -1), torch.cat(k, -1)
+        weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(-1)
+        return tuple((weights @ part.transpose(1, 2)).transpose(1, 2).flatten(2) for part in v)
 
 
 class Positions(nn.Module):
@@ -96,26 +90,19 @@ class Positions(nn.Module):
         return centre_halves(image, self.centred, -1).flatten(1, 2)
 
 
-class FoldedVisionTransformer(nn.Module):
-    """Images (B, in_chans, H, W) to logits (B, num_classes), or what the network's head gives.
-
-    Of standard layers and operations, for inference alone.
-
-    Raises:
-        ValueError: in `forward`, for images of another size than that of the network.
-    """
+class FoldedVisionTransformer(Folded):
+    """A folded `VisionTransformer`."""
 
     def __init__(self, model: VisionTransformer, target: Target):
-        super().__init__()
+        super().__init__(model)
         # what the last norm and the blocks after the bridge are told apart by is removed by them
         removed = isinstance(model.norm, (nn.LayerNorm, LayerNorm))
         centred = (removed, removed and model.bridge is None)
         if not isinstance(model.bridge, (RegularBridge, type(None))):
             centred = (False, False)
-        self.num_classes = model.num_classes
         self.img_size = None if model.dynamic_img_size else model.patch_embed.img_size
         self.patch_size = model.patch_embed.patch_size
-        self.global_pool, self.num_prefix_tokens = model.global_pool, model.num_prefix_tokens
+        self.num_prefix_tokens = model.num_prefix_tokens
 
         self.patch_embed = fold_patches(model.patch_embed, centred)
         self.positions = Positions(model, centred)
@@ -123,16 +110,12 @@ class FoldedVisionTransformer(nn.Module):
         prefix = [torch.cat(parts, -1) for parts in tokens]
         prefix = centre_halves(torch.cat(prefix, 1), centred, -1) if prefix else None
         self.register_buffer("prefix", prefix)
-        blocks = list(model.blocks)
-        self.pairs = nn.Sequential(
-            *(fold_block(block, centred, target) for block in blocks if isinstance(block, Block))
-        )
-        self.bridge, self.invariants = copy.deepcopy((model.bridge, model.invariants))
-        self.blocks = nn.Sequential(
-            *(copy.deepcopy(block) for block in blocks if not isinstance(block, Block))
+        pairs = (fold_block(b, centred, target) for b in model.blocks if isinstance(b, Block))
+        self.pairs = nn.Sequential(*pairs)
+        self.bridge, self.invariants, self.blocks = copy.deepcopy(
+            (model.bridge, model.invariants, model.blocks[len(self.pairs) :])
         )
         self.norm = fold_last_norm(model.norm)
-        self.head = copy.deepcopy(model.head)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2], images.shape[-1]
@@ -144,16 +127,15 @@ class FoldedVisionTransformer(nn.Module):
             # the size as one tuple, for symbolic tracers
             x = torch.cat([self.prefix.expand((x.shape[0], -1, -1)), x], 1)
         half = x.shape[-1] // 2
-        s, a = self.pairs((x[..., :half].contiguous(), x[..., half:].contiguous()))
-        x = None if self.bridge is None else self.blocks(self.bridge((s, a)))
+        parts = self.pairs((x[..., :half].contiguous(), x[..., half:].contiguous()))
+        if self.bridge is not None:
+            parts = (self.blocks(self.bridge(parts)),)
         if self.global_pool == "token":  # the head sees no other token
-            s, a, x = s[:, 0], a[:, 0], x if x is None else x[:, 0]
-        if x is None:
-            x = self.norm(torch.cat([s, a], -1))
+            parts = [part[:, 0] for part in parts]
+        x = self.norm(torch.cat(parts, -1) if self.bridge is None else parts[0])
+        if self.bridge is None:
             s, a = x[..., :half], x[..., half:]
             x = s if self.invariants is None else self.invariants((s, a))
-        else:
-            x = self.norm(x)
         if self.global_pool == "avg":
             x = x[:, self.num_prefix_tokens :].mean(1)
         return self.head(x)
@@ -184,7 +166,7 @@ def fold_block(block: Block, centred: Centred, target: Target) -> nn.Sequential:
         Residual(
             PairNorm(block.norm1.eps, centre), PairAttention(qkv, proj, attn.num_heads, target)
         ),
-        Residual(PairNorm(block.norm2.eps, centre), PairMlp(first, second, nn.GELU())),
+        Residual(PairNorm(block.norm2.eps, centre), RowMlp(first, nn.GELU(), second)),
     )
 
 
@@ -203,7 +185,7 @@ def fold_patches(layer: MirrorConv2d, centred: Centred = (False, False)) -> nn.C
     kernel = centre_halves(exact(kernel) * layer.scale, centred, 0)
     if bias is not None:
         bias = centre_halves(exact(bias) * layer.scale, centred, 0)
-    return convolution(kernel, bias, layer.stride, layer.padding)
+    return convolution(kernel, bias, stride=layer.stride, padding=layer.padding)
 
 
 def fold_last_norm(norm: nn.Module) -> nn.Module:

@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from deit.errors import UserError, one_line
 from deit.layers import Linear
 
-__all__ = ["BUTTERFLY", "Map", "Pair", "affine_maps", "convolution", "exact", "linear",
-           "pointwise", "times"]  # fmt: skip
-
 Pair = tuple[Tensor, Tensor]
 T = TypeVar("T", Tensor, nn.Module)
 
@@ -83,20 +80,16 @@ def _block_map(block: nn.Module, width: int) -> Map:
         return Map(block.weight, block.bias)
     eye = torch.eye(width, dtype=torch.float64)
     probe = torch.linspace(-1, 2, width, dtype=torch.float64)
+    wrong = ("a layer that is not linear stands where a linear one was: fold the network before "
+             "you quantise it")  # fmt: skip
     try:
         bias, *columns, y = block(torch.cat([0 * eye[:1], eye, probe[None]]))
     except RuntimeError as error:  # quantised layers take no float64
-        raise UserError(f"{_REPLACED}: {one_line(error)[:200]}") from error
+        raise UserError(f"{wrong}: {one_line(error)[:200]}") from error
     weight = (torch.stack(columns) - bias).T
     if (y - weight @ probe - bias).norm() > 1e-9 * (weight.norm() * probe.norm() + bias.norm()):
-        raise UserError(_REPLACED)
+        raise UserError(wrong)
     return Map(weight, bias)
-
-
-_REPLACED = (
-    "a layer that is not linear stands where a linear one was: fold the network before you "
-    "quantise it"
-)
 
 
 def linear(map: Map) -> nn.Linear:
@@ -110,25 +103,16 @@ def pointwise(map: Map) -> nn.Conv2d:
     return convolution(map.weight[..., None, None], map.bias)
 
 
-def convolution(
-    kernel: Tensor,
-    bias: Tensor | None,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] = 0,
-    groups: int = 1,
-) -> nn.Conv2d:
-    """A Conv2d of a kernel (out, in / groups, height, width)."""
+def convolution(kernel: Tensor, bias: Tensor | None, groups: int = 1, **options) -> nn.Conv2d:
+    """A Conv2d of a kernel (out, in / groups, height, width); `options` are stride and padding."""
     out, inputs, *size = kernel.shape
-    layer = nn.Conv2d(
-        inputs * groups, out, tuple(size), stride, padding, groups=groups, bias=bias is not None,
-        device="meta",
-    )  # fmt: skip
-    return fill(layer, kernel, bias)
+    options |= {"groups": groups, "bias": bias is not None, "device": "meta"}
+    return fill(nn.Conv2d(inputs * groups, out, tuple(size), **options), kernel, bias)
 
 
-def fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Give a layer made on the meta device its parameters, which are not trained."""
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+def fill(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Give a layer made on the meta device its parameters."""
+    layer.weight = nn.Parameter(weight.contiguous())
     if bias is not None:
-        layer.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+        layer.bias = nn.Parameter(bias.contiguous())
     return layer

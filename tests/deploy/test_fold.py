@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deit.deploy import fold
-from deit.deploy.pair import PairMlp, Residual
+from deit.deploy.pair import PairMlp, Residual, RowMlp
 from deit.equivariance import randomize_
 from deit.errors import UserError
 
@@ -149,10 +149,10 @@ def test_chunks(family, monkeypatch):
     folded = fold(create_random(family))
     x = images(3)
     expected = folded(x)
-    monkeypatch.setattr(PairMlp, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(RowMlp, "CHUNK_ROWS", 5)
     seen = []
-    whole = PairMlp.whole
-    monkeypatch.setattr(PairMlp, "whole", lambda m, s, a: seen.append(len(s)) or whole(m, s, a))
+    whole = PairMlp.forward
+    monkeypatch.setattr(PairMlp, "forward", lambda m, x: seen.append(len(x[0])) or whole(m, x))
     assert difference(folded(x), expected) < 1e-13
     assert max(seen) == 5
     assert len(seen) > 10
