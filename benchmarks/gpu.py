@@ -78,11 +78,6 @@ QUICK = {
 }
 
 
-def networks(part: str, quick: bool) -> Sequence[str]:
-    """The networks of a part, in their order; a quick run has the first one."""
-    return PARTS[part][2][: 1 if quick else None]
-
-
 def command(job: Row, args: Namespace, stem: Path) -> list[str]:
     """What a job runs; its results get names that begin with `stem`."""
     script, *words = PARTS[job["part"]][1].split()
@@ -134,11 +129,10 @@ def results(job: Row, stem: Path) -> Row:
 
 def execute(words: Sequence[str], root: Path, log: Path, seconds: float) -> str | None:
     """Run a script of the checkout at `root`; what was wrong in words, or None."""
-    environment = os.environ | {"PYTHONPATH": str(root)}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [sys.executable, *words], cwd=root, env=environment, stdout=file, stderr=file,
-            start_new_session=True,
+            [sys.executable, *words], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+            stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
     try:
         status = process.wait(seconds)
@@ -164,71 +158,64 @@ def read_rows(folder: Path) -> list[Row]:
         raise UserError(f"no results in {str(folder)!r}: {error.strerror or error}") from None
 
 
-def add(rows: list[Row], row: Row, folder: Path) -> None:
-    """Append a row, in the file too, and print it."""
-    rows.append(row)
-    write_text(folder / ROWS, json.dumps(rows, indent=1) + "\n")
-    print(*(value for key, value in row.items() if key not in ("lines", "device")), flush=True)
-
-
 def run(args: Namespace, started: float) -> int:
     """All parts; 1 if something failed."""
     args.output.mkdir(parents=True, exist_ok=True)
     rows = read_rows(args.output) if (args.output / ROWS).exists() else []
     setting = {"device": args.device, "quick": args.quick, "compile_blocks": args.compile_blocks}
-    earlier = [row for row in rows if row["part"] == "run"]
-    if earlier and not setting.items() <= earlier[0].items():
+    if not all(setting.items() <= row.items() for row in rows if row["part"] == "run"):
         raise UserError(f"--output {args.output} holds results of other settings: name another one")
     roots = {"this": ROOT} | ({"against": args.against.resolve()} if args.against else {})
-    began = {"part": "run", "time": time.strftime("%F %T")} | setting | conditions(roots)
-    add(rows, began, args.output)
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        write_text(args.output / ROWS, json.dumps(rows, indent=1) + "\n")
+        print(*(v for key, v in row.items() if key not in ("lines", "device")), flush=True)
+
+    add({"part": "run", "time": time.strftime("%F %T")} | setting | conditions(roots))
     begin, end = time.monotonic(), started + 60 * args.minutes - CLOSING
     stops = dict(zip(args.parts, accumulate(PARTS[part][0] for part in args.parts), strict=True))
     scale = (end - begin) / max(stops.values())
     longest: dict[str, float] = defaultdict(lambda: 0.0 if args.quick else FIRST_GUESS)
+    jobs = [
+        {"checkout": checkout, "part": part, "name": name}
+        for part in args.parts
+        for name in PARTS[part][2][: 1 if args.quick else None]
+        for checkout in roots
+    ]
     failed = False
     try:
-        for part, name, checkout in (
-            (p, n, c) for p in args.parts for n in networks(p, args.quick) for c in roots
-        ):
-            job = {"checkout": checkout, "part": part, "name": name}
+        for job in jobs:
             if any("finished_s" in row and job.items() <= row.items() for row in rows):
                 continue
-            now = time.monotonic()
+            now, part = time.monotonic(), job["part"]
             left = begin + scale * stops[part] - now
             if left < longest[part] or left <= 0:
-                add(rows, job | {"skipped": "no time was left"}, args.output)
+                add(job | {"skipped": "no time was left"})
                 continue
             stem = args.output.resolve() / "-".join(job.values()).replace(" ", "_")
             words = command(job, args, stem)
-            error = execute(words, roots[checkout], Path(f"{stem}.txt"), left)
+            error = execute(words, roots[job["checkout"]], Path(f"{stem}.txt"), left)
             took = time.monotonic() - now
             longest[part] = max(longest[part], took)
             failed |= error is not None
             how = {"error": error} if error else {"finished_s": round(took, 1)}
-            add(rows, job | how | results(job, stem), args.output)
+            add(job | how | results(job, stem))
     finally:
-        print(*write_report(args.output, rows), sep="\n")
+        write_report(args.output, rows)
     return int(failed)
 
 
 def conditions(roots: dict[str, Path]) -> Row:
     """What the numbers depend on beside what each job's own results say."""
-
-    def output(*words: str) -> str | None:
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() or None
-
     query = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,power.draw"
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        query: output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
-        **{k: output("git", "-C", str(v), "describe", "--always", "--dirty")
-           for k, v in roots.items()},
-    }  # fmt: skip
+    commands = {query: f"nvidia-smi --query-gpu={query} --format=csv,noheader"}
+    commands |= {
+        name: f"git -C {shlex.quote(str(root))} describe --always --dirty"
+        for name, root in roots.items()
+    }
+    found = {name: subprocess.getoutput(f"{words} 2>/dev/null") for name, words in commands.items()}
+    return {"command": shlex.join(["python", *sys.argv])} | found
 
 
 TABLES = (  # title, parts, heads of the columns behind the network
@@ -240,8 +227,8 @@ TABLES = (  # title, parts, heads of the columns behind the network
 )  # fmt: skip
 
 
-def report(folder: Path, rows: Sequence[Row]) -> str:
-    """The tables, what they depend on, and what is missing in them."""
+def write_report(folder: Path, rows: Sequence[Row]) -> None:
+    """Write report.md and report.png: the tables, what they depend on, and what is missing."""
     texts = ["# Networks beside their ordinary twins"]
     texts += ["\n".join(f"- {k}: {v}" for k, v in r.items()) for r in rows if r["part"] == "run"]
     used = {json.dumps(row["device"]) for row in rows if "device" in row and row["part"] != "run"}
@@ -262,21 +249,15 @@ def report(folder: Path, rows: Sequence[Row]) -> str:
         for key, row in last.items() if "error" in row or "skipped" in row
     ]  # fmt: skip
     texts += ["## Missing\n\n" + "\n".join(missing)] if missing else []
-    return "\n\n".join(texts) + "\n"
-
-
-def write_report(folder: Path, rows: Sequence[Row]) -> tuple[Path, Path]:
-    """Write report.md and report.png; returns their paths."""
-    table, figure = folder / "report.md", folder / "report.png"
-    write_text(table, report(folder, rows))
+    write_text(folder / "report.md", "\n\n".join(texts) + "\n")
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         for what, speed in row.get("speeds", {}).items():
             name = row["name"] + " (against)" * (row["checkout"] == "against")
             found[name][f"{row['part']}, {what}"] = speed
     panels = list(dict.fromkeys(panel for own in found.values() for panel in own))
-    save(bars(found, panels, "Networks beside their ordinary twins"), figure)
-    return table, figure
+    save(bars(found, panels, "Networks beside their ordinary twins"), folder / "report.png")
+    print(folder / "report.md", folder / "report.png", sep="\n")
 
 
 # fmt: off
@@ -303,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args = get_parser().parse_args(argv)
     if args.report is not None:
-        print(*write_report(args.report, read_rows(args.report)), sep="\n")
+        write_report(args.report, read_rows(args.report))
         return 0
     if args.device == "cpu" and not args.quick:
         raise UserError("--device cpu is for trying out: add --quick")

@@ -42,6 +42,7 @@ FAMILIES = {"d2_deit": "#0072B2", "hybrid": "#56B4E9", "d2_convnext": "#D55E00",
             "resmlp": "#009E73"}  # fmt: skip
 # Columns of the tables that are called otherwise than their numbers.
 FLOPS, MEMORY, SIZE = "twin's FLOPs over ours", "memory in training, compiled", "size of the file"
+DEPLOY = (*RUNTIMES.values(), "eager, unfolded", "compiled, unfolded", SIZE)
 Ratios = Mapping[str, Mapping[str, float]]  # network to column to number
 
 
@@ -117,8 +118,11 @@ def ratios() -> tuple[str, dict[str, dict[str, float]]]:
             f"timm {used['timm']}"), found  # fmt: skip
 
 
-def deploy_ratios(known: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each network: the twin's seconds over ours by runtime; our file's size over the twin's."""
+def deploy_ratios(known: Mapping[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
+    """Of each network: the twin's seconds over ours by runtime; our file's size over the twin's.
+
+    Before it the machine, the versions, the batch and the load.
+    """
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for name in sorted(known, key=lambda name: [*MODELS, name].index(name)):
         for runtime, run in known[name].items():
@@ -128,43 +132,31 @@ def deploy_ratios(known: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 found[name][f"{runtime}, unfolded"] = seconds["twin"] / seconds["unfolded"]
             if run["bytes"]:
                 found[name][SIZE] = run["bytes"]["folded"] / run["bytes"]["twin"]
-    return found
-
-
-def deploy_table(known: Mapping[str, Any]) -> str:
-    """All ratios of times and of file sizes."""
-    columns = [*RUNTIMES.values(), "eager, unfolded", "compiled, unfolded", SIZE]
-    return table(deploy_ratios(known), columns)
-
-
-def deploy_conditions(known: Mapping[str, Any]) -> str:
-    """Machine, versions, batch and load."""
     rows = [run for runs in known.values() for run in runs.values()]
-    used = rows[0]["versions"]
+    used, loads = rows[0]["versions"], [row["load"] for row in rows]
     packages = ", ".join(f"{n} {used[n]}" for n in ("torch", "timm", "onnxruntime") if used.get(n))
     batches = ", ".join(map(str, sorted({row["batch_size"] for row in rows})))
-    loads = [row["load"] for row in rows]
-    return (
+    conditions = (
         f"{rows[0]['device']}, float32, batch {batches}, {packages}; "
         f"load average {min(loads):.1f} to {max(loads):.1f}"
     )
+    return conditions, found
 
 
 def write_page() -> None:
     """The tables between their marks in docs/performance.md and in the README, and the figures."""
     known = json.loads((RESULTS / "deploy.json").read_text(encoding="utf-8"))
-    (conditions, found), deployed = ratios(), deploy_ratios(known)
+    (conditions, found), (deploy_conditions, deployed) = ratios(), deploy_ratios(known)
     put(PAGE, "measured", table(found, ["batch", FLOPS, *MODES, MEMORY]))
     put(PAGE, "conditions", conditions + ".")
-    put(PAGE, "deploy", f"{deploy_conditions(known)}.\n\n{deploy_table(known)}")
+    put(PAGE, "deploy", f"{deploy_conditions}.\n\n{table(deployed, DEPLOY)}")
     order = [*MODELS, *sorted(found.keys() - set(MODELS))]
     both = {name: {**deployed.get(name, {}), **found[name]} for name in order}
     short = table(both, [FLOPS, *MODES[:3], RUNTIMES["onnx"]],
                   ["FLOPs", *MODES[:3], "ONNX Runtime, folded"])  # fmt: skip
     put(README, "times", short)
     save(bars(found, MODES, conditions, flops=True), ASSETS / "throughput.png")
-    figure = bars(deployed, list(RUNTIMES.values()), deploy_conditions(known))
-    save(figure, ASSETS / "deploy.png")
+    save(bars(deployed, list(RUNTIMES.values()), deploy_conditions), ASSETS / "deploy.png")
 
 
 def put(path: Path, name: str, text: str) -> None:

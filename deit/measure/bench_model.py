@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from deit.measure.hardware import synchronize
 from deit.measure.networks import build
@@ -27,10 +28,6 @@ class BenchModel:
 
     Args:
         args: as `options.parse_args` gives them.
-
-    Attributes:
-        peak_memory, train_peak_memory: MiB that this network alone needs: weights, images, and
-            all that a step holds. None before `warm_up`, and where a device does not tell.
     """
 
     def __init__(self, name: str, batch: int, args: Namespace) -> None:
@@ -45,22 +42,26 @@ class BenchModel:
         self.images = torch.randn(batch, 3, size, size, device=device, dtype=args.storage)
         outputs = getattr(self.model, "num_classes", 1000) or 1
         self.targets = torch.randint(0, outputs, (batch,), device=device)
-        self.peak_memory: float | None = None
-        self.train_peak_memory: float | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
         if args.train:
             fused = True if cuda else None  # as in training
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=fused)
         scaled = args.train and args.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
-    def warm_up(self) -> None:
-        """Compile, let libraries choose their algorithms, and measure peak memory."""
-        self.peak_memory = self._peak(self.infer)
+    def warm_up(self) -> tuple[float | None, float | None]:
+        """Compile, and let libraries choose their algorithms.
+
+        Returns:
+            The peaks of memory in inference and in training: MiB that this network alone needs,
+            for weights, images, and all that a step holds. None where a device does not tell, and
+            for training without `args.train`.
+        """
+        inference, training = self._peak(self.infer), None
         if self.args.train:
             self.model.train()
-            self.train_peak_memory = self._peak(self.train_step)
+            training = self._peak(self.train_step)
             self.model.eval()
+        return inference, training
 
     def infer(self) -> Tensor:
         """Logits of the batch."""
@@ -96,9 +97,8 @@ class BenchModel:
     def _held(self) -> int:
         """Bytes that stay allocated between steps: weights, moments, images."""
         tensors = [*self.model.parameters(), *self.model.buffers(), self.images]
-        if self._optimizer is not None:
-            for state in self._optimizer.state.values():
-                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        if self.args.train:
+            tensors += tree_leaves(list(self._optimizer.state.values()))
         return sum(tensor.nbytes for tensor in tensors)
 
 

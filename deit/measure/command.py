@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from deit.measure.options import parse_args
 from deit.measure.plot import draw
 from deit.measure.profiling import profile
 from deit.measure.roofline import PeakRates, measure_peak_rates
-from deit.measure.tables import as_csv, as_json, print_comparisons, print_overview
+from deit.measure.tables import COLUMNS, as_csv, as_json, print_comparisons, print_table
 from deit.models.published import PUBLISHED
 from deit.saving import write_text
 from deit.train.args import parse_args as training_options
@@ -43,25 +43,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for members in groups for name in members]
     # Where both go to one terminal, rows and the bar need one console.
     console = Console() if sys.stdout.isatty() else Console(width=FILE_WIDTH)
-    report = _settings(args)
+    report, results = _settings(args), dict[str, Result]()
     with _Progress(console, len(names) * (2 if args.throughput else 1)) as progress:
-        rows = _counted(names, args, progress)
+        for name in names:
+            progress.show(f"{name}: counting")
+            results[name] = count(name, args)
+            progress.step()
+        rows: Iterable[Result] = results.values()
+        columns = {"params", "gflops"}
         if args.throughput:
-            results = {row.model: row for row in rows}
             rates = measure_peak_rates(args.device, args.dtype)
             report["ceilings"] = {
                 "tflop_per_s": rates.flops_per_s / 1e12,
                 "gb_per_s": rates.bytes_per_s / 1e9,
             }
             counted = [[results[name] for name in members] for members in groups]
-            estimates = [plan.estimate(members, args, rates) for members in counted]
-            rows = _measured(counted, estimates, results, rates, args, report, progress)
-        for label, text in _settings_lines(report):
-            _print_line(label, text, console)
+            seconds = [plan.estimate(members, args, rates) for members in counted]
+            rows = _measured(counted, seconds, args, rates, progress, results, report)
+            columns |= {"images_per_s", "peak_memory_mb"}
+            columns |= {"train_images_per_s"} if args.train else set()
+        head = _head(report)
         if args.throughput:
-            text = plan.describe(len(names), estimates, default=not args.models)
-            _print_line("plan", text, console)
-        results = print_overview(rows, names, console, timed=args.throughput, trained=args.train)
+            head["plan"] = plan.describe(len(names), seconds, default=not args.models)
+        for label, text in head.items():
+            console.print(f"{label:9} {text}", soft_wrap=True, highlight=False, markup=False)
+        print_table(rows, names, [c for name, c in COLUMNS.items() if name in columns], console)
     print_comparisons(results, console)
     for name, result in results.items():
         if args.profile and result.batch_size is not None:
@@ -81,21 +87,14 @@ def default_names(args: Namespace) -> list[str]:
     return [row.name for row in PUBLISHED if not small or row.size in SMALL_SIZES]
 
 
-def _counted(names: Sequence[str], args: Namespace, progress: _Progress) -> Iterator[Result]:
-    for name in names:
-        progress.show(f"{name}: counting")
-        yield count(name, args)
-        progress.step()
-
-
 def _measured(
     groups: Sequence[Sequence[Result]],
-    estimates: Sequence[plan.Estimate],
-    results: Mapping[str, Result],
-    rates: PeakRates,
+    seconds: Sequence[plan.Estimate],
     args: Namespace,
-    report: Mapping[str, Any],
+    rates: PeakRates,
     progress: _Progress,
+    results: Mapping[str, Result],
+    report: Mapping[str, Any],
 ) -> Iterator[Result]:
     """Time all networks, with an estimate of what is left; write the files after each group."""
     prepare_compiler()
@@ -106,7 +105,7 @@ def _measured(
             yield result
             progress.step()
         _write(args, results, report)
-        left = plan.seconds_left(estimates, done, time.monotonic() - start)
+        left = plan.seconds_left(seconds, done, time.monotonic() - start)
         if left > 0:
             progress.show(f"{plan.about(left)} left")
 
@@ -144,29 +143,25 @@ def _settings(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _settings_lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _head(report: Mapping[str, Any]) -> dict[str, str]:
     """Labels and texts of the head of the output."""
-    yield "device", report["device_name"]
+    lines = {"device": report["device_name"]}
     if rates := report["ceilings"]:
-        yield "peaks", (f"{rates['tflop_per_s']:,.2f} TFLOP/s {report['dtype']} matrix products, "
-                        f"{rates['gb_per_s']:,.0f} GB/s copying")  # fmt: skip
+        lines["peaks"] = (
+            f"{rates['tflop_per_s']:,.2f} TFLOP/s {report['dtype']} matrix products, "
+            f"{rates['gb_per_s']:,.0f} GB/s copying"
+        )
     found = [f"{name} {version}" for name, version in report["versions"].items() if version]
-    yield "versions", ", ".join(found)
+    lines["versions"] = ", ".join(found)
     if report["throughput"]:
         blocks = ", block by block" * report["compile_blocks"]
         compiled = f"compiled ({report['compile_mode']}{blocks})"
-        yield (
-            "settings",
-            (
-                f"batch {report['batch_size']}, {'autocast to ' * report['amp']}{report['dtype']}, "
-                f"{compiled if report['compile'] else 'not compiled'}, fused attention, "
-                f"at least {report['min_time']:g} s a network, twins in turns; medians"
-            ),
+        lines["settings"] = (
+            f"batch {report['batch_size']}, {'autocast to ' * report['amp']}{report['dtype']}, "
+            f"{compiled if report['compile'] else 'not compiled'}, fused attention, "
+            f"at least {report['min_time']:g} s a network, twins in turns; medians"
         )
-
-
-def _print_line(label: str, text: str, console: Console) -> None:
-    console.print(f"{label:9} {text}", soft_wrap=True, highlight=False, markup=False)
+    return lines
 
 
 def _where(report: Mapping[str, Any]) -> str:

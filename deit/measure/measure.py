@@ -5,12 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+
+import torch
 
 from deit.measure.bench_model import BenchModel, is_out_of_memory, release
 from deit.measure.flops import MatMul, count_flops
 from deit.measure.hardware import available_memory
-from deit.measure.networks import FOLDED, SYMMETRIZED, has_asym_feats, on_meta
+from deit.measure.networks import FOLDED, SYMMETRIZED, build, has_asym_feats
 from deit.measure.roofline import TRAINING, PeakRates, bound
 from deit.measure.timing import alternate
 from deit.models.published import twin_of
@@ -60,11 +61,11 @@ class Result:
 
     def ratios(self, twin: Result | None) -> dict[str, float | None]:
         """Ours over the twin's; None where either is missing."""
-        found: dict[str, float | None] = {}
-        for name in RATIOS:
-            ours, theirs = getattr(self, name), getattr(twin, name, None)
-            found[name] = None if ours is None or not theirs else ours / theirs
-        return found
+        pairs = {name: (getattr(self, name), getattr(twin, name, None)) for name in RATIOS}
+        return {
+            name: None if ours is None or not theirs else ours / theirs
+            for name, (ours, theirs) in pairs.items()
+        }
 
 
 def count(name: str, args: Namespace) -> Result:
@@ -75,8 +76,8 @@ def count(name: str, args: Namespace) -> Result:
     if name.endswith(FOLDED):  # what is in it is known once it is built
         unfolded = count(name.removesuffix(FOLDED), args)
         return replace(unfolded, model=name, gflops=None, notes=[])
-    model, image = on_meta(name, args.img_size, args.arguments)
-    counted, twin = count_flops(model, image), twin_of(name)
+    model, size = build(name, args.img_size, args.arguments, device="meta")
+    counted, twin = count_flops(model, torch.empty(1, 3, size, size, device="meta")), twin_of(name)
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = Result(name, params, counted.total / 1e9, twin=twin, matmuls=counted.matmuls)
     if args.arguments.get(SYMMETRIZED) and twin and not has_asym_feats(name):
@@ -152,29 +153,23 @@ def _need(members: Sequence[Result], batch: int, args: Namespace) -> int:
 def _time(
     members: Sequence[Result], args: Namespace, batch: int, on_step: Callable[[str], None]
 ) -> None:
-    models: dict[str, BenchModel] = {}
+    networks: dict[str, BenchModel] = {}
+    peaks = {}
     for result in members:
         on_step(f"{result.model}: warming up")
-        models[result.model] = BenchModel(result.model, batch, args)
-        models[result.model].warm_up()
-    time = partial(alternate, device=args.device, min_time=args.min_time)
-    timings = time(
-        {name: model.infer for name, model in models.items()},
-        on_sample=lambda name: on_step(f"{name}: inference"),
-    )
+        networks[result.model] = BenchModel(result.model, batch, args)
+        peaks[result.model] = networks[result.model].warm_up()
+    steps = {f"{name}: inference": network.infer for name, network in networks.items()}
+    timings = alternate(steps, args.device, args.min_time, on_step)
+    if args.train:
+        steps = {f"{name}: training": network.train_step for name, network in networks.items()}
+        for network in networks.values():
+            network.model.train()
+        timings |= alternate(steps, args.device, args.min_time, on_step)
     for result in members:
-        timing, result.batch_size = timings[result.model], batch
+        result.batch_size, timing = batch, timings[f"{result.model}: inference"]
+        result.peak_memory_mb, result.train_peak_memory_mb = peaks[result.model]
         result.images_per_s, result.spread = batch / timing.median, timing.spread
-        result.peak_memory_mb = models[result.model].peak_memory
-    if not args.train:
-        return
-    for model in models.values():
-        model.model.train()
-    timings = time(
-        {name: model.train_step for name, model in models.items()},
-        on_sample=lambda name: on_step(f"{name}: training"),
-    )
-    for result in members:
-        timing = timings[result.model]
-        result.train_images_per_s, result.train_spread = batch / timing.median, timing.spread
-        result.train_peak_memory_mb = models[result.model].train_peak_memory
+        if args.train:
+            timing = timings[f"{result.model}: training"]
+            result.train_images_per_s, result.train_spread = batch / timing.median, timing.spread

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import filter as matching
 from typing import Any
 
 import timm
@@ -36,19 +36,17 @@ def select(patterns: Sequence[str]) -> list[str]:
         UserError: a name or glob that fits nothing.
     """
     own = own_networks()
-    twins = [twin for twin in map(twin_of, own) if twin and timm.is_model(twin)]
-    known = list(dict.fromkeys([*own, *twins]))
-    names: dict[str, None] = {}
+    known = list(dict.fromkeys([*own, *filter(None, map(twin_of, own))]))
+    names: list[str] = []
     for pattern in patterns:
-        exact = timm.is_model(pattern)
-        found = [pattern] if exact else [name for name in known if fnmatchcase(name, pattern)]
+        found = [pattern] if timm.is_model(pattern) else matching(known, pattern)
         if not found:
             raise UserError(
                 f"--models {pattern}: no network has this name, and no glob of ours fits"
                 f"{suggest(pattern, known)}"
             )
-        names.update(dict.fromkeys(found))
-    return list(names)
+        names += found
+    return list(dict.fromkeys(names))
 
 
 def comparisons(names: Sequence[str], *, folded: bool = False) -> list[tuple[str, ...]]:
@@ -61,8 +59,7 @@ def comparisons(names: Sequence[str], *, folded: bool = False) -> list[tuple[str
     """
     found: dict[str, list[str]] = {}
     for name in names:
-        twin = twin_of(name)
-        first = twin if twin is not None and timm.is_model(twin) else name
+        first = twin_of(name) or name
         members = found.setdefault(first, [first])
         if name != first:
             members += [name, name + FOLDED] if folded else [name]
@@ -88,16 +85,12 @@ def build(
     Raises:
         UserError: a network that cannot have images of this size, or these arguments.
     """
-    if name.endswith(FOLDED):
-        name = name.removesuffix(FOLDED)
-        model, size = build(name, img_size, arguments, device=device, dtype=dtype)
-        return fold(model), size
+    folded, name = name.endswith(FOLDED), name.removesuffix(FOLDED)
     config = get_pretrained_cfg(name)
     size = img_size or (config.input_size[-1] if config else 224)
     kwargs = dict(arguments or {})
-    given = [f"{key}={value}" for key, value in kwargs.items()]
-    if img_size is not None:
-        given.insert(0, f"--img-size {size}")
+    given = [] if img_size is None else [f"--img-size {size}"]
+    given += [f"{key}={value}" for key, value in kwargs.items()]
     if config is not None and config.fixed_input_size:
         kwargs["img_size"] = size
     if not has_asym_feats(name):
@@ -114,17 +107,10 @@ def build(
     for module in model.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = True
-    return model.to(dtype).eval(), size
+    model = model.to(dtype).eval()
+    return (fold(model) if folded else model), size
 
 
 def has_asym_feats(name: str) -> bool:
     """Whether antisymmetric features reach the head of the network."""
     return name.startswith(("d2_deit_", "d2_convnext_", "resmlp_equi_"))
-
-
-def on_meta(
-    name: str, img_size: int | None = None, arguments: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, torch.Tensor]:
-    """A network without memory and one image for it, to count what it would do."""
-    model, size = build(name, img_size, arguments, device="meta")
-    return model, torch.empty(1, 3, size, size, device="meta")

@@ -31,7 +31,16 @@ def profile(name: str, batch: int, args: Namespace) -> Iterator[tuple[str, str]]
     """
     from torch._inductor import compile_fx, config, metrics  # takes seconds, and may warn
 
-    device = "cuda" if args.device.type == "cuda" else "cpu"
+    def events(step: Callable[[], object]) -> EventList:
+        for _ in range(2):
+            step()
+        with torch.profiler.profile() as profiler:  # of all that this PyTorch can see
+            for _ in range(STEPS):
+                step()
+            synchronize(args.device)
+        return profiler.key_averages()
+
+    time = f"{'cuda' if args.device.type == 'cuda' else 'cpu'}_time_total"
     network = BenchModel(name, batch, args)
     steps = {"inference": network.infer} | ({"training": network.train_step} if args.train else {})
     for what, step in steps.items():
@@ -41,11 +50,11 @@ def profile(name: str, batch: int, args: Namespace) -> Iterator[tuple[str, str]]
             config.patch(force_disable_caches=True),
             mock.patch.object(compile_fx, "inductor_metrics_log", create=True),
         ):
-            events = _profile(step, args.device)
+            found = events(step)
         title = f"{name}, batch {batch}, {STEPS} steps of {what}"
         if counted := metrics.num_bytes_accessed - before:
             title += f", of which each moves {counted / 1e6:,.0f} MB by Inductor's count"
-        yield title, events.table(sort_by=f"self_{device}_time_total", row_limit=12)
+        yield title, found.table(sort_by=f"self_{time}", row_limit=12)
     network.model.eval()
     ranges: list[record_function] = []  # of the layers that are being run
 
@@ -61,16 +70,6 @@ def profile(name: str, batch: int, args: Namespace) -> Iterator[tuple[str, str]]
         register_module_forward_pre_hook(enter),
         register_module_forward_hook(leave),
     ):
-        events = _profile(network.infer, args.device)
+        found = events(network.infer)
     title = f"{name}, batch {batch}, {STEPS} steps of inference by layer, eager"
-    yield title, events.table(sort_by=f"{device}_time_total", row_limit=30)
-
-
-def _profile(step: Callable[[], object], device: torch.device) -> EventList:
-    for _ in range(2):
-        step()
-    with torch.profiler.profile() as profiler:  # of all that this PyTorch can see
-        for _ in range(STEPS):
-            step()
-        synchronize(device)
-    return profiler.key_averages()
+    yield title, found.table(sort_by=time, row_limit=30)

@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from deit.measure.measure import RATIOS, Result
 from deit.models.published import PUBLISHED
 
 NOTHING = "-"
-GAINS = {row.name: row.gain for row in PUBLISHED}
+GAINS = {row.name: 1 + row.gain for row in PUBLISHED if row.gain is not None}
 # The fields that JSON has in `results`. The others are in the details of its settings.
 PUBLIC = ("model", "params", "gflops", "images_per_s", "train_images_per_s", "peak_memory_mb",
           "twin")  # fmt: skip
+# The two lines of its head, its width, and its text for a network.
+Column = tuple[str, str, int, Callable[[Result], str]]
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -41,85 +42,72 @@ def _change(ratio: float | None) -> str:
     return NOTHING if ratio is None else f"{100 * (ratio - 1):+.0f}%"
 
 
-# title: unit, width, and the text for a network
-COLUMNS: dict[str, tuple[str, int, Callable[[Result], str]]] = {
-    "params": ("(M)", 6, lambda row: _number(row.params / 1e6, 1)),
-    "throughput": ("(images/s)", 12, lambda row: _median(row.images_per_s, row.spread)),
-    "FLOPs": ("(G)", 6, lambda row: _number(row.gflops, 2)),
-    "memory": ("(MB)", 7, lambda row: _number(row.peak_memory_mb, 0)),
-    "training": ("(images/s)", 12, lambda row: _median(row.train_images_per_s, row.train_spread)),
-}
+def _reached(rate: float | None, bound: float) -> str:
+    return NOTHING if rate is None else f"{100 * rate / bound:.0f}%"
 
 
-def print_overview(
-    rows: Iterable[Result], names: Sequence[str], console: Console, *, timed: bool, trained: bool
-) -> dict[str, Result]:
-    """Print the table of all networks, each line as soon as `rows` has its result; collect them."""
-    name_width = max(map(len, names), default=0)
-    hidden = {"throughput": not timed, "memory": not timed, "training": not trained}
-    shown = {title: column for title, column in COLUMNS.items() if not hidden.get(title)}
+# Of what is known of a network by itself.
+COLUMNS: dict[str, Column] = {
+    "params": ("params", "(M)", 6, lambda row: _number(row.params / 1e6, 1)),
+    "images_per_s": ("throughput", "(images/s)", 12,
+                     lambda row: _median(row.images_per_s, row.spread)),
+    "gflops": ("FLOPs", "(G)", 6, lambda row: _number(row.gflops, 2)),
+    "peak_memory_mb": ("memory", "(MB)", 7, lambda row: _number(row.peak_memory_mb, 0)),
+    "train_images_per_s": ("training", "(images/s)", 12,
+                           lambda row: _median(row.train_images_per_s, row.train_spread)),
+}  # fmt: skip
+
+
+def print_table(
+    rows: Iterable[Result], names: Iterable[str], columns: Sequence[Column], console: Console
+) -> None:
+    """Print the head, then the line of each network, one of `names`, as soon as `rows` has it."""
+    name_width = max(map(len, names))
 
     def show(name: str, cells: Iterable[str], style: str = "") -> None:
-        padded = [c.rjust(width) for c, (_, width, _) in zip(cells, shown.values(), strict=True)]
+        padded = [c.rjust(width) for c, (_, _, width, _) in zip(cells, columns, strict=True)]
         line = "  ".join([name.ljust(name_width), *padded])
         console.print(Text(line.rstrip(), style), soft_wrap=True)
 
-    show("network", shown, "bold")
-    show("", (unit for unit, _, _ in shown.values()), "bold")
-    results = {}
+    show("network", [first for first, *_ in columns], "bold")
+    show("", [second for _, second, *_ in columns], "bold")
     for row in rows:
-        show(row.model, (text(row) for _, _, text in shown.values()))
-        results[row.model] = row
-    return results
+        show(row.model, [text(row) for *_, text in columns])
 
 
 def print_comparisons(results: Mapping[str, Result], console: Console) -> None:
     """Tables of what the results say about each other, and their notes."""
     rows = list(results.values())
-    timed = any(row.images_per_s is not None for row in rows)
-    trained = any(row.train_images_per_s is not None for row in rows)
-    shown = ["gflops"] + ["images_per_s"] * timed + ["train_images_per_s"] * trained
-    shown += ["peak_memory_mb"] * timed
-    if compared := [row for row in rows if row.twin in results]:
-        lines = []
-        for row in compared:
-            ratios, gain = row.ratios(results[row.twin]), GAINS.get(row.model)
-            found = [*(ratios[name] for name in shown), None if gain is None else 1 + gain]
-            lines.append([row.model, *map(_change, found)])
-        columns = [*(RATIOS[name] for name in shown), "published\nthroughput"]
-        _print_table("Compared with the ordinary twin", columns, lines, console)
-    if bounded := [row for row in rows if row.bound_images_per_s]:
-        columns = ["bound\n(images/s)", "reached", "limited\nby"]
-        columns += ["training\n(images/s)", "reached"] * trained
-        lines = []
-        for row in bounded:
-            limit = "arithmetic" if row.bound_by_arithmetic >= 0.5 else "bandwidth"
-            line = [row.model, *_reached(row.bound_images_per_s, row.images_per_s), limit]
-            reached = _reached(row.train_bound_images_per_s, row.train_images_per_s)
-            lines.append([*line, *reached * trained])
-        _print_table("Roofline: what the measured peak rates allow", columns, lines, console)
+    shown = [name for name in RATIOS if any(getattr(row, name) is not None for row in rows)]
+
+    def change(name: str) -> Callable[[Result], str]:
+        return lambda row: _change(row.ratios(results[row.twin])[name])
+
+    compared: list[Column] = [(RATIOS[name], "", 10, change(name)) for name in shown]
+    compared.append(("published", "throughput", 10, lambda row: _change(GAINS.get(row.model))))
+    bounds: list[Column] = [
+        ("bound", "(images/s)", 10, lambda row: _rate(row.bound_images_per_s)),
+        ("reached", "", 7, lambda row: _reached(row.images_per_s, row.bound_images_per_s)),
+        ("limited", "by", 10,
+         lambda row: "arithmetic" if row.bound_by_arithmetic >= 0.5 else "bandwidth"),
+        ("training", "(images/s)", 10, lambda row: _rate(row.train_bound_images_per_s)),
+        ("reached", "", 7,
+         lambda row: _reached(row.train_images_per_s, row.train_bound_images_per_s)),
+    ]  # fmt: skip
+    trained = "train_images_per_s" in shown
+    for title, members, columns in (
+        ("Compared with the ordinary twin", [row for row in rows if row.twin in results], compared),
+        ("Roofline: what the measured peak rates allow",
+         [row for row in rows if row.bound_images_per_s], bounds if trained else bounds[:3]),
+    ):  # fmt: skip
+        if members:
+            console.print(f"\n{title}", style="bold", highlight=False)
+            print_table(members, [row.model for row in members], columns, console)
     if any(row.notes for row in rows):
         console.print("\nNotes", style="bold")
     for row in rows:
         for note in row.notes:
             console.print(Text(f"{row.model}: {note}"), soft_wrap=True)
-
-
-def _reached(bound: float, rate: float | None) -> list[str]:
-    return [_rate(bound), NOTHING if rate is None else f"{100 * rate / bound:.0f}%"]
-
-
-def _print_table(
-    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], console: Console
-) -> None:
-    console.print(f"\n{title}", style="bold", highlight=False)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("network", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
 
 
 def _fields(results: Mapping[str, Result]) -> Iterator[tuple[dict, dict, dict]]:

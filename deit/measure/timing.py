@@ -48,37 +48,24 @@ def alternate(
     Args:
         on_sample: called with the name after each sample.
     """
-    repeats = {
-        name: max(1, ceil(min_time / SAMPLES / _sample(step, device, 1)))
-        for name, step in steps.items()
-    }
+
+    def sample(name: str, repeats: int) -> float:
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            steps[name]()
+        synchronize(device)
+        return (time.perf_counter() - begin) / repeats
+
+    repeats = {name: max(1, ceil(min_time / SAMPLES / sample(name, 1))) for name in steps}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
-
-    def enough(name: str) -> bool:
-        return len(samples[name]) >= FEWEST and sum(samples[name]) * repeats[name] >= min_time
-
-    while not all(enough(name) for name in steps):
+    while any(
+        len(found) < FEWEST or sum(found) * repeats[name] < min_time
+        for name, found in samples.items()
+    ):
         for name in order:
-            samples[name].append(_sample(steps[name], device, repeats[name]))
+            samples[name].append(sample(name, repeats[name]))
             on_sample(name)
         order.reverse()
     return {name: Timing(tuple(values)) for name, values in samples.items()}
-
-
-def _sample(step: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Seconds of one step, from `repeats` of them."""
-    synchronize(device)
-    if device.type == "cuda":  # the device's own clock
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - begin) / repeats

@@ -111,7 +111,7 @@ def test_symmetrized_features_are_known_of_every_network():
 
 @pytest.mark.parametrize("amp", ["", "--amp"])
 def test_inference_and_training_are_measured(amp, monkeypatch):
-    def timed(steps, on_sample, **_):
+    def timed(steps, device, min_time, on_sample):
         timings = {}
         for name, step in steps.items():
             step()
@@ -141,7 +141,8 @@ def test_inference_and_training_are_measured(amp, monkeypatch):
 def test_training_steps_change_the_weights():
     network = BenchModel(OURS, 2, shallow("--train"))
     before = network.model.head.weight.detach().clone()
-    network.warm_up()
+    inference, training = network.warm_up()
+    assert 0 < inference < training
     assert not torch.equal(before, network.model.head.weight)
     assert not network.model.training
     assert all(p.grad is None for p in network.model.parameters())
@@ -151,9 +152,10 @@ def test_memory_of_inference_is_weights_and_activations():
     found = []
     for batch in (64, 128):
         network = BenchModel(TWIN, batch, shallow(""))
-        network.warm_up()
+        peak, training = network.warm_up()
+        assert training is None
         weights = sum(p.nbytes for p in network.model.parameters())
-        found.append(network.peak_memory * 2**20 - weights - network.images.nbytes)
+        found.append(peak * 2**20 - weights - network.images.nbytes)
         assert found[-1] > 0
     # 5 tokens of 768 hidden channels in float32: at least once, and GELU's result beside it
     hidden = 64 * 5 * 768 * 4
@@ -177,6 +179,7 @@ def test_batch_is_reduced_where_memory_does_not_hold_it(monkeypatch, limit, batc
     def hungry(self):
         if len(self.images) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return None, None
 
     monkeypatch.setattr(BenchModel, "warm_up", hungry)
     args = shallow("--batch-size 8")
