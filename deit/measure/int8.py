@@ -129,11 +129,18 @@ def measure(network: Network, quantized: Network, batches: Batches) -> str:
     def percent(ours: Tensor, theirs: Tensor) -> float:
         return 100 * (ours == theirs).double().mean().item()
 
-    _check_agreement(percent(int8, right) / 100, len(int8), expected.shape[1])
+    same, count, classes = percent(int8, right), len(int8), expected.shape[1]
+    # what guesses reach, up to two of their standard deviations
+    guessed = 1 / classes + 2 * sqrt((1 - 1 / classes) / classes / count)
+    if same < 100 and same <= 100 * guessed:
+        raise UserError(
+            f"the int8 file gives the network's answer for {same:.1f} % of {count} images, "
+            f"no more than guessing among {classes} classes would: it is not left"
+        )
     lines = [
         f"greatest difference from the float network {largest:.1e} "
         f"({sqrt(distance / norm):.1e} of the norm of the outputs), the same answer for "
-        f"{percent(int8, right):.2f} % of {len(int8)} images"
+        f"{same:.2f} % of {count} images"
     ]
     pairs = ((right, right_flopped), (int8, int8_flopped))
     for (name, greatest), pair in zip(mirrored.items(), pairs, strict=True):
@@ -144,14 +151,3 @@ def measure(network: Network, quantized: Network, batches: Batches) -> str:
         lines.append(f"accuracy: float {before:.2f} %, int8 {after:.2f} %, "
                      f"a loss of {before - after:.2f} points")  # fmt: skip
     return "\n    ".join(lines)
-
-
-def _check_agreement(share: float, count: int, classes: int) -> None:
-    """Refuse a share of equal answers that guesses reach, up to two of its standard deviations."""
-    chance = 1 / classes
-    guessed = chance + 2 * sqrt(chance * (1 - chance) / count)
-    if share < 1 and share <= guessed:
-        raise UserError(
-            f"the int8 file gives the network's answer for {100 * share:.1f} % of {count} images, "
-            f"no more than guessing among {classes} classes would: it is not left"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import ceil, floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,15 +96,14 @@ def _line(axes: Axes, points: list[tuple[float, float, str]], **style: Any) -> N
 
 def _finish(axes: Axes, flops: Iterable[float], title: str, y: str, absent: str) -> None:
     """Titles, a logarithmic axis around the networks with round numbers, and the legend."""
+    from matplotlib.ticker import LogLocator
+
     axes.set_title(title, fontsize=10)
     axes.set(xlabel="GFLOPs an image", ylabel=y)
-    low, high = min(flops) / 1.6, max(flops) * 1.6
-    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
     axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(min(flops) / 1.6, max(flops) * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
