@@ -116,11 +116,12 @@ class ImageDataset(Dataset):
 
     def load(self, index: int) -> Image.Image:
         """Image `index` as RGB. UserError, naming it, if it cannot be read."""
+        source = self.source(index)
         try:
             return self._read(index)
         except Exception as error:  # the decoders raise whatever their library does
             reason = str(error) or type(error).__name__
-            raise UserError(f"cannot read the image {self.source(index)}: {reason}") from error
+            raise UserError(f"cannot read the image {source}: {reason}") from error
 
     def _read(self, index: int) -> Image.Image:
         return read_rgb(self.source(index))
@@ -192,5 +193,5 @@ class ArrayImages(ImageDataset):
     def source(self, index: int) -> str:
         return f"{self.root}, image {index}"
 
-    def _read(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Image.Image:
         return Image.fromarray(self._images[index]).convert("RGB")

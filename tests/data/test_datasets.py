@@ -261,7 +261,8 @@ class TestCifar:
         )
         assert (len(train), len(val), train.num_classes) == (20, 4, 10)
         theirs = tv.CIFAR10(str(cifar10), train=False)
-        assert contents(val) == [(image.tobytes(), target) for image, target in theirs]
+        pairs = [(image.tobytes(), target) for image, target in theirs]
+        assert contents(val) == [(image.tobytes(), target) for image, target in val] == pairs
 
     @pytest.mark.parametrize("name", ["CIFAR", "CIFAR100"])
     def test_cifar_is_the_one_with_100_classes(self, cifar10, name, monkeypatch):
