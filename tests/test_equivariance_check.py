@@ -1,6 +1,6 @@
 """The checker itself: it accepts what is equivariant, and refuses what is not or says nothing."""
 
-from math import inf, isnan, nan
+from math import inf, nan
 
 import pytest
 import torch
@@ -13,11 +13,9 @@ from deit.equivariance import (
     equivariance_error,
     image,
     invariant,
-    map_parts,
     measure,
     tokens,
     tolerance_of,
-    worst,
 )
 from deit.groups import FLOP, OCTIC
 from deit.layers import Linear, MirrorGrid
@@ -37,11 +35,6 @@ def problem(y, moved, **options):
     return measure([y, moved], invariant, **options).problem(TOLERANCE)
 
 
-def changed(row, change):
-    """X with one sample changed."""
-    return torch.cat([X[:row], change(X[row : row + 1]), X[row + 1 :]])
-
-
 @GROUPS
 def test_accepts_an_equivariant_layer(group):
     report = check(Linear(16, 16, group=group).double(), group, group.regular(16))
@@ -59,13 +52,8 @@ def test_refuses_a_dense_layer(group):
     x = torch.randn(3, 4, 16, dtype=torch.float64)
     with pytest.raises(AssertionError, match="not equivariant"):
         assert_equivariant(dense, group, x, channels(rep), channels(rep))
-
-
-def test_refuses_a_module_that_ignores_its_input_or_gives_nan():
-    with pytest.raises(AssertionError, match="vacuous"):
-        check(lambda x: (torch.ones_like(x[0]), torch.zeros_like(x[1])))
-    with pytest.raises(AssertionError, match="not equivariant"):
-        check(lambda x: map_parts(lambda part: part * nan, x))
+    with pytest.raises(AssertionError, match=r"^vacuous"):
+        assert_equivariant(torch.ones_like, group, x, channels(rep), invariant)
 
 
 def test_needs_two_samples():
@@ -93,14 +81,10 @@ def test_tolerance_follows_the_dtype_and_the_depth():
     assert tolerance_of(torch.float32, depth=48) == 2 * tolerance_of(torch.float32)
 
 
-def test_what_holds_has_no_problem():
-    assert problem(X, X) is None
-    assert problem(X, X * (1 + 0.5 * TOLERANCE)) is None
-
-
 def test_an_error_is_relative_to_each_samples_norm():
     """A small sample cannot hide behind a large one."""
-    large = changed(0, lambda row: 1e20 * row)
+    assert problem(X, X * (1 + 0.5 * TOLERANCE)) is None
+    large = torch.cat([1e20 * X[:1], X[1:]])
     measured = measure([large, torch.cat([large[:2], 1.5 * large[2:3], large[3:]])], invariant)
     assert measured.errors == pytest.approx([0, 0, 0.5, 0])
     assert "error 5.0e-01 > tolerance" in measured.problem(TOLERANCE)
@@ -108,12 +92,13 @@ def test_an_error_is_relative_to_each_samples_norm():
 
 @pytest.mark.parametrize("value", [nan, inf])
 def test_what_is_not_finite_fails(value):
-    wrong = changed(1, lambda row: torch.full_like(row, value))
+    wrong = torch.cat([X[:1], torch.full_like(X[:1], value), X[2:]])
     for pair in ((wrong, X), (X, wrong), (wrong, wrong)):
         assert problem(*pair) == "not finite, or zero"
 
 
 def test_zero_constant_and_dead_outputs_fail():
+    """A part that is dead cannot hide behind the other."""
     assert problem(torch.zeros(4, 8), torch.zeros(4, 8)) == "not finite, or zero"
     same, dead = X[:1].expand(4, -1), (X[:, :4], torch.zeros(4, 4))
     assert problem(same, same).startswith("vacuous")
@@ -121,8 +106,3 @@ def test_zero_constant_and_dead_outputs_fail():
     # what does not depend on the input need not differ
     assert problem(same, same, constant=True) is None
     assert problem(X[:1], -X[:1], constant=True) is not None
-
-
-def test_worst_prefers_nan():
-    assert worst(1.0, 3.0, 2.0) == 3.0
-    assert isnan(worst(1.0, nan, inf))

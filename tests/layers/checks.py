@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from deit.equivariance import (
     assert_equivariant,
     channels,
     compose,
-    equivariance_error,
     randomize_,
     tokens,
 )
@@ -66,16 +64,6 @@ def on_tokens(dim: int, grid: MirrorGrid) -> Action:
     return compose(channels(FLOP.regular(dim)), tokens(grid.mirror))
 
 
-def on_rows(dim: int, rows: Rep) -> Action:
-    """Flopping of packed features whose tokens are decomposed too, (B, rows, dim)."""
-    return compose(channels(FLOP.regular(dim)), channels(rows, -2))
-
-
-def on_maps(dim: int) -> Action:
-    """Flopping of packed maps with channels last, (B, H, W, dim)."""
-    return compose(channels(FLOP.regular(dim)), tokens(lambda x: x.flip(2)))
-
-
 def check(
     layer: nn.Module, x: Tensor, on_input: Action, on_output: Action, group: Group = FLOP
 ) -> None:
@@ -83,19 +71,6 @@ def check(
     random_layer(layer)
     for dtype in (torch.float32, torch.float64):
         assert_equivariant(layer.to(dtype), group, x.to(dtype), on_input, on_output)
-
-
-def breaks(
-    module: Callable[[Tensor], Tensor],
-    x: Tensor,
-    on_input: Action,
-    on_output: Action,
-    group: Group = FLOP,
-) -> None:
-    """Assert that a broken twin is far from equivariant, so that `check` could have failed."""
-    with torch.no_grad():
-        report = equivariance_error(module, group, x, on_input, on_output)
-    assert report.error > 1e-3
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
