@@ -41,6 +41,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
+# The spellings of ConvNeXt's published scripts.
+_ON, _OFF = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
+
+
 class Switch(argparse.BooleanOptionalAction):
     """--x and --no-x, each also with a value as in `--x true` (ConvNeXt's published scripts).
 
@@ -51,8 +55,16 @@ class Switch(argparse.BooleanOptionalAction):
         self, option_strings: Sequence[str], dest: str, words: Sequence[str] = (), **kwargs: Any
     ) -> None:
         super().__init__(option_strings, dest, **kwargs)
-        self.nargs = "?"
-        self.type = lambda text: text if text in words else truth(text, words)
+        self.nargs, self.words = "?", words
+        self.type = lambda text: self._value(text)  # argparse prints what it is
+
+    def _value(self, text: str) -> bool | str:
+        if text.lower() in _ON + _OFF:
+            return text.lower() in _ON
+        if text not in self.words:
+            known = ", ".join(("true", "false", *self.words))
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
+        return text
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         value = True if values is None else values
@@ -158,14 +170,8 @@ class OptionGroup:
 
 def add_kernels(group: OptionGroup) -> None:
     """The option `--kernels` of earlier versions, which has no effect any more."""
-    group.add(
-        "--kernels",
-        str,
-        None,
-        "MODE",
-        "of no effect, as the environment variable DEIT_KERNELS: nothing is left to choose "
-        "(default: none)",
-    )
+    help = "of no effect, as the environment variable DEIT_KERNELS: nothing is left to choose "
+    group.add("--kernels", str, None, "MODE", help + "(default: none)")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -201,15 +207,9 @@ CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 def add_compile(group: OptionGroup, help: str) -> None:
     """The options `--compile`, and `--compile-mode` and `--compile-blocks`, which turn it on."""
+    modes = f"mode of torch.compile: {', '.join(COMPILE_MODES)}; implies --compile"
     group.switch("--compile", help)
-    group.add(
-        "--compile-mode",
-        str,
-        "default",
-        "MODE",
-        f"mode of torch.compile: {', '.join(COMPILE_MODES)}; implies --compile",
-        choices=COMPILE_MODES,
-    )
+    group.add("--compile-mode", str, "default", "MODE", modes, choices=COMPILE_MODES)
     group.switch(
         "--compile-blocks",
         "compile each block by itself, equal ones once: much sooner done than the whole network; "
@@ -255,19 +255,6 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
     return check
 
 
-def truth(text: str, words: Sequence[str] = ()) -> bool:
-    """True or false, in the spellings of ConvNeXt's published scripts.
-
-    Raises:
-        ArgumentTypeError: neither; the message names `words` too.
-    """
-    for value, spellings in {True: "true yes on t y 1", False: "false no off f n 0"}.items():
-        if text.lower() in spellings.split():
-            return value
-    known = ", ".join(("true", "false", *words))
-    raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}")
-
-
 def key_value(text: str) -> tuple[str, Any]:
     """`depth=4` as ("depth", 4): the value is a Python literal, or else a string."""
     key, equals, value = text.partition("=")
@@ -298,8 +285,17 @@ def number(
             raise argparse.ArgumentTypeError(f"{text!r} is not finite")
         if not (low <= value <= high and above < value):
             bounds = f"at least {low:g}" if low > above else f"above {above:g}"
-            bounds = f"from {low:g} to {high:g}" if high < math.inf else bounds
+            bounds += f" and at most {high:g}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
         return value
 
     return parse
+
+
+def duration(seconds: float) -> str:
+    """For people, in the two largest units: `2d 3h`, `3h 5min`, `1min 20s`, `12s`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    units = {"d": days, "h": hour, "min": minute, "s": second}
+    return " ".join([f"{count}{unit}" for unit, count in units.items() if count][:2]) or "0s"

@@ -29,6 +29,7 @@ if __package__ in (None, ""):
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from deit.cli import duration
 from deit.data.workers import worker_death
 from deit.errors import EXIT_USER_ERROR, UserError, is_first_process, run_command
 from deit.train.args import parse_args
@@ -38,7 +39,6 @@ from deit.train.engine import Batches, NonFiniteLossError, RunningLoss, train_on
 from deit.train.evaluation import evaluate_checkpoint
 from deit.train.folder import LAST, check_unused, claim
 from deit.train.metrics import Scores
-from deit.train.reporting import duration
 from deit.train.run import Run
 from deit.train.stopping import Stopped, request_stop, stop_on_signals
 

@@ -14,7 +14,7 @@ from deit.errors import UserError
 from deit.train.args import parse_args
 from deit.train.distributed import DistContext
 from deit.train.folder import read_log
-from deit.train.reporting import Reporter, draw_curves, duration, environment, memory_used
+from deit.train.reporting import Reporter, draw_curves, environment, memory_used
 
 CPU = torch.device("cpu")
 RECORD = {
@@ -34,14 +34,6 @@ def make_reporter(*argv, rank=0, folder=None, history=()) -> Reporter:
     args = parse_args(words + (["--output-dir", str(folder)] if folder else []))
     processes = DistContext(CPU, rank, 2)
     return Reporter(args, processes, updates=4, images=8, config={"a": 1}, history=history)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(59.9, "0:00:59"), (3662, "1:01:02"), (86400, "1d 0:00:00"), (2 * 86400 + 5, "2d 0:00:05")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

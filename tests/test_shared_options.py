@@ -3,12 +3,21 @@
 import errno
 import re
 import tempfile
+from argparse import ArgumentTypeError
 from unittest.mock import Mock
 
 import pytest
 
 from deit import cli
-from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, output_file
+from deit.cli import (
+    CommandLine,
+    OptionGroup,
+    add_compile,
+    add_kernels,
+    duration,
+    number,
+    output_file,
+)
 from deit.errors import UserError
 
 
@@ -94,3 +103,26 @@ def test_the_option_of_earlier_versions_is_noted_once(capsys, monkeypatch):
     monkeypatch.setenv("DEIT_KERNELS", "auto")
     parser.parse_args([])
     assert capsys.readouterr().err.startswith("note    DEIT_KERNELS has no effect")
+
+
+@pytest.mark.parametrize(
+    ("bounds", "wrong", "words"),
+    [
+        ({"low": 1}, "0", "at least 1"),
+        ({"above": 0}, "0", "above 0"),
+        ({"low": 0, "high": 1}, "1.5", "at least 0 and at most 1"),
+        ({"above": 0, "high": 1}, "0", "above 0 and at most 1"),
+    ],
+)
+def test_numbers_out_of_range(bounds, wrong, words):
+    with pytest.raises(ArgumentTypeError, match=f"{wrong} is out of range, it must be {words}$"):
+        number(float, **bounds)(wrong)
+    assert number(float, **bounds)("1") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1min"), (3 * 3600 + 300, "3h 5min"), (2 * 86400 + 3600 + 5, "2d 1h")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text

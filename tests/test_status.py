@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from deit.errors import UserError
-from deit.launch.status import format_seconds, read_status, show_status, sparkline
+from deit.errors import UserError, one_line_errors
+from deit.launch.status import read_status, show_status, sparkline
+from deit.run_with_submitit import run
 from deit.train import slurm
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEAD = str(2**22 + 1)  # more processes than there can be
 
 
@@ -73,7 +70,7 @@ def test_states(job, local, answer, epochs, shown, tmp_path, slurm_says):
     assert (found.seconds_left is None) == (shown == "finished")
 
 
-def test_the_last_error_of_a_failed_run_is_shown(tmp_path, slurm_says):
+def test_the_last_error_of_a_failed_run_is_shown(tmp_path, slurm_says, capsys):
     slurm_says |= {"1": "FAILED", "2": "RUNNING"}
     logs = {
         "1": "--- start\nTraceback (most recent call last):\n  File x\n"
@@ -90,9 +87,8 @@ def test_the_last_error_of_a_failed_run_is_shown(tmp_path, slurm_says):
     assert [run.state for run in found] == ["failed", "running", "stopped", "failed"]
     wanted = ["torch.cuda.OutOfMemoryError: CUDA out of memory", None, None]
     assert [run.error for run in found] == [*wanted, "error: unknown model 'x'"]
-    text = io.StringIO()
-    show_status([str(tmp_path)], Console(file=text))
-    assert text.getvalue().splitlines()[-1] == "4  error: unknown model 'x'"
+    show_status([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == "4  error: unknown model 'x'"
 
 
 def test_a_run_that_has_only_been_submitted_and_one_that_writes_elsewhere(tmp_path, slurm_says):
@@ -115,14 +111,13 @@ def test_a_run_started_by_hand_tells_its_last_sign_of_life(tmp_path, monkeypatch
     assert read_status(run).state == "last written 2h ago"
 
 
-def test_table_of_a_folder_of_runs_is_whole_in_a_pipe(tmp_path):
+def test_table_of_a_folder_of_runs(tmp_path, capsys):
     scores = [float(s) for s in range(60)]
     for name in ("two", "one"):
         make_run(tmp_path / name, scores, epochs=300, seconds=1800.0)
     (tmp_path / "empty").mkdir()
-    text = io.StringIO()
-    show_status([str(tmp_path)], Console(file=text))
-    lines = text.getvalue().splitlines()
+    show_status([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0].strip() for line in lines] == ["run", "one", "two"]
     for part in ("d2_deit_small_patch16_LS", "60/300", "59.00 %", "5d", sparkline(scores)):
         assert part in lines[1]
@@ -143,23 +138,7 @@ def test_sparkline(values, curve):
     assert sparkline(values) == curve
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.6, "1min"), (3 * 3600 + 300, "3h 5min"), (2 * 86400 + 3600 + 5, "2d 1h")],
-)
-def test_format_seconds(seconds, text):
-    assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize("words", [(), ("nowhere",)])
-def test_wrong_use_is_one_line(words):
-    done = subprocess.run(
-        [sys.executable, "deit/run_with_submitit.py", "status", *words],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize("words", [[], ["nowhere"], ["--help"]])
+def test_wrong_use_is_one_line(words, capsys):
+    assert one_line_errors(lambda: run(["status", *words])) == 2
+    assert re.fullmatch("error: (usage|'nowhere' is not a folder).*\n", capsys.readouterr().err)

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from deit.cli import duration
 from deit.errors import UserError
 from deit.train import slurm
 from deit.train.folder import CONFIG_FILE, LOG_FILE, is_alive, read_log
@@ -49,7 +47,7 @@ class RunStatus:
     """The last line about an error, of a run that has ended before its last epoch."""
 
 
-def show_status(folders: Sequence[str], console: Console | None = None) -> None:
+def show_status(folders: Sequence[str]) -> None:
     """Print a table of the runs in `folders` (each a run, or a folder of runs).
 
     Raises:
@@ -57,29 +55,19 @@ def show_status(folders: Sequence[str], console: Console | None = None) -> None:
     """
     if not folders or any(folder.startswith("-") for folder in folders):
         raise UserError("usage: run_with_submitit.py status FOLDER ...")
-    # Not on a terminal rich assumes 80 columns, and would cut what a pipe can take whole.
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=200)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("run", "model", "state", "epoch", "best top-1", "time left", "top-1"):
-        table.add_column(title, no_wrap=title != "model")
     runs = [read_status(run) for folder in folders for run in find_runs(Path(folder))]
+    rows = [("run", "model", "state", "epoch", "best top-1", "time left", "top-1")]
     for run in runs:
-        table.add_row(
-            run.name,
-            run.model or "-",
-            run.state,
-            f"{run.epoch}/{run.epochs or '?'}",
-            "-" if run.best is None else f"{run.best:.2f} %",
-            "-" if run.seconds_left is None else format_seconds(run.seconds_left),
-            run.curve,
-        )
-    console.print(table)
+        best = "-" if run.best is None else f"{run.best:.2f} %"
+        left = "-" if run.seconds_left is None else duration(run.seconds_left)
+        epoch = f"{run.epoch}/{run.epochs or '?'}"
+        rows.append((run.name, run.model or "-", run.state, epoch, best, left, run.curve))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
     for run in runs:
         if run.error:
-            line = f"{run.name}  {run.error}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print(f"{run.name}  {run.error}")
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -152,7 +140,7 @@ def _state(submission: dict[str, Any], output: Path) -> str:
     job_id = submission.get("job_id")
     if job_id is None:
         age = time.time() - max(path.stat().st_mtime for path in output.iterdir())
-        return f"last written {format_seconds(age)} ago"
+        return f"last written {duration(age)} ago"
     if submission.get("local"):
         return "running" if is_alive(int(job_id)) else "stopped"
     states = slurm.job_states(job_id)
@@ -172,12 +160,3 @@ def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
     low, span = min(values), max(values) - min(values)
     top = len(_BARS) - 1
     return "".join(_BARS[round((v - low) / span * top) if span else top // 2] for v in values)
-
-
-def format_seconds(seconds: float) -> str:
-    """`2d 3h`, `3h 5min`, `5min`, `12s`: the two largest units."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    units = {"d": days, "h": hour, "min": minute, "s": second}
-    return " ".join([f"{count}{unit}" for unit, count in units.items() if count][:2]) or "0s"

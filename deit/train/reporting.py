@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import resource
 import shlex
 import subprocess
@@ -16,7 +15,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from deit.cli import duration
 from deit.errors import UserError, one_line
 from deit.saving import atomic_path, write_text
 from deit.train.distributed import DistContext
@@ -76,11 +75,6 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, or `2d 3:04:05`."""
-    return re.sub(" days?, ", "d ", str(timedelta(seconds=int(seconds))))
 
 
 def memory_used(device: torch.device) -> int:

@@ -29,12 +29,11 @@ if __package__ in (None, ""):
 
 import torch
 
-from deit.cli import CommandLine, OptionGroup, number
+from deit.cli import CommandLine, OptionGroup, duration, number
 from deit.errors import UserError, one_line, one_line_errors
 from deit.saving import write_text
 from deit.train.distributed import choose_device
 from deit.train.folder import claim
-from deit.train.reporting import duration
 from deit.train.stopping import Stopped, stop_on_signals, stop_reason
 from experiments.fashion_mnist.cell import Data, Training
 from experiments.fashion_mnist.grid import FULL, QUICK, Cell, Plan, cells
