@@ -184,9 +184,10 @@ class TestEvaluation:
         for rank in range(world_size):
             batches = evaluation_batches(7, batch_size, world_size=world_size, rank=rank)
             assert all(0 < len(batch) <= batch_size for batch in batches)
-            seen.append(sum(batches, []))
-            assert seen[-1] == list(range(rank, 7, world_size))
-        assert sorted(sum(seen, [])) == list(range(7))
+            own = [index for batch in batches for index in batch]
+            assert own == list(range(rank, 7, world_size))
+            seen += own
+        assert sorted(seen) == list(range(7))
 
     def test_can_be_run_again_with_the_same_workers(self):
         before = set(multiprocessing.active_children())
