@@ -35,9 +35,15 @@ from deit.errors import EXIT_USER_ERROR, UserError, is_first_process, run_comman
 from deit.train.args import parse_args
 from deit.train.build import set_precision
 from deit.train.distributed import RankInfo, choose_device, connect
-from deit.train.engine import Batches, NonFiniteLossError, RunningLoss, train_one_epoch
+from deit.train.engine import (
+    Batches,
+    NonFiniteLossError,
+    RunningLoss,
+    evaluate,
+    train_one_epoch,
+)
 from deit.train.evaluation import evaluate_checkpoint
-from deit.train.folder import LAST, check_unused, claim
+from deit.train.folder import BEST, EPOCH_COPY, LAST, check_unused, claim
 from deit.train.metrics import Scores
 from deit.train.run import Run
 from deit.train.stopping import Stopped, request_stop, stop_on_signals
@@ -139,7 +145,16 @@ def train_epoch(run: Run, batches: Batches) -> None:
         due = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
         if due and not args.disable_eval:
             for kind, network in run.evaluated.items():
-                scores[kind] = run.evaluate(network)
+                reporter.start("testing", len(run.val_loader))
+                scores[kind] = evaluate(
+                    network,
+                    run.val_loader,
+                    args,
+                    precision=state.precision,
+                    processes=run.processes,
+                    agreement=run.agreement,
+                    on_batch=reporter.on_batch,
+                )
                 record |= scores[kind].as_log(kind)
     finally:
         progress.seconds = before + time.perf_counter() - start
@@ -157,10 +172,13 @@ def train_epoch(run: Run, batches: Batches) -> None:
     bad = sum(score.bad for score in scores.values())
     if bad:
         reporter.say(f"note    the logits of {bad} test images are infinite or NaN")
-    reporter.end_epoch(record)
     progress.next_epoch(record)
+    reporter.end_epoch(record)
     state.running = RunningLoss(run.processes.device)
-    run.save_epoch(epoch, best)
+    names = [BEST.format(kind) for kind in best]
+    if args.save_freq and (epoch + 1) % args.save_freq == 0:
+        names.append(EPOCH_COPY.format(epoch))
+    run.save([*names, LAST])  # what a resumed run reads comes last
 
 
 @record  # so that torchrun's table of failures shows the traceback

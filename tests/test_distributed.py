@@ -248,7 +248,7 @@ def train_until(update: int, rank: int, action, *argv: str, data: Path, out: Pat
     return train(*argv, data=data, out=out)
 
 
-LOST = "lost the connection to another process, which may have ended: .*"
+LOST = r"lost the connection to another process, which may have ended: (?!.*\.cc:).*"
 WAITED = r"waited longer than --dist-timeout 0\.1 \(minutes\) for another process"
 
 

@@ -174,9 +174,12 @@ def test_training_goes_on_and_starts_with_the_network_of_the_file(file, data, tm
     printed = run("--resume", file, *common, "--epochs", "2", "--output-dir", tmp_path)
     assert f"--model {MODEL} --input-size 16" in printed
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 1
-    printed = run("--finetune", file, *common, "--epochs", "1", "--nb-classes", "5")
-    assert "the trained weights (model), not their average" in printed
-    assert "initialised anew (head" in printed
+    other = ("--nb-classes", "5", "--input-size", "32", "--epochs", "1", "--overwrite")
+    for how in ((), ("--eval",)):
+        printed = run("--finetune", file, *common, *other, *how, "--output-dir", tmp_path)
+        assert "the trained weights (model), not their average" in printed
+        assert "2 initialised anew (head." in printed
+    assert len(load(tmp_path / "checkpoint.pth")["model"]["head.weight"]) == 5
 
 
 def test_the_check_of_equivariance_builds_the_network_of_the_file(file, monkeypatch, capsys):

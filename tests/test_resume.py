@@ -12,7 +12,6 @@ import torch
 from training_runs import differences, load, make_images, optimizer_for, run_processes, train
 
 import deit.main
-import deit.train.run
 import deit.train.stopping
 from deit.errors import UserError
 from deit.train.checkpoint import read_checkpoint
@@ -160,14 +159,14 @@ def test_signal_stops_between_updates(number, update, data, whole, tmp_path, int
 
 
 def test_stop_in_the_evaluation(data, whole, tmp_path, monkeypatch):
-    evaluated = deit.train.run.evaluate
+    evaluated = deit.main.evaluate
 
     def evaluate(*args, **kwargs):
         request_stop("a test")
         return evaluated(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(deit.train.run, "evaluate", evaluate)
+        patch.setattr(deit.main, "evaluate", evaluate)
         assert train(*OPTIONS, data=data, out=tmp_path) == 0
     assert read_log(tmp_path) == []
     assert load(tmp_path / "checkpoint.pth")["step"] == 3

@@ -12,20 +12,7 @@ import torch
 from training_runs import run_processes
 
 from deit.errors import one_line_errors
-from deit.saving import (
-    CheckpointWriter,
-    SaveError,
-    atomic_path,
-    snapshot,
-    write_text,
-)
-
-
-@pytest.fixture
-def writer(tmp_path):
-    writer = CheckpointWriter(tmp_path)
-    yield writer
-    writer.close()
+from deit.saving import CheckpointWriter, SaveError, atomic_path, snapshot, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -90,7 +77,8 @@ def test_snapshot_is_deep_and_compact_and_reuses_memory_that_fits():
     assert second["c"] is not new["c"]
 
 
-def test_training_goes_on_while_a_file_is_written(writer, monkeypatch, tmp_path):
+def test_training_goes_on_while_a_file_is_written(monkeypatch, tmp_path):
+    writer = CheckpointWriter(tmp_path)
     started, released = threading.Event(), threading.Event()
     save = torch.save
 
@@ -106,7 +94,7 @@ def test_training_goes_on_while_a_file_is_written(writer, monkeypatch, tmp_path)
     weights.zero_()  # training changes them while they are being written
     assert not (tmp_path / "last.pth").exists()
     released.set()
-    writer.flush()
+    writer.close()
     assert torch.load(tmp_path / "last.pth")["model"].sum() == 3
 
 

@@ -210,7 +210,9 @@ def connect(
         # A process that hangs may be the one that serves the store.
         if not waited and _count(told, "any", 0) > 0:
             raise SystemExit(EXIT_USER_ERROR) from None
-        what = f"lost the connection to another process, which may have ended: {text[:300]}"
+        # without the place in gloo's C++ source
+        told_by_torch = re.sub(r"\[\S+:\d+\] ", "", text)[:300]
+        what = f"lost the connection to another process, which may have ended: {told_by_torch}"
         if waited:
             minutes = timeout.total_seconds() / 60
             what = f"waited longer than --dist-timeout {minutes:g} (minutes) for another process"

@@ -49,34 +49,27 @@ def evaluate_checkpoint(args: Namespace, processes: DistContext) -> None:
             if processes.is_main and note not in told:
                 print(f"note    {note}", flush=True)
             told.add(note)
-        _evaluate(model, data, own, processes)
-
-
-def _evaluate(
-    model: nn.Module, data: ImageDataset, args: Namespace, processes: DistContext
-) -> None:
-    """Print the scores of a network on data with its labels."""
-    model.to(processes.device)
-    if args.fold:
-        model = fold(model)
-    if args.compile:
-        compile_network(model, args.compile_mode, blocks=args.compile_blocks)
-    scores = evaluate(
-        model,
-        build_val_loader(args, data, processes),
-        args,
-        precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
-        processes=processes,
-    )
-    if scores.bad:
-        raise UserError(
-            f"the logits of {scores.bad} of {scores.count} images are infinite or NaN: there is "
-            "no accuracy; try --no-use-amp, or --amp-dtype bfloat16"
+        model.to(processes.device)
+        if args.fold:
+            model = fold(model)
+        if args.compile:
+            compile_network(model, args.compile_mode, blocks=args.compile_blocks)
+        scores = evaluate(
+            model,
+            build_val_loader(own, data, processes),
+            own,
+            precision=Precision.choose(processes.device, args.use_amp, args.amp_dtype),
+            processes=processes,
         )
-    if processes.is_main:
-        print(scores)
-        images = f"{scores.count} test images"
-        print(f"Accuracy of the network on the {images}: {scores.acc1:.1f}%", flush=True)
+        if scores.bad:
+            raise UserError(
+                f"the logits of {scores.bad} of {scores.count} images are infinite or NaN: there "
+                "is no accuracy; try --no-use-amp, or --amp-dtype bfloat16"
+            )
+        if processes.is_main:
+            print(scores)
+            images = f"{scores.count} test images"
+            print(f"Accuracy of the network on the {images}: {scores.acc1:.1f}%", flush=True)
 
 
 def _network(

@@ -53,9 +53,10 @@ class Accuracy:
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        # correct at top-1, at top-5, images, not finite; mirrored: images, correct, same answer
-        self._counts = torch.zeros(7, dtype=torch.int64, device=device)
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        # Top-1, top-5, images, not finite; mirrored: images, top-1, same answer; the loss. Counts
+        # below 2^53 are exact in float64, which Apple's GPUs lack: there they are below 2^24.
+        real = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self._sums = torch.zeros(8, dtype=real, device=device)
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor, mirrored: Tensor | None = None) -> None:
@@ -72,18 +73,18 @@ class Accuracy:
         # topk ranks NaN first, which must not count as a prediction.
         bad = ~logits.isfinite().all(dim=1)
         hits &= ~bad[:, None]
+        flopped = []
         if mirrored is not None:
             answers = mirrored.float().argmax(dim=1)
             bad_mirrored = ~mirrored.isfinite().all(dim=1)
-            self._counts[4] += len(targets)
-            self._counts[5] += ((answers == targets) & ~bad_mirrored).sum()
-            self._counts[6] += ((answers == top[:, 0]) & ~bad & ~bad_mirrored).sum()
+            same = (answers == top[:, 0]) & ~bad & ~bad_mirrored
+            flopped = [torch.ones_like(same), (answers == targets) & ~bad_mirrored, same]
             bad = bad | bad_mirrored
-        self._counts[0] += hits[:, 0].sum()
-        self._counts[1] += hits.sum()
-        self._counts[2] += len(targets)
-        self._counts[3] += bad.sum()
-        self._loss += F.cross_entropy(logits, targets, reduction="none").double().sum()
+        counts = [hits[:, 0], hits, torch.ones_like(bad), bad, *flopped]
+        sums = torch.stack([count.sum() for count in counts]).to(self._sums)
+        self._sums[: len(sums)] += sums
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        self._sums[-1] += losses.to(self._sums).sum()
 
     def compute(self, distributed: bool = False) -> Scores:
         """The scores so far. `distributed` sums over all processes, of which each must call it.
@@ -91,8 +92,7 @@ class Accuracy:
         Raises:
             ValueError: no image has been seen.
         """
-        # Counts below 2^53 are exact in float64, so one message carries everything.
-        sums = torch.cat([self._counts.double(), self._loss[None]])
+        sums = self._sums.clone()
         if distributed:
             dist.all_reduce(sums)
         top1, top5, count, bad, flopped, mirrored, same, loss = sums.tolist()

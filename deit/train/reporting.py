@@ -16,7 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import timm
@@ -29,6 +29,9 @@ from deit.errors import UserError, one_line
 from deit.saving import atomic_path, write_text
 from deit.train.distributed import DistContext
 from deit.train.folder import BEST, CONFIG_FILE, CURVES_FILE, LAST, LOG_FILE
+
+if TYPE_CHECKING:
+    from deit.train.resume import Progress
 
 _WANDB_PROJECT = "mirror-equivariant-vision"
 _PANELS = {
@@ -110,11 +113,8 @@ class Reporter:
 
     Args:
         args: of these, where to write and what to log to.
-        updates: in an epoch.
-        images: that all processes take in one update.
-        config: written to config.json.
-        history: the epochs that a resumed checkpoint has behind it, which log.txt is to hold.
-        done: updates of the whole training that are behind us, when resuming.
+        config: written to config.json. Its `updates_per_epoch` and `global_batch` are used here.
+        progress: of the training. Its history is what log.txt holds.
 
     Raises:
         UserError: `--wandb` without the package, or it cannot start.
@@ -124,19 +124,14 @@ class Reporter:
         self,
         args: Namespace,
         processes: DistContext,
-        *,
-        updates: int,
-        images: int,
         config: Mapping[str, Any],
-        history: Sequence[Mapping[str, Any]] = (),
-        done: int = 0,
+        progress: Progress,
     ) -> None:
-        self.active = processes.is_main
-        self.folder = Path(args.output_dir) if args.output_dir and self.active else None
-        self.history = list(history)
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.active)
-        self._args, self._device = args, processes.device
-        self._updates, self._images = updates, images
+        main = processes.is_main
+        self.folder = Path(args.output_dir) if args.output_dir and main else None
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not main)
+        self._args, self._device, self._progress = args, processes.device, progress
+        self._updates, self._images = config["updates_per_epoch"], config["global_batch"]
         self._session_start, self._session_done = time.perf_counter(), 0
         self._bar: Progress | None = None
         self._loss = float("nan")
@@ -145,18 +140,18 @@ class Reporter:
             text = json.dumps(config, indent=2, sort_keys=True, default=str)
             write_text(self.folder / CONFIG_FILE, text + "\n")
             self._write_log()
-        if self.folder is not None or (args.log_dir and self.active):
-            self._open_tensorboard(args.log_dir or self.folder / "tensorboard", done)
-        if args.wandb and self.active:
+        if main and (args.output_dir or args.log_dir):
+            self._open_tensorboard(args.log_dir or self.folder / "tensorboard")
+        if main and args.wandb:
             self._open_wandb(config)
 
-    def _open_tensorboard(self, folder: str | Path, done: int) -> None:
+    def _open_tensorboard(self, folder: str | Path) -> None:
+        done = self._progress.epoch * self._updates + self._progress.step
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._boards["TensorBoard"] = SummaryWriter(
-                folder, purge_step=done + 1 if done else None
-            )
+            board = SummaryWriter(folder, purge_step=done + 1 if done else None)
+            self._boards["TensorBoard"] = board
         except ImportError:
             pass
         except OSError as error:
@@ -196,7 +191,7 @@ class Reporter:
         self.stop()
         self._title = title
         self._mark = (time.perf_counter(), done)
-        if self.console.is_terminal and self.active:
+        if self.console.is_terminal and not self.console.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -208,12 +203,11 @@ class Reporter:
             self._bar.start()
             self._bar.add_task(title, total=total, completed=done, info="")
 
-    def on_update(self, epoch: int, done: int, lr: float, loss: float | None) -> None:
-        """Show that `done` updates of `epoch` are done; `loss` is their mean, where known."""
+    def on_update(self, lr: float, loss: float | None) -> None:
+        """Show what the progress says after an update; `loss` is the epoch's mean, where known."""
         self._session_done += 1
-        if not self.active:
-            return
-        number = epoch * self._updates + done
+        done = self._progress.step
+        number = self._progress.epoch * self._updates + done
         line = done % self._args.log_interval == 0
         if loss is not None:
             self._loss = loss
@@ -247,8 +241,7 @@ class Reporter:
             self._bar = None
 
     def end_epoch(self, record: Mapping[str, Any]) -> None:
-        """Append a line to log.txt, before the checkpoint that counts on it is written."""
-        self.history.append(record)
+        """Write log.txt with its new line `record`, before the checkpoint that counts on it."""
         self._write_log()
         values = {
             key.replace("_", "/", 1) if key.startswith(("train_", "test_")) else key: value
@@ -264,10 +257,10 @@ class Reporter:
         self._tell("TensorBoard", lambda board: board.close())
         self._tell("Weights & Biases", self._upload)
         self._tell("Weights & Biases", lambda board: board.finish())
-        if self.folder is None or not self.history:
+        if self.folder is None or not self._progress.history:
             return None
         try:
-            draw_curves(self.history, self.folder / CURVES_FILE, self._args.model)
+            draw_curves(self._progress.history, self.folder / CURVES_FILE, self._args.model)
         except Exception as error:  # whatever a plotting library, its fonts or the disk may raise
             self.say(f"note    no curves: {one_line(error)}")
             return None
@@ -289,7 +282,7 @@ class Reporter:
     def _write_log(self) -> None:
         # Rewritten as a whole: it is small, and so never holds half a line.
         if self.folder is not None:
-            lines = [json.dumps(record) + "\n" for record in self.history]
+            lines = [json.dumps(record) + "\n" for record in self._progress.history]
             write_text(self.folder / LOG_FILE, "".join(lines))
 
     def _scalars(self, values: Mapping[str, float | None], number: int) -> None:

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from deit.data import ImageDataset, check_same_classes
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
@@ -26,10 +25,9 @@ from deit.train.build import (
 )
 from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
-from deit.train.engine import NonFiniteLossError, count_parameters, evaluate
-from deit.train.folder import BEST, EPOCH_COPY, LAST, clear, read_log
+from deit.train.engine import NonFiniteLossError, count_parameters
+from deit.train.folder import LAST, clear, read_log
 from deit.train.loading import NETWORK, adopt, find_checkpoints
-from deit.train.metrics import Scores
 from deit.train.optim import peak_lr
 from deit.train.reporting import Reporter, environment
 from deit.train.stopping import StopAgreement
@@ -85,16 +83,10 @@ class Run:
         self.train_loader = build_train_stream(args, train_set, processes, epoch, step)
         self.val_loader = None if val_set is None else build_val_loader(args, val_set, processes)
         self.agreement = StopAgreement(processes.control)
-        self.reporter = self._build_reporter()
-        self._introduce(len(train_set), len(val_set or ()), classes, notes + remarks)
-
-    def _build_reporter(self) -> Reporter:
-        """The reporter, with the run's configuration written and its log where the run stands."""
-        args, processes, progress = self.args, self.processes, self.state.progress
-        if self.source and not progress.history and args.output_dir:
+        if checkpoint is not None and not self.state.progress.history and args.output_dir:
             # A published checkpoint brings no log: keep what the folder's knows.
             log = read_log(Path(args.output_dir))
-            progress.history = [record for record in log if record["epoch"] < progress.epoch]
+            self.state.progress.history = [record for record in log if record["epoch"] < epoch]
         config = {
             "args": config_dict(args),
             "environment": environment(processes.device, processes.world_size),
@@ -105,15 +97,8 @@ class Run:
             "peak_learning_rate": peak_lr(args, self.images),
             "resumed_from": self.source or None,
         }
-        return Reporter(
-            args,
-            processes,
-            updates=self.updates,
-            images=self.images,
-            config=config,
-            history=progress.history,
-            done=progress.epoch * self.updates + progress.step,
-        )
+        self.reporter = Reporter(args, processes, config, self.state.progress)
+        self._introduce(len(train_set), len(val_set or ()), classes, notes + remarks)
 
     def _introduce(self, train: int, val: int, classes: int, notes: Sequence[str]) -> None:
         """Tell in a few lines what is about to happen, on how many images of how many classes."""
@@ -154,24 +139,11 @@ class Run:
         progress.step, progress.images = done, done * self.images
         if self.writer is not None:
             self.writer.check()
-        self.reporter.on_update(progress.epoch, done, self.learning_rate(), loss)
+        self.reporter.on_update(self.learning_rate(), loss)
 
     def learning_rate(self) -> float:
         """That of the layers without reduction."""
         return max(group["lr"] for group in self.state.optimizer.param_groups)
-
-    def evaluate(self, network: nn.Module) -> Scores:
-        """The scores of one of the `evaluated` networks on the validation data."""
-        self.reporter.start("testing", len(self.val_loader))
-        return evaluate(
-            network,
-            self.val_loader,
-            self.args,
-            precision=self.state.precision,
-            processes=self.processes,
-            agreement=self.agreement,
-            on_batch=self.reporter.on_batch,
-        )
 
     def save(self, names: list[str]) -> None:
         """Save the state under `names` in the output folder, if there is one."""
@@ -189,13 +161,6 @@ class Run:
         copies.sort(key=lambda name: int(name[11:-4]))
         for name in copies[:-kept] if kept else ():
             (folder / name).unlink(missing_ok=True)
-
-    def save_epoch(self, epoch: int, best: list[str]) -> None:
-        """Save the end of `epoch`, the best so far of the kinds `best` of evaluated networks."""
-        names = [BEST.format(kind) for kind in best]
-        if self.args.save_freq and (epoch + 1) % self.args.save_freq == 0:
-            names.append(EPOCH_COPY.format(epoch))
-        self.save([*names, LAST])  # what a resumed run reads comes last
 
     def last_state(self) -> str:
         """In words, where the training can go on from after a failure, once all is written."""
