@@ -184,12 +184,8 @@ def _classify(
     )
     labels: list[Row] = []
     batches = read_photos(paths, transform, args.batch_size, args.num_workers)
-    for batch in _with_progress(batches, -(-len(paths) // args.batch_size), args):
-        for path, reason in batch.failures:
-            print(f"skipped {_shown(path)}: {reason}", file=sys.stderr)
-        if batch.images is None:
-            continue
-        images = info.prepare(batch.images)
+    for read, pixels in _with_progress(batches, -(-len(paths) // args.batch_size), args):
+        images = info.prepare(pixels)
         views = (images, images.flip(-1)) if args.mirror_check else (images,)
         try:
             logits = [network(view) for view in views]
@@ -200,7 +196,7 @@ def _classify(
         finite = torch.stack([each.isfinite().all(1) for each in logits]).all(0)
         counts["not finite"] += int((~finite).sum())
         values, places = logits[0].softmax(1).topk(min(args.topk, len(labels)))
-        for index, path in enumerate(batch.paths):
+        for index, path in enumerate(read):
             if not finite[index]:
                 continue
             found = zip(places[index].tolist(), values[index].tolist(), strict=True)

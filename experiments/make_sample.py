@@ -20,8 +20,13 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from deit.data.datasets import DEBIAN_FASHION_MNIST, SAMPLE_FOLDER, find_idx_pair
-from deit.data.idx import UNSIGNED_BYTE, read_idx
+from deit.data.datasets import (
+    DEBIAN_FASHION_MNIST,
+    SAMPLE_FOLDER,
+    UNSIGNED_BYTE,
+    find_idx_pair,
+    read_idx,
+)
 from deit.errors import one_line_errors
 
 IMAGES_PER_CLASS = {"train": 500, "val": 100}

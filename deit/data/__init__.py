@@ -6,11 +6,10 @@ from deit.data.images import ImageDataset, to_rgb
 from deit.data.loader import DeviceLoader
 from deit.data.mixup import build_mixup
 from deit.data.stream import ResumableBatchSampler, evaluation_batches
-from deit.data.transforms import INTERPOLATIONS, eval_transform, train_transform
+from deit.data.transforms import eval_transform, train_transform
 
 __all__ = [
     "DATA_SETS",
-    "INTERPOLATIONS",
     "DeviceLoader",
     "ImageDataset",
     "ResumableBatchSampler",

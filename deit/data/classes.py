@@ -10,16 +10,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timm.data import ImageNetInfo
 
 from deit.data.images import ImageDataset
 from deit.errors import UserError, some
-
-__all__ = ["match_classes", "names_of_outputs", "outputs_of", "read_class_map"]
 
 _SYNSET = re.compile(r"n\d{8}")
 
@@ -69,12 +67,6 @@ def _from_json(content: Any) -> list[str]:
     return [str(name[0] if isinstance(name, list) else name) for _, name in pairs]
 
 
-@lru_cache
-def _imagenet() -> tuple[str, ...]:
-    """The WordNet ids of ImageNet-1K in the order of its labels."""
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
-
-
 def names_of_outputs(
     classes: Sequence[str], outputs: int, *, source: str, saved: Sequence[str] = ()
 ) -> tuple[Sequence[str], str]:
@@ -88,8 +80,9 @@ def names_of_outputs(
     """
     if saved:
         return saved, source
-    if outputs == len(_imagenet()) and set(classes) <= set(_imagenet()):
-        return _imagenet(), "ImageNet-1K"
+    imagenet = ImageNetInfo("imagenet-1k").label_names()  # WordNet ids in the order of the labels
+    if outputs == len(imagenet) and set(classes) <= set(imagenet):
+        return imagenet, "ImageNet-1K"
     if outputs == len(classes):
         return classes, source
     raise UserError(
@@ -131,7 +124,9 @@ def match_classes(
 ) -> list[str]:
     """Number the classes of `data` as a network does (`outputs_of`); remarks for the user."""
     present = data.num_classes
-    data.renumber(names, outputs_of(data.class_names, names, outputs, origin=origin))
+    numbers = outputs_of(data.class_names, names, outputs, origin=origin)
+    data.targets = np.array(numbers, dtype=np.int64)[data.targets]
+    data.class_names = tuple(names)
     if present == len(names):
         return []
     return [f"the data have {present} of the {len(names)} classes of {origin}"]

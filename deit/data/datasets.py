@@ -14,22 +14,26 @@ at the training images: evaluation needs the validation files alone.
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torchvision import datasets as tv
 
-from deit.data.idx import read_idx
 from deit.data.images import ArrayImages, ImageDataset, ZipImages
 from deit.data.tree import class_tree, is_hidden, list_folder, sort_out
 from deit.errors import UserError, some, suggest
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "sample"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+UNSIGNED_BYTE = 8  # the type of all idx files of images
 IDX_PREFIX = {"train": "train", "val": "t10k"}
 IDX_SUBFOLDERS = ("", "raw", "FashionMNIST/raw")  # as downloaded; inside and around torchvision's
 
@@ -197,6 +201,27 @@ def find_idx_pair(root: Path, split: str) -> tuple[Path, Path]:
     raise UserError(
         f"no files {names[0]}[.gz] and {names[1]}[.gz] in {root}, which holds {_contents(root)}"
     )
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """The uint8 array of any shape in an idx file, whose name ends with `.gz` if it is compressed.
+
+    The format of MNIST and its kin is two zero bytes, a type (8: unsigned bytes), the rank, the
+    sizes, the data. torchvision's reader wants files unpacked, and answers truncated ones with an
+    assertion. Raises UserError, naming the file, if it is missing, damaged or of another type.
+    """
+    path = Path(path)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read()
+        if content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
+            raise ValueError(f"it starts {content[:4]!r}")
+        shape = struct.unpack_from(f">{content[3]}I", content, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError, IndexError, struct.error) as error:
+        raise UserError(
+            f"cannot read {path}, which must be a whole idx file of unsigned bytes: {error}"
+        ) from error
 
 
 def _fashion(root: Path, split: str) -> ArrayImages:

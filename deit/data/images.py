@@ -91,11 +91,6 @@ class ImageDataset(Dataset):
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def renumber(self, names: Sequence[str], numbers: Sequence[int]) -> None:
-        """Give each class its new number, its place in `names`."""
-        self.targets = np.asarray(numbers, dtype=np.int64)[self.targets]
-        self.class_names = tuple(names)
-
     def __len__(self) -> int:
         return len(self.targets)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +15,6 @@ from deit.data.images import read_rgb
 from deit.data.transforms import Transform
 from deit.data.tree import list_folder
 from deit.errors import UserError, one_line
-
-__all__ = ["PhotoBatch", "find_photos", "read_photos"]
-
-
-class PhotoBatch(NamedTuple):
-    """What was read of some files, and why the others could not be."""
-
-    paths: list[str]
-    images: Tensor | None
-    """uint8 (B, 3, H, W), one for each path; None if there is none."""
-    failures: list[tuple[str, str]]
-    """(path, reason)"""
 
 
 def find_photos(sources: Sequence[str]) -> tuple[list[str], str]:
@@ -59,11 +47,11 @@ def find_photos(sources: Sequence[str]) -> tuple[list[str], str]:
 
 def read_photos(
     paths: Sequence[str], transform: Transform, batch_size: int, threads: int
-) -> Iterator[PhotoBatch]:
-    """The photographs in batches, each short by the files that could not be read.
+) -> Iterator[tuple[list[str], Tensor]]:
+    """The photographs, turned as their EXIF orientation says, in batches uint8 (B, 3, H, W).
 
-    They are turned as their EXIF orientation says. Threads read the next batch while the present
-    one is in use.
+    Each comes with its B paths. Files that cannot be read are named on stderr, and skipped. Threads
+    read the next batch while the present one is in use.
     """
 
     def read(path: str) -> Tensor | str:
@@ -79,13 +67,13 @@ def read_photos(
         coming = pool.map(read, paths[:batch_size])
         for start in range(0, len(paths), batch_size):
             end = start + batch_size
-            results = list(zip(paths[start:end], coming, strict=True))
+            results = dict(zip(paths[start:end], coming, strict=True))
             coming = pool.map(read, paths[end : end + batch_size])
-            images = [result for _, result in results if not isinstance(result, str)]
-            yield PhotoBatch(
-                [path for path, result in results if not isinstance(result, str)],
-                torch.stack(images) if images else None,
-                [(path, result) for path, result in results if isinstance(result, str)],
-            )
+            for path, result in results.items():
+                if isinstance(result, str):
+                    print(f"skipped {path}: {result}", file=sys.stderr)
+            images = {p: result for p, result in results.items() if not isinstance(result, str)}
+            if images:
+                yield list(images), torch.stack(list(images.values()))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -47,16 +47,6 @@ class Listing(NamedTuple):
         return f"not read in {where}: {some(kinds, 8)}" if kinds else ""
 
 
-class ClassTree(NamedTuple):
-    """The images of some classes, in torchvision's order."""
-
-    paths: list[str]
-    targets: list[int]
-    class_names: list[str]
-    note: str
-    """What was left out, or an empty string."""
-
-
 def sort_out(paths: Iterable[str]) -> Listing:
     """Tell images from other files; the paths of folders end with a slash."""
     listing = Listing([], set(), Counter())
@@ -111,23 +101,26 @@ def list_folder(folder: Path) -> Listing:
     return listing
 
 
-def class_tree(listing: Listing, where: str | Path) -> ClassTree:
-    """The images of `listing`, named `where`, by class. UserError for a class without an image."""
+def class_tree(listing: Listing, where: str | Path) -> tuple[list[str], list[int], list[str], str]:
+    """(images, their classes, the names of the classes, note) in torchvision's order.
+
+    The note, which may be empty, says what was left out of `where`. UserError for a class without
+    an image.
+    """
     images = [path for path in listing.images if "/" in path]
     if loose := len(listing.images) - len(images):
         listing.left_out["images outside the class folders"] = loose
     note = listing.note(where)
-    images.sort(key=_torchvision_order)
-    names = sorted({path.partition("/")[0] for path in images})
-    if empty := sorted(listing.folders.difference(names)):
+
+    def order(path: str) -> tuple[str, str, str]:
+        folder, _, name = path.rpartition("/")
+        return folder.partition("/")[0], folder, name
+
+    images.sort(key=order)
+    classes = [path.partition("/")[0] for path in images]
+    index = {name: number for number, name in enumerate(dict.fromkeys(classes))}
+    if empty := sorted(listing.folders.difference(index)):
         raise UserError(
             f"no images in the class folders {some(empty, 5)} of {where}{note and '; '}{note}"
         )
-    index = {name: number for number, name in enumerate(names)}
-    targets = [index[path.partition("/")[0]] for path in images]
-    return ClassTree(images, targets, names, note)
-
-
-def _torchvision_order(path: str) -> tuple[str, str, str]:
-    folder, _, name = path.rpartition("/")
-    return folder.partition("/")[0], folder, name
+    return images, [index[name] for name in classes], list(index), note

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from math import sqrt
 from pathlib import Path
@@ -49,11 +48,7 @@ def calibration_images(folder: str, info: NetworkInfo) -> Tensor:
         raise UserError(f"--calibrate: there is no folder {folder!r}")
     paths, _ = find_photos([folder])
     paths = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
-    found = []
-    for batch in read_photos(paths, _transform(info), BATCH, threads=4):
-        for path, reason in batch.failures:
-            print(f"skipped {path}: {reason}", file=sys.stderr)
-        found += [] if batch.images is None else [batch.images]
+    found = [images for _, images in read_photos(paths, _transform(info), BATCH, threads=4)]
     if not found:
         raise UserError(f"--calibrate: none of the images in {folder!r} can be read")
     return torch.cat(found)

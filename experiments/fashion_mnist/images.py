@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from deit.data import ResumableBatchSampler, build_dataset
-from deit.data.datasets import DEBIAN_FASHION_MNIST, find_idx_pair
-from deit.data.idx import read_idx
+from deit.data.datasets import DEBIAN_FASHION_MNIST, find_idx_pair, read_idx
 from deit.data.stream import sample_seeds
 from deit.errors import UserError
 

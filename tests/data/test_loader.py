@@ -34,8 +34,8 @@ from deit.data import (
     evaluation_batches,
     train_transform,
 )
-from deit.data.batches import erase
 from deit.data.images import ArrayImages
+from deit.data.loader import erase
 from deit.data.stream import preserve_generators, sample_seeds, seed_everything
 from deit.data.workers import REST
 from deit.errors import UserError

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from deit.data import build_dataset
-from deit.data.datasets import DEBIAN_FASHION_MNIST, SAMPLE_FOLDER, find_idx_pair
-from deit.data.idx import read_idx
+from deit.data.datasets import DEBIAN_FASHION_MNIST, SAMPLE_FOLDER, find_idx_pair, read_idx
 from experiments.make_sample import IMAGES_PER_CLASS, make_sample, write_idx
 
 
