@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +77,10 @@ class Settings:
         """For layers, or for networks of `depth` blocks."""
         return tolerance_of(self.compute_dtype, depth)
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """To be entered around a forward pass."""
-        return torch.autocast(self.device.type, self.compute_dtype) if self.amp else nullcontext()
+        low = lower_precision(self.device)
+        return torch.autocast(self.device.type, low, enabled=self.amp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Case:
 
     Attributes:
         name, variant: for the table.
-        build: makes the module, with any parameters.
+        build: makes the module, whose parameters are made random.
         build_twin: makes the ordinary module of the same job, which the same check must refuse: a
             function of the input's parts, and if there are several of the output's, side by side
             on the last axis.
@@ -98,6 +98,7 @@ class Case:
             "tokens" parts (B, N, C/2) of a grid of this size.
         is_network: its gradients are compared with more tolerance, on one natural and one random
             sample, so that a large network's activations fit, and not in 16-bit arithmetic.
+        trained: the module to check as it is, in place of what `build` makes.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Case:
     form: str = "image"
     group: Group = FLOP
     is_network: bool = False
+    trained: nn.Module | None = None
 
     def __str__(self) -> str:
         return f"{self.name}, {self.variant}" if self.variant else self.name
@@ -193,10 +195,8 @@ class Result:
         return failures + [f"{name} was never measured" for name in self.unseen]
 
 
-def check(
-    case: Case, settings: Settings, module: nn.Module | None = None, features_only: bool = False
-) -> Result:
-    """Check a case with random parameters, or `module` as it is.
+def check(case: Case, settings: Settings, features_only: bool = False) -> Result:
+    """Check a layer or a network.
 
     The whole batch, first the samples and then the same ones moved, goes through in one pass.
 
@@ -205,7 +205,7 @@ def check(
             promised and telling.
     """
     place = {"device": settings.device, "dtype": settings.dtype}
-    module = randomize_(case.build(), settings.seed) if module is None else module
+    module = case.trained or randomize_(case.build(), settings.seed)
     module = module.to(**place).eval()
     rules, group = Rules(module, case.size, case.group), case.group
     x = map_parts(lambda part: part.to(**place), case.inputs(settings.count, settings.seed))

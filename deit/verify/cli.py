@@ -19,6 +19,8 @@ from torch import nn
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_value, number
 from deit.equivariance import worst
 from deit.errors import UserError, one_line
+from deit.train.distributed import choose_device
+from deit.train.options import device_name
 from deit.verify import layers, mutations, networks
 from deit.verify.check import DTYPES, Case, Result, Settings, check
 from deit.verify.samples import CANDIDATES
@@ -50,8 +52,7 @@ def get_parser() -> CommandLine:
     what.switch("--self-test", "check the checks instead: break each kind of layer in turn, and "
                 "require that each break is found and located")  # fmt: skip
     how = OptionGroup(parser, "how")
-    how.add("--device", str, None, "DEVICE",
-            "such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")  # fmt: skip
+    how.add("--device", device_name, "auto", "DEVICE", "auto, cpu, cuda, cuda:N or mps")
     how.add("--dtype", str, None, "DTYPE",
             f"one or more of {', '.join(DTYPES)} (default: all, and mixed precision; with --amp, "
             "--compile or --checkpoint float32)", nargs="+", choices=tuple(DTYPES))  # fmt: skip
@@ -101,16 +102,14 @@ def _settings(args: argparse.Namespace) -> list[Settings]:
         raise UserError(f"--checkpoint holds one network, not {len(args.model)}: give one --model")
     if args.model_kwargs and not args.checkpoint:
         raise UserError("--model-kwargs is for the network of a --checkpoint, which is not given")
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = one_line(error).split(". ")[0]
-        raise UserError(f"the device {name!r} cannot be used: {reason}") from error
-    mode = args.compile_mode if args.compile else None
     common = Settings(
-        torch.float32, device, args.batch, args.seed, args.amp, mode, args.compile_blocks
+        torch.float32,
+        choose_device(args.device),
+        args.batch,
+        args.seed,
+        args.amp,
+        args.compile_mode if args.compile else None,
+        args.compile_blocks,
     )
     if args.dtype:
         return [replace(common, dtype=DTYPES[name]) for name in dict.fromkeys(args.dtype)]
@@ -119,8 +118,7 @@ def _settings(args: argparse.Namespace) -> list[Settings]:
     return [*(replace(common, dtype=d) for d in DTYPES.values()), replace(common, amp=True)]
 
 
-def _networks(args: argparse.Namespace) -> list[tuple[Case, nn.Module | None]]:
-    """The cases, with the network itself where it comes from a checkpoint."""
+def _networks(args: argparse.Namespace) -> list[Case]:
     if args.checkpoint:
         name = args.model[0] if args.model else None
         kwargs = dict(args.model_kwargs or ())
@@ -133,7 +131,7 @@ def _networks(args: argparse.Namespace) -> list[tuple[Case, nn.Module | None]]:
     with torch.device("meta"):  # complain about a size now, not after minutes
         for case in cases:
             case.build()
-    return [(case, None) for case in cases]
+    return cases
 
 
 def _print_header(settings: list[Settings]) -> None:
@@ -167,14 +165,14 @@ def _check_layers(settings: list[Settings]) -> tuple[int, int]:
 
 
 def _check_networks(
-    args: argparse.Namespace, cases: list[tuple[Case, nn.Module | None]], settings: list[Settings]
+    args: argparse.Namespace, cases: list[Case], settings: list[Settings]
 ) -> tuple[int, int]:
     columns = {"network": "<57", "arithmetic": "<12", "layers": ">6", "natural": ">7",
                "random": ">7", "worst at": "<34", "gradients": ">9", "logits": ">9",
                "images differ": ">13", "ordinary twin": ">13"}  # fmt: skip
 
-    def row(case: Case, network: nn.Module | None, each: Settings) -> Row:
-        found = check(case, each, network)
+    def row(case: Case, each: Settings) -> Row:
+        found = check(case, each)
         cells = [
             case,
             each.arithmetic,
@@ -191,14 +189,14 @@ def _check_networks(
 
     notes = ["natural, random: the largest error of a feature on these images; ordinary twin: its "
              "error in the logits"]  # fmt: skip
-    if any(case.name.startswith("hybrid_") for case, _ in cases):
+    if any(case.name.startswith("hybrid_") for case in cases):
         notes.append("(logits) of a hybrid are not promised: it is equivariant up to its bridge, "
                      "and its features are checked so far")  # fmt: skip
     # by default a large network is checked without the slow float64, and without AMP
     quick = [each for each in settings if each.dtype != torch.float64 and not each.amp]
     rows = [
-        (case, partial(row, case, network, each))
-        for case, network in cases
+        (case, partial(row, case, each))
+        for case in cases
         for each in (settings if args.dtype or len(settings) == 1 or case.variant else quick)
     ]
     return _print_table("Networks", columns, rows, notes)

@@ -7,7 +7,7 @@ what happens on rare paths alone, to the layer case that takes this path.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,10 +64,10 @@ def find(mutation: Mutation, settings: Settings) -> tuple[str, float | None, lis
     layer = network.get_submodule(mutation.where)
     if not isinstance(layer, mutation.kind):
         raise TypeError(f"{mutation}: {mutation.where} is a {type(layer).__name__}")
-    method = mutation.method
-    setattr(layer, method, partial(mutation.change, getattr(layer, method)))
+    original = getattr(layer, mutation.method)
+    setattr(layer, mutation.method, partial(mutation.change, original))
     features_only = not mutation.in_training
-    result = check(mutation.case, settings, network, features_only)
+    result = check(replace(mutation.case, trained=network), settings, features_only)
     if event := result.culprit:
         blamed = features_only and event.culprit == mutation.where
         wrong = f"broken is {mutation.where or 'the whole'}, blamed is {event}"
@@ -124,10 +124,9 @@ def random(weight: Tensor) -> Tensor:
 
 
 def filled_centre(kernel: Tensor) -> Tensor:
-    left, centre, right = kernel.tensor_split(
-        [kernel.shape[-1] // 2, kernel.shape[-1] // 2 + 1], -1
-    )
-    return torch.cat([left, noise(centre), right], -1)
+    kernel, middle = kernel.clone(), kernel.shape[-1] // 2
+    kernel[..., middle] = noise(kernel[..., middle])
+    return kernel
 
 
 def row_major(embed: Any, x: Tensor) -> Feature:
@@ -135,9 +134,11 @@ def row_major(embed: Any, x: Tensor) -> Feature:
 
 
 def common_mean(norm: Any, x: Feature) -> Feature:
-    norm.__self__.centre = lambda part, dim: part
     mean = torch.cat(x, -1).mean(-1, keepdim=True)
-    return norm(map_parts(lambda part: part - mean, x))
+    centred = [part - mean for part in x]
+    variance = sum(part.square().mean(-1, keepdim=True) for part in centred)
+    rstd = torch.rsqrt((variance + norm.__self__.eps) / 2)
+    return norm.__self__.scaling(tuple(part * rstd for part in centred))
 
 
 def half_exchanged(linear: Any, x: Feature) -> Feature:

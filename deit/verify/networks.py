@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -96,8 +97,8 @@ def choose(patterns: list[str]) -> list[str]:
 
 def network_of(
     source: str, name: str | None, img_size: int | None, kwargs: Mapping[str, Any]
-) -> tuple[Case, nn.Module]:
-    """Build the network of a checkpoint and load its trained weights (not their average).
+) -> Case:
+    """The network of a checkpoint with its trained weights (not their average).
 
     Args:
         name: the model; None for the one that the checkpoint says it was trained as.
@@ -113,4 +114,5 @@ def network_of(
     network, args = build_as_trained(checkpoint, model=name, img_size=img_size, kwargs=kwargs)
     choose([args.model])
     options = model_arguments(args, network.num_classes)
-    return network_case(args.model, "checkpoint", options.pop("img_size"), **options), network
+    case = network_case(args.model, "checkpoint", options.pop("img_size"), **options)
+    return replace(case, trained=network)

@@ -94,7 +94,7 @@ def test_what_fails_or_crashes_exits_with_one_and_is_named(few, monkeypatch, cap
         (["--model", "resnet50"], "is an ordinary network"),
         (["--compile-mode", "fast"], "invalid choice"),
         (["--self-test", "--compile-mode", "default"], "--self-test breaks networks of its own"),
-        (["--device", "toaster"], "the device 'toaster' cannot be used"),
+        (["--device", "toaster"], "'toaster' is not one of auto, cpu"),
         (["--batch", "1"], "must be from 2"),
         (["--img-size", "100"], "cannot be cut into patches"),
         (["--amp", "--dtype", "bfloat16"], "--amp keeps parameters in float32"),
