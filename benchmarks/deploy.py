@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 milliseconds = {k: f"{1000 * v:.0f} ms" for k, v in result["seconds"].items()}
                 ratio = deploy_ratios(known)[1][name][RUNTIMES[runtime]]
                 print(f"{name} {runtime}: {milliseconds}, ratio {ratio:.2f}", flush=True)
-                release(CPU)
+                release()
     if known:
         conditions, found = deploy_ratios(known)
         print(f"\n{conditions}\n\n{table(found, DEPLOY)}")

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,8 +97,10 @@ def count(build: Build, shape: Sequence[int], *, parts: bool, training: bool) ->
 def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Count:
     """Lower and fuse a graph that was traced on the CPU, as one on an H100."""
     from torch._inductor import compile_fx as fx
+    from torch._inductor import scheduler
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
+    from torch._inductor.runtime.hints import DeviceProperties
     from torch._inductor.virtualized import V
 
     fake = torch._guards.detect_fake_mode(inputs)
@@ -112,7 +113,13 @@ def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[s
         node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
     graph.recompile()
     direction = {key: options.get(key, False) for key in ("is_inference", "is_backward")}
-    with _pretended_gpu(), V.set_fake_mode(fake), DebugContext():
+    properties = DeviceProperties(type="cuda", index=0, **H100)
+    with (  # TorchInductor's questions about the device are answered as an H100 would
+        mock.patch.object(scheduler, "has_triton", return_value=True),
+        mock.patch.object(DeviceProperties, "create", return_value=properties),
+        V.set_fake_mode(fake),
+        DebugContext(),
+    ):
         with fake:
             inputs = [
                 torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
@@ -129,20 +136,6 @@ def _lowered(graph: torch.fx.GraphModule, inputs: Sequence[Any], options: dict[s
             lowering._update_scheduler()
             nodes = lowering.scheduler.nodes
             return Count(len(nodes), sum(node.get_read_write_buffers_sizes() for node in nodes))
-
-
-@contextmanager
-def _pretended_gpu() -> Iterator[None]:
-    """Answer TorchInductor's questions about the device as an H100 would."""
-    from torch._inductor import scheduler
-    from torch._inductor.runtime.hints import DeviceProperties
-
-    properties = DeviceProperties(type="cuda", index=0, **H100)
-    with (
-        mock.patch.object(scheduler, "has_triton", return_value=True),
-        mock.patch.object(DeviceProperties, "create", return_value=properties),
-    ):
-        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:

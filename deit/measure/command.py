@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for title, table in profile(name, result.batch_size, args):
                 console.print(f"\n{title}", style="bold", highlight=False, soft_wrap=True)
                 print(table, flush=True)
-            release(args.device)
+            release()
     _write(args, results, report)
     if args.plot is not None:
         draw(results, args.plot, _where(report))

@@ -109,7 +109,7 @@ def measure(
                 raise
             batch, reason = batch // 2, "memory does not hold more"
         finally:
-            release(args.device)
+            release()
     wanted = args.batch_size or DEFAULT_BATCH
     for result in members:
         if not batch:

@@ -104,10 +104,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     if args.symmetrized_asym_feats:
         args.arguments[SYMMETRIZED] = True
     args.device = choose_device(args.device)
-    if args.dtype is None:
-        args.dtype = lower_precision(args.device) if args.amp else torch.float32
-    else:
-        args.dtype = getattr(torch, args.dtype)
+    default = lower_precision(args.device) if args.amp else torch.float32
+    args.dtype = getattr(torch, args.dtype) if args.dtype else default
     args.storage = torch.float32 if args.amp else args.dtype
     return args
 

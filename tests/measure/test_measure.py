@@ -58,11 +58,8 @@ def test_selection():
     ("name", "img_size", "message"),
     [
         (OURS, 30, "patch"),
-        (TWIN, 30, "patch"),
-        ("resmlp_equi_d2_12", 40, "patch"),
         ("resmlp_12", 40, "patches of 16 pixels.*use 32 or 48"),
         ("d2_convnext_tiny", 33, "total stride, 32"),
-        ("d2_convnext_isotropic_small", 33, "total stride, 16"),
         ("convnext_isotropic_small", 8, "Kernel size"),
         ("convnext_tiny", 20, "usual size is 224"),
         ("vit_tiny_patch16_224", 40, "use 32 or 48"),
