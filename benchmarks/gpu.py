@@ -54,18 +54,22 @@ VIT = ("d2_deit_small_patch16_LS", "d2_deit_base_patch16_LS", "d2_deit_large_pat
 OTHERS = ("d2_convnext_isotropic_base", "resmlp_equi_d2_B_24", "d2_convnext_base",
           "d2_convnext_isotropic_small", "resmlp_equi_d2_12", "hybrid_deit_base_patch16_LS",
           "d2_convnext_isotropic_large", "resmlp_equi_d2_L_24")  # fmt: skip
-TIMED = "calculate_complexity.py --amp --compile"
-TRAINED = "deit/main.py --epochs 2 --warmup-epochs 0 --model-ema --reprob 0.25 --batch-size 128"
+TIMED = ("calculate_complexity.py --device {device} --models {name} --json {stem}.json "
+         "--min-time {seconds} --amp")  # fmt: skip
+COMPILED = TIMED + " {compile} --train --batch-size 64"
+CHECKED = "benchmarks/exactness.py --device {device} --json {stem}.json"
+TRAINED = ("deit/main.py --device {device} --model {name} --output-dir {stem} {compile} --epochs 2 "
+           "--warmup-epochs 0 --model-ema --reprob 0.25 --batch-size 128")  # fmt: skip
 # part: share of the time, command, networks; of exactness all families are one job
 PARTS: dict[str, tuple[float, str, Sequence[str]]] = {
-    "vit": (8, f"{TIMED} --train --batch-size 64", VIT),
-    "exactness": (2, "benchmarks/exactness.py", ("all families",)),
-    "families": (5, f"{TIMED} --train --batch-size 64", OTHERS),
-    "profile": (2, f"{TIMED} --train --batch-size 64 --profile", VIT[1:2]),
-    "latency": (2.5, f"{TIMED} --batch-size 8 --compile-mode reduce-overhead",
+    "vit": (8, COMPILED, VIT),
+    "exactness": (2, CHECKED, ("all families",)),
+    "families": (5, COMPILED, OTHERS),
+    "profile": (2, f"{COMPILED} --profile", VIT[1:2]),
+    "latency": (2.5, f"{TIMED} --compile-mode reduce-overhead --batch-size 8",
                 [*VIT[:2], *OTHERS[:2]]),
-    "large": (3, f"{TIMED} --batch-size 256 --compile-mode max-autotune", [VIT[1], *OTHERS[:2]]),
-    "training": (2.5, f"{TRAINED} --compile", [VIT[0], VIT[0].removeprefix("d2_")]),
+    "large": (3, f"{TIMED} --compile-mode max-autotune --batch-size 256", [VIT[1], *OTHERS[:2]]),
+    "training": (2.5, TRAINED, [VIT[0], VIT[0].removeprefix("d2_")]),
 }  # fmt: skip
 # What a quick run has beside, or in place of what it is given twice.
 QUICK = {
@@ -80,17 +84,11 @@ QUICK = {
 
 def command(job: Row, args: Namespace, stem: Path) -> list[str]:
     """What a job runs; its results get names that begin with `stem`."""
-    script, *words = PARTS[job["part"]][1].split()
-    if args.compile_blocks and "--compile" in words and "--compile-mode" not in words:
-        words.append("--compile-blocks")  # others have CUDA graphs
-    words += ["--device", args.device, *(QUICK[script].split() if args.quick else [])]
-    if script == "deit/main.py":
-        words += ["--model", job["name"], "--output-dir", str(stem)]
-    else:
-        words += ["--json", f"{stem}.json"]
-    if script == "calculate_complexity.py":
-        words += ["--models", job["name"], "--min-time", str(args.seconds)]
-    return [script, *words]
+    words = shlex.split(PARTS[job["part"]][1].format(
+        name=job["name"], stem=shlex.quote(str(stem)), device=args.device, seconds=args.seconds,
+        compile="--compile-blocks" if args.compile_blocks else "--compile",
+    ))  # fmt: skip
+    return words + (QUICK[words[0]].split() if args.quick else [])
 
 
 def results(job: Row, stem: Path) -> Row:

@@ -103,11 +103,17 @@ def test_a_job_is_given_up_and_a_failure_costs_its_row(started, tmp_path, monkey
 
 def test_another_checkout_takes_turns(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(gpu, "execute", lambda words, root, *_: seen.append((words[0], root)))
+    monkeypatch.setattr(gpu, "execute", lambda words, root, *_: seen.append((words, root)))
     (tmp_path / "calculate_complexity.py").touch()
-    words = ["--against", str(tmp_path), "--parts", "vit", "--output", str(tmp_path / "out")]
-    assert gpu.main([*QUICK, *words]) == 0
-    assert seen == [("calculate_complexity.py", root) for root in (gpu.ROOT, tmp_path)]
+    out = tmp_path / "a b"
+    words = ["--against", str(tmp_path), "--parts", "vit", "large", "--output", str(out)]
+    assert gpu.main([*QUICK, "--compile-blocks", *words]) == 0
+    assert [(words[0], root) for words, root in seen] == 2 * [
+        ("calculate_complexity.py", root) for root in (gpu.ROOT, tmp_path)
+    ]
+    # a whole network where there are CUDA graphs
+    assert ["--compile-blocks" in words for words, _ in seen] == [True, True, False, False]
+    assert str(out / f"this-vit-{gpu.VIT[0]}.json") in seen[0][0]
 
 
 def test_wrong_options_are_one_line(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from deit.cli import duration
 from deit.measure import plan
 from deit.measure.bench_model import prepare_compiler, release
 from deit.measure.hardware import describe, versions
@@ -107,7 +108,7 @@ def _measured(
         _write(args, results, report)
         left = plan.seconds_left(seconds, done, time.monotonic() - start)
         if left > 0:
-            progress.show(f"{plan.about(left)} left")
+            progress.show(f"about {duration(left)} left")
 
 
 def _write(args: Namespace, results: Mapping[str, Result], report: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
+from deit.cli import duration
 from deit.measure.measure import Result, first_batch
 from deit.measure.roofline import TRAINING, PeakRates, bound
 from deit.measure.timing import FEWEST
@@ -17,13 +18,6 @@ SLOWNESS, UNTIMED = 2.5, 4
 # compiles a forward and a backward pass beside that of inference. Trying kernels out takes longer.
 COMPILING, TRAINING_GRAPHS, AUTOTUNING = 0.4, 3.5, 2.0
 Estimate = tuple[float, float]  # seconds: to be timed, and to be compiled
-
-
-def about(seconds: float) -> str:
-    """A rough duration in words: `about 20 s`, `about 3 min`, `about 1.5 h`."""
-    if seconds < 90:
-        return f"about {max(10 * round(seconds / 10), 10)} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def estimate(members: Sequence[Result], args: Namespace, rates: PeakRates) -> Estimate:
@@ -47,9 +41,9 @@ def describe(networks: int, estimates: Sequence[Estimate], *, default: bool) -> 
     timing, compiling = map(sum, zip(*estimates, strict=True))
     groups = len(estimates)
     text = f"{networks} networks in {groups} {'groups' if groups > 1 else 'group'}, "
-    text += about(timing + compiling)
+    text += f"about {duration(timing + compiling)}"
     if compiling:
-        text += f", of which compiling takes {about(compiling)}"
+        text += f", of which compiling takes about {duration(compiling)}"
     if default and networks < len(PUBLISHED):
         text += (
             f"; these are the small ones of the {len(PUBLISHED)} published networks: "

@@ -102,7 +102,9 @@ def create_network(name: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, lis
         try:
             return timm.create_model(name, **known), unknown
         except TypeError as error:
-            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            # The latter are arguments of a base class that a network gives itself.
+            wrong = r"(?:unexpected keyword argument|multiple values for .*argument) '(\w+)'"
+            found = re.search(wrong, str(error))
             if found is None or found.group(1) not in known:
                 raise
             unknown.append(found.group(1))

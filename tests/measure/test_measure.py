@@ -91,6 +91,14 @@ def test_symmetrized_features():
             assert has_asym_feats(name), name
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [(OURS, "depths"), ("d2_convnext_isotropic_small", "depths"), ("d2_convnext_tiny", "depth")],
+)
+def test_a_network_goes_without_arguments_that_it_does_not_know(name, other):
+    assert count(name, options(f"--model-kwargs {other}=1")) == count(name, options())
+
+
 @pytest.mark.parametrize("amp", ["", "--amp"])
 def test_inference_and_training_are_measured(amp, monkeypatch):
     def timed(steps, device, min_time, on_sample):
