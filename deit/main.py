@@ -97,7 +97,12 @@ def train(run: Run) -> None:
         how = f"stopped ({stop}) in epoch {progress.epoch + 1} after step {progress.step}"
     except NonFiniteLossError as error:
         reporter.close()
-        raise UserError(run.explain(error)) from error
+        epoch, step = progress.epoch, error.update + 1
+        raise UserError(
+            f"the loss became infinite or NaN in epoch {epoch + 1} at step {step} "
+            f"(update {epoch * run.updates + step}); {run.last_state()}; try a lower --lr, "
+            "--clip-grad 1, more --warmup-epochs, --amp-dtype bfloat16 or --no-use-amp"
+        ) from error
     except UserError as error:
         raise UserError(f"{error}; {run.last_state()}") from error
     except (RuntimeError, ConnectionError, EOFError) as error:

@@ -165,7 +165,8 @@ def test_long_trainings_do_not_leak(data, tmp_path, monkeypatch):
         threads[epoch] = set(threading.enumerate()) - before
 
     monkeypatch.setattr(deit.train.reporting.Reporter, "end_epoch", end_epoch)
-    assert train("--epochs", "40", "--num-workers", "1", data=data, out=tmp_path) == 0
+    quick = ("--epochs", "40", "--num-workers", "1", "--batch-size", "26")
+    assert train(*quick, data=data, out=tmp_path) == 0
     assert resident[39] - resident[9] < 10
     assert files[39] <= files[9] + 3  # a checkpoint may be being written
     assert len(threads[39]) == len(threads[9])
@@ -330,20 +331,9 @@ def test_full_disk_while_saving(data, again, monkeypatch, capsys):
     assert (again / "checkpoint.pth").read_bytes() == before
 
 
-# as a script
-
-
-def run_script(*argv: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "deit/main.py", *argv]
-    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, **kwargs)
-
-
-def test_script_runs_without_an_installation(data, trained):
-    done = run_script(*TINY, "--eval", "--data-path", str(data))
-    assert done.returncode == 0, done.stderr
-    assert "random weights" in done.stdout
-    assert "* Acc@1" in done.stdout
-    wrong = run_script("--resume", str(trained / "no.pth"))
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("\n") == 1
-    assert wrong.stdout == ""
+def test_script_runs_without_an_installation(tmp_path):
+    command = [sys.executable, "deit/main.py", "--eval", "--resume", str(tmp_path / "no.pth")]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: no checkpoint at '.*no.pth': the file .*\n", done.stderr)
+    assert done.stdout == ""

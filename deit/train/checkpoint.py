@@ -211,10 +211,8 @@ def _why_unreadable(path: Path, source: str, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         name = re.search(r"GLOBAL ([\w.]+)", message)
         wants = ""
-        if name and not name.group(1).startswith("torch.distributed"):
-            wants = (
-                f"to use {name.group(1)!r}, which is not among the types that a checkpoint needs"
-            )
+        if name:
+            wants = f"to use {name[1]!r}, which is not among the types that a checkpoint needs"
         elif "unrecognized function" in message:
             wants = "to call a function"
         elif "Unsupported operand" in message and (zipped or start[:1] == pickle.PROTO):

@@ -25,7 +25,7 @@ from deit.train.build import (
 )
 from deit.train.checkpoint import Checkpoint
 from deit.train.distributed import DistContext
-from deit.train.engine import NonFiniteLossError, count_parameters
+from deit.train.engine import count_parameters
 from deit.train.folder import LAST, clear, read_log
 from deit.train.loading import NETWORK, adopt, find_checkpoints
 from deit.train.optim import peak_lr
@@ -173,15 +173,6 @@ class Run:
         if not path.exists():
             return "no state has been saved yet"
         return f"the last state is {path}, --resume auto goes on from it"
-
-    def explain(self, error: NonFiniteLossError) -> str:
-        """Where the loss broke, what is still good, and what to try."""
-        epoch, step = self.state.progress.epoch, error.update + 1
-        return (
-            f"the loss became infinite or NaN in epoch {epoch + 1} at step {step} "
-            f"(update {epoch * self.updates + step}); {self.last_state()}; try a lower --lr, "
-            "--clip-grad 1, more --warmup-epochs, --amp-dtype bfloat16 or --no-use-amp"
-        )
 
     def close(self) -> None:
         """End the loader's workers and wait for the last write; also after a failure."""
