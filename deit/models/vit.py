@@ -175,7 +175,8 @@ class VisionTransformer(Classifier):
     def _embed(self, images: Tensor) -> Feature:
         """Patches with their positions after the prefix tokens, parts (B, prefix + N, C/2)."""
         x = self.patch_embed(images)
-        positions = self.pos_embed(self._grid(images))
+        # its own grid otherwise: `patch_embed` may be wrapped, and have no grid to ask for
+        positions = self.pos_embed(self._grid(images) if self.dynamic_img_size else None)
         batch = x[0].shape[0]
         prefix = [t(batch) for t in (self.cls_token, self.reg_token) if t is not None]
         x = [part + position for part, position in zip(x, positions, strict=True)]
