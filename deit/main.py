@@ -139,7 +139,7 @@ def train_epoch(run: Run, batches: Batches) -> None:
     reporter.start(title, run.updates, progress.step)
     try:
         loss = train_one_epoch(
-            run.train_step,
+            state,
             batches,
             updates=run.updates,
             agreement=run.agreement,

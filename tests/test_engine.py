@@ -14,14 +14,14 @@ from deit.train.ema import ModelEma
 from deit.train.engine import (
     NonFiniteLossError,
     Precision,
+    Progress,
     RunningLoss,
-    TrainStep,
+    TrainingState,
     evaluate,
     lower_precision,
     train_one_epoch,
 )
 from deit.train.losses import TrainingLoss
-from deit.train.resume import Progress
 from deit.train.stopping import StopAgreement, Stopped, forget_stop, request_stop
 
 CPU = torch.device("cpu")
@@ -51,23 +51,26 @@ def make_batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Te
     ]
 
 
-def make_train_step(net: nn.Module, device=CPU, precision=None, epoch=0, **kwargs) -> TrainStep:
-    """`state.seen` has the numbers of updates that the schedule is told."""
-    state = SimpleNamespace(
-        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        precision=precision or Precision(CPU, None),
-        processes=DistContext(device),
-        running=RunningLoss(device),
-        progress=Progress(epoch=epoch),
-        seen=(seen := []),
-        schedule=SimpleNamespace(step_update=seen.append),
+def make_state(net, device=CPU, precision=None, epoch=0, ema=None, **options) -> TrainingState:
+    """`schedule.seen` has the numbers of updates that the schedule is told."""
+    plain = {"update_freq": 1, "clip_grad": None, "train_mode": True}
+    return TrainingState(
+        Namespace(**(plain | options)),
+        DistContext(device),
+        net,
+        net,
+        TrainingLoss(nn.CrossEntropyLoss()),
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        SimpleNamespace(step_update=(seen := []).append, seen=seen),
+        precision or Precision(CPU, None),
+        Progress(epoch=epoch),
+        ema=ema,
     )
-    return TrainStep(net, TrainingLoss(nn.CrossEntropyLoss()), state, **kwargs)
 
 
-def run_epoch(train_step: TrainStep, batches, on_update=lambda *_: None) -> float:
+def run_epoch(state: TrainingState, batches, on_update=lambda *_: None) -> float:
     return train_one_epoch(
-        train_step,
+        state,
         iter(batches),
         updates=len(batches),
         agreement=StopAgreement(),
@@ -80,8 +83,8 @@ def test_epoch_by_hand():
     batches = make_batches(3)
     net, twin = make_net(), make_net()
     ema = ModelEma(net, 0.9)
-    train_step = make_train_step(net, ema=ema, epoch=4)
-    mean = run_epoch(train_step, batches)
+    state = make_state(net, ema=ema, epoch=4)
+    mean = run_epoch(state, batches)
 
     average = {name: value.clone() for name, value in twin.state_dict().items()}
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
@@ -98,7 +101,7 @@ def test_epoch_by_hand():
             else:
                 average[name] = value.clone()
     assert mean == pytest.approx(sum(losses) / 3, abs=1e-6)
-    assert train_step.state.seen == [13, 14, 15]
+    assert state.schedule.seen == [13, 14, 15]
     for name, value in twin.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
         torch.testing.assert_close(ema.module.state_dict()[name], average[name])
@@ -152,25 +155,25 @@ class NoHostSync(TorchDispatchMode):
 
 def test_an_update_waits_for_nothing():
     net = make_net()
-    train_step = make_train_step(net, ema=ModelEma(net, 0.9), clip_grad=1.0)
+    state = make_state(net, ema=ModelEma(net, 0.9), clip_grad=1.0)
     batches = iter(make_batches(3))
-    train_step.update(batches, 0)
+    state.update(batches, 0)
     with NoHostSync():
-        train_step.update(batches, 1)
+        state.update(batches, 1)
         with pytest.raises(AssertionError, match="waits"):
-            train_step.state.running.total.item()
+            state.running.total.item()
 
 
 def test_clipping_limits_the_gradient():
     net = make_net()
     before = net[1].weight.detach().clone()
-    run_epoch(make_train_step(net, clip_grad=1e-3), make_batches(1))
+    run_epoch(make_state(net, clip_grad=1e-3), make_batches(1))
     assert 0 < (net[1].weight - before).norm() <= 0.1 * 1e-3 + 1e-8
 
 
 def test_evaluation_mode_while_training():
     net = make_net()
-    run_epoch(make_train_step(net, train_mode=False), make_batches(1))
+    run_epoch(make_state(net, train_mode=False), make_batches(1))
     assert not net.training
     assert net[2].num_batches_tracked == 0
 
@@ -181,7 +184,7 @@ def test_non_finite_loss_names_its_step_and_stops(broken):
     batches[broken] = (batches[broken][0] * math.inf, batches[broken][1])
     done = []
     with pytest.raises(NonFiniteLossError, match=f"step {broken}") as caught:
-        run_epoch(make_train_step(make_net()), batches, on_update=lambda n, loss: done.append(n))
+        run_epoch(make_state(make_net()), batches, on_update=lambda n, loss: done.append(n))
     assert caught.value.update == broken
     assert done == list(range(1, broken + 1))
 
@@ -207,7 +210,7 @@ def test_stop_comes_after_the_update_that_is_under_way():
             request_stop("a test")
 
     with pytest.raises(Stopped, match="a test"):
-        run_epoch(make_train_step(make_net()), make_batches(4), on_update=on_update)
+        run_epoch(make_state(make_net()), make_batches(4), on_update=on_update)
     assert done == [1, 2]
 
 
@@ -266,6 +269,6 @@ def test_float16_scales_the_loss():
     precision = Precision.choose(device, use_amp=True, name="float16")
     assert precision.scaler.is_enabled()
     batches = [(images.to(device), targets.to(device)) for images, targets in make_batches(3)]
-    loss = run_epoch(make_train_step(net, device, precision), batches)
+    loss = run_epoch(make_state(net, device, precision), batches)
     assert math.isfinite(loss)
     assert precision.scaler.get_scale() > 1

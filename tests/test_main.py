@@ -93,7 +93,7 @@ def test_configuration_is_written_before_the_first_step(data, tmp_path, monkeypa
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(deit.train.engine.TrainStep, "update", fail)
+    monkeypatch.setattr(deit.train.engine.TrainingState, "update", fail)
     with pytest.raises(KeyboardInterrupt):
         train(data=data, out=tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

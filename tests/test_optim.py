@@ -17,11 +17,11 @@ import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError
 from deit.train import optim
 from deit.train.args import parse_args
-from deit.train.engine import Precision, RunningLoss, TrainStep
+from deit.train.distributed import DistContext
+from deit.train.engine import Precision, Progress, TrainingState
 from deit.train.losses import TrainingLoss
 from deit.train.moments import load_optimizer, optimizer_state
 from deit.train.optim import build_optimizer, decays, freeze_shift, parameter_groups, peak_lr
-from deit.train.training import check_second_order
 
 
 def tiny_vit(**kwargs):
@@ -100,16 +100,22 @@ def test_learning_rate_is_for_512_images():
     assert peak_lr(parse_args(["--lr", "5e-4", "--unscale-lr"]), 4096) == 5e-4
 
 
-def two_updates(model, optimizer, size=32, **kwargs):
+def state_of(model, optimizer, world_size=1, **options):
+    args = Namespace(**({"update_freq": 1, "clip_grad": None, "compile": False} | options))
+    processes = DistContext(torch.device("cpu"), world_size=world_size)
+    criterion, precision = TrainingLoss(nn.CrossEntropyLoss()), Precision(processes.device, None)
+    parts = (processes, model, model, criterion, optimizer, None, precision, Progress())
+    return TrainingState(args, *parts)
+
+
+def two_updates(model, optimizer, size=32, **options):
     """Two updates of the training loop, with random images."""
     torch.manual_seed(0)
     images = [torch.randn(2, 3, size, size) for _ in range(2)]
     batches = iter([(x, torch.tensor([0, 1])) for x in images])
-    cpu = torch.device("cpu")
-    state = Namespace(optimizer=optimizer, precision=Precision(cpu, None), running=RunningLoss(cpu))
-    step = TrainStep(model, TrainingLoss(nn.CrossEntropyLoss()), state, **kwargs)
+    state = state_of(model, optimizer, **options)
     for number in range(2):
-        step.update(batches, number)
+        state.update(batches, number)
 
 
 def small_for(opt):
@@ -167,7 +173,7 @@ def test_every_name_trains_or_is_refused_in_one_line(opt):
 def test_second_derivatives_of_every_family(name):
     model = timm.create_model(name, num_classes=3, **TINY_NETWORKS[name])
     optimizer = optimizer_for(model, opt="adahessian", lr=1e-3)
-    two_updates(model, optimizer, clip_grad=1.0, grad_accum_steps=1)
+    two_updates(model, optimizer, clip_grad=1.0)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -176,11 +182,10 @@ def test_second_derivatives_of_every_family(name):
     [(True, 1, "--compile cannot give: omit it"), (False, 2, "several processes cannot give")],
 )
 def test_second_derivatives_are_refused_where_there_are_none(compiled, processes, words):
-    optimizer = optimizer_for(nn.Linear(3, 4), opt="adahessian", lr=0.1)
-    args = Namespace(opt="adahessian", compile=compiled)
+    model = nn.Linear(3, 4)
+    optimizer = optimizer_for(model, opt="adahessian", lr=0.1)
     with pytest.raises(UserError, match=words):
-        check_second_order(optimizer, args, Namespace(world_size=processes))
-    check_second_order(optimizer, Namespace(compile=False), Namespace(world_size=1))
+        state_of(model, optimizer, processes, opt="adahessian", compile=compiled)
 
 
 @pytest.mark.parametrize("opt", ["adam", "adamw", "lookahead_adamw"])

@@ -15,7 +15,7 @@ import deit.main
 import deit.train.stopping
 from deit.errors import UserError
 from deit.train.checkpoint import read_checkpoint
-from deit.train.engine import TrainStep
+from deit.train.engine import TrainingState
 from deit.train.moments import load_optimizer
 from deit.train.reporting import Reporter
 from deit.train.run import Run
@@ -96,8 +96,8 @@ def die_after_half_a_file(save, state, file):
 
 
 MOMENTS = {
-    "first update": (TrainStep, "update", 1, die),
-    "mid-epoch": (TrainStep, "update", 5, die),
+    "first update": (TrainingState, "update", 1, die),
+    "mid-epoch": (TrainingState, "update", 5, die),
     "before the log": (Reporter, "end_epoch", 2, die),
     "before the save": (Run, "save", 4, die),
     "in the write": (torch, "save", 4, die_after_half_a_file),
@@ -132,8 +132,8 @@ def interrupt(monkeypatch):
                 os.kill(os.getpid(), number)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(TrainStep, "update", TrainStep.update)  # to be undone
-        at_call(TrainStep, "update", update, interrupted)
+        monkeypatch.setattr(TrainingState, "update", TrainingState.update)  # to be undone
+        at_call(TrainingState, "update", update, interrupted)
 
     return interrupt
 

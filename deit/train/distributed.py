@@ -9,13 +9,12 @@ it and end the others.
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -264,17 +262,12 @@ def wrap_ddp(model: nn.Module, processes: DistContext) -> nn.Module:
         return model
     # Of gradients of (1, 1, C) tokens. They are copied, which costs nothing at that size.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # The name of the option depends on the version of torch.
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    # Nothing else in these networks changes its buffers in training.
-    changing = any(isinstance(module, _BatchNorm) for module in model.modules())
-    return DistributedDataParallel(
-        model,
-        device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **{sync: changing},
-    )
+    devices = [processes.device.index] if processes.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # Nothing else in these networks changes its buffers in training. The attribute has this name
+    # in every version of torch, the argument has not.
+    wrapped.broadcast_buffers = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return wrapped
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -317,25 +310,3 @@ def shard(model: nn.Module, processes: DistContext, dtype: torch.dtype | None = 
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh)
-
-
-def unsynchronised(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """The context of one backward pass of several that are accumulated.
-
-    Args:
-        last: only the last one reduces the gradients over the processes.
-    """
-    if isinstance(model, DistributedDataParallel):
-        return nullcontext() if last else model.no_sync()
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    return nullcontext()
-
-
-def like_sharded(value: Tensor, reference: Tensor) -> Tensor:
-    """This process's part of `value`, sharded and placed as `reference` is; always a copy."""
-    if isinstance(reference, DTensor) and value.shape == reference.shape:
-        return dist.tensor.distribute_tensor(
-            value.to(reference.device), reference.device_mesh, reference.placements
-        )
-    return value.to(reference.device, copy=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.data.mixup import Mixup
@@ -18,14 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from deit.errors import UserError
-from deit.train.distributed import DistContext, unsynchronised
+from deit.train.distributed import DistContext
 from deit.train.ema import ModelEma
 from deit.train.losses import TrainingLoss
 from deit.train.metrics import Accuracy, Scores
+from deit.train.schedule import TrainingSchedule
 from deit.train.stopping import StopAgreement
-
-if TYPE_CHECKING:
-    from deit.train.resume import TrainingState
 
 # Updates between two looks at the loss on a GPU: each look waits for all queued work.
 _LOOK_EVERY = 20
@@ -117,70 +115,120 @@ class RunningLoss:
 
 
 @dataclass
-class TrainStep:
-    """What makes an update out of batches.
+class Progress:
+    """How far a training has come."""
 
-    Attributes:
-        model: the network, wrapped in DDP or sharded if there are several processes.
-        state: optimizer, schedule, precision, running loss: what an update changes.
-        grad_accum_steps: batches whose gradients one update averages.
-        clip_grad: largest global norm of the gradient, None for no clipping.
-        train_mode: whether dropout and stochastic depth are on.
-    """
+    epoch: int = 0
+    """The epoch under way, from 0."""
+    step: int = 0
+    """Updates done in it."""
+    images: int = 0
+    """Images seen in it by all processes: `step` for another global batch."""
+    best_acc1: float = -1.0
+    best_epoch: int = -1
+    best_ema_acc1: float = -1.0
+    """That of the average, where both are evaluated."""
+    best_ema_epoch: int = -1
+    seconds: float = 0.0
+    """Time spent on it, in all sessions together."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """What log.txt holds."""
 
+    def improves(self, acc1: float, kind: str = "") -> bool:
+        """Whether `acc1` of this epoch is the best so far, which is remembered.
+
+        Args:
+            kind: "_ema" for the average, where both are evaluated.
+        """
+        if acc1 <= getattr(self, f"best{kind}_acc1"):
+            return False
+        setattr(self, f"best{kind}_acc1", acc1)
+        setattr(self, f"best{kind}_epoch", self.epoch)
+        return True
+
+    def next_epoch(self, record: Mapping[str, Any]) -> None:
+        """The epoch under way is over, with `record` as its line in log.txt."""
+        self.history.append(dict(record))
+        self.epoch, self.step, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
+
+
+@dataclass
+class TrainingState:
+    """All that makes an update out of batches, and all that an update changes."""
+
+    args: Namespace
+    """Of which `update_freq`, `clip_grad` and `train_mode` matter here."""
+    processes: DistContext
     model: nn.Module
+    """Not wrapped in DDP; possibly sharded or compiled in place."""
+    wrapped: nn.Module
+    """What is trained: `model`, or DDP around it."""
     criterion: TrainingLoss
-    state: TrainingState
+    optimizer: Optimizer
+    schedule: TrainingSchedule
+    precision: Precision
+    progress: Progress
     mixup: Mixup | None = None
     ema: ModelEma | None = None
-    grad_accum_steps: int = 1
-    clip_grad: float | None = None
-    train_mode: bool = True
+    class_names: Sequence[str] = ()
+    """Of the network's outputs, in their order."""
 
     def __post_init__(self) -> None:
-        self._second_order = needs_second_order(self.state.optimizer)
+        """Raises `UserError` where the optimizer needs second derivatives and there are none."""
+        self.running = RunningLoss(self.processes.device)
+        # of optimizers that differentiate the gradients they are given, as AdaHessian does
+        self._second_order = getattr(self.optimizer, "is_second_order", False)
+        if self._second_order and (self.args.compile or self.processes.world_size > 1):
+            what = "--compile" if self.args.compile else "several processes"
+            raise UserError(
+                f"--opt {self.args.opt} needs second derivatives, which {what} cannot give: "
+                f"{'omit it' if self.args.compile else 'use one process'}, or use another optimizer"
+            )
         if self._second_order:  # `update` drops the gradients that the warning is about
             warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
-        groups = self.state.optimizer.param_groups
-        self._parameters = [p for group in groups for p in group["params"]]
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def update(self, batches: Batches, number: int) -> None:
-        """One optimizer update from the next `grad_accum_steps` batches.
+        """One optimizer update from the next `args.update_freq` batches.
 
         Args:
             number: of the update in its epoch, for the running loss.
         """
-        optimizer, precision = self.state.optimizer, self.state.precision
-        for micro_step in range(self.grad_accum_steps):
+        scaler, count = self.precision.scaler, self.args.update_freq
+        for micro_step in range(count):
             images, targets = next(batches)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             images = self.criterion.network_input(images)
+            # Only the last of the batches reduces the gradients over the processes.
+            last = micro_step == count - 1
+            if isinstance(self.wrapped, DistributedDataParallel):
+                self.wrapped.require_backward_grad_sync = last
+            elif isinstance(self.wrapped, FSDPModule):
+                self.wrapped.set_requires_gradient_sync(last)
             # Fused attention has no second derivative.
             attention = sdpa_kernel(SDPBackend.MATH) if self._second_order else nullcontext()
-            with unsynchronised(self.model, last=micro_step == self.grad_accum_steps - 1):
-                with precision.autocast(), attention:
-                    outputs = self.model(images)
-                    loss = self.criterion(outputs, targets, images)
-                self.state.running.add(loss, len(targets), number)
-                scaled = precision.scaler.scale(loss / self.grad_accum_steps)
-                scaled.backward(create_graph=self._second_order)
-        if self.clip_grad is not None:
-            precision.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
+            with self.precision.autocast(), attention:
+                outputs = self.wrapped(images)
+                loss = self.criterion(outputs, targets, images)
+            self.running.add(loss, len(targets), number)
+            scaler.scale(loss / count).backward(create_graph=self._second_order)
+        if self.args.clip_grad is not None:
+            scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self.args.clip_grad)
         try:
-            precision.scaler.step(optimizer)
+            scaler.step(self.optimizer)
         except RuntimeError as error:
             if "DTensor" not in str(error):
                 raise
+            kind = type(self.optimizer).__name__
             raise UserError(
-                f"the optimizer {type(optimizer).__name__} cannot update sharded weights (--fsdp)"
+                f"the optimizer {kind} cannot update sharded weights (--fsdp)"
             ) from error
-        precision.scaler.update()
-        optimizer.zero_grad()  # apex's takes no argument
+        scaler.update()
+        self.optimizer.zero_grad()  # apex's takes no argument
         if self.ema is not None:
-            wrapped = isinstance(self.model, DistributedDataParallel)
-            self.ema.update(self.model.module if wrapped else self.model)
+            self.ema.update(self.model)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -188,20 +236,15 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def needs_second_order(optimizer: Optimizer) -> bool:
-    """Whether the optimizer differentiates the gradients it is given, as AdaHessian does."""
-    return getattr(optimizer, "is_second_order", False)
-
-
 def train_one_epoch(
-    train_step: TrainStep,
+    state: TrainingState,
     batches: Batches,
     *,
     updates: int,
     agreement: StopAgreement,
     on_update: Callable[[int, float | None], None],
 ) -> float:
-    """Train from where the progress of `train_step.state` stands to the end of its epoch.
+    """Train from where the progress of `state` stands to the end of its epoch.
 
     Args:
         batches: the running stream of (images (B, 3, H, W), targets (B,)) on the device, which is
@@ -217,22 +260,21 @@ def train_one_epoch(
         NonFiniteLossError: before any state of a later update can be saved.
         Stopped: between two updates, on all processes at the same one.
     """
-    state = train_step.state
     processes, done_before = state.processes, state.progress.epoch * updates
-    train_step.model.train(train_step.train_mode)
-    train_step.criterion.train()
+    state.wrapped.train(state.args.train_mode)
+    state.criterion.train()
     look_every = 1 if processes.device.type == "cpu" else _LOOK_EVERY
     try:
         for number in range(state.progress.step, updates):
-            train_step.update(batches, number)
+            state.update(batches, number)
             done = number + 1
             state.schedule.step_update(done_before + done)
             sync_loss = done % look_every == 0 or done == updates
             on_update(done, state.running.mean(processes) if sync_loss else None)
             agreement.poll()
     finally:
-        if train_step.ema is not None:
-            train_step.ema.flush()
+        if state.ema is not None:
+            state.ema.flush()
     return state.running.mean(processes)
 
 

@@ -85,11 +85,6 @@ class DistillationLoss(TrainingLoss):
         self.alpha = alpha
         self.tau = tau
 
-    def train(self, mode: bool = True) -> DistillationLoss:
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
     def forward(self, outputs: Outputs, targets: Tensor, images: Tensor | None = None) -> Tensor:
         logits, distilled = (outputs, outputs) if isinstance(outputs, Tensor) else outputs
         distilled = distilled.float()

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from deit.errors import UserError
 from deit.models.published import own_name, same_but_for_ones
 from deit.train.checkpoint import plain_name
-from deit.train.distributed import like_sharded
 
 # What the command line and the device decide about a parameter group. Everything else in it (step
 # counts, estimated distances, ...) is state of the optimizer.
@@ -164,11 +164,9 @@ def load_optimizer(
                 what = "is of tensors of other shapes than this run's"
                 raise refusal(source, what, "model and --opt")
             state[position] = {key: _placed(key, v, param) for key, v in moments.items()}
-    if not (same_groups and own == list(names)):  # what all groups share is the optimizer's
-        first, *others = groups
-        common = {k: v for k, v in first.items() if all(v == other.get(k) for other in others)}
-        groups = [common] * len(own_groups)
-    for group, theirs in zip(own_groups, groups, strict=True):
+    group_of = {index: group for group in groups for index in group["params"]}
+    for group in own_groups:  # each goes on with the counts of its first parameter
+        theirs = group_of.get(index_of.get(own[group["params"][0]]), groups[0])
         kept = {key: value for key, value in theirs.items() if key not in _FROM_THIS_RUN}
         group.update(copy.deepcopy(kept))  # a step count may be a tensor, which each group counts
         # timm's count, of which apex's kernel takes the number
@@ -199,4 +197,6 @@ def _placed(key: str, value: Any, param: Tensor) -> Any:
         return value
     if key in _SHAPED_LIKE_WEIGHTS and value.ndim > 0:
         value = value.reshape(param.shape)
-    return like_sharded(value, param) if value.shape == param.shape else value.clone()
+    if isinstance(param, DTensor) and value.shape == param.shape:
+        return distribute_tensor(value.to(param.device), param.device_mesh, param.placements)
+    return value.to(param.device, copy=True) if value.shape == param.shape else value.clone()

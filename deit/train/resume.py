@@ -17,24 +17,21 @@ processes, DDP and FSDP, compiled and not.
 
 from __future__ import annotations
 
-import argparse
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from deit.data.stream import seed_everything
 from deit.errors import UserError, some
 from deit.train.args import config_dict
 from deit.train.checkpoint import Checkpoint
-from deit.train.distributed import DistContext
-from deit.train.engine import Precision, RunningLoss
+from deit.train.engine import Progress, TrainingState
 from deit.train.loading import changed_options
 from deit.train.moments import (
     decayed_names,
@@ -45,45 +42,6 @@ from deit.train.moments import (
     refusal,
     same_optimizer,
 )
-from deit.train.schedule import TrainingSchedule
-
-
-@dataclass
-class Progress:
-    """How far a training has come."""
-
-    epoch: int = 0
-    """The epoch under way, from 0."""
-    step: int = 0
-    """Updates done in it."""
-    images: int = 0
-    """Images seen in it by all processes: `step` for another global batch."""
-    best_acc1: float = -1.0
-    best_epoch: int = -1
-    best_ema_acc1: float = -1.0
-    """That of the average, where both are evaluated."""
-    best_ema_epoch: int = -1
-    seconds: float = 0.0
-    """Time spent on it, in all sessions together."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """What log.txt holds."""
-
-    def improves(self, acc1: float, kind: str = "") -> bool:
-        """Whether `acc1` of this epoch is the best so far, which is remembered.
-
-        Args:
-            kind: "_ema" for the average, where both are evaluated.
-        """
-        if acc1 <= getattr(self, f"best{kind}_acc1"):
-            return False
-        setattr(self, f"best{kind}_acc1", acc1)
-        setattr(self, f"best{kind}_epoch", self.epoch)
-        return True
-
-    def next_epoch(self, record: Mapping[str, Any]) -> None:
-        """The epoch under way is over, with `record` as its line in log.txt."""
-        self.history.append(dict(record))
-        self.epoch, self.step, self.images, self.seconds = self.epoch + 1, 0, 0, 0.0
 
 
 def _epoch(checkpoint: Checkpoint, start_epoch: int) -> int:
@@ -153,144 +111,130 @@ def whole(value: Any, keep: bool) -> Any:
     return value
 
 
-@dataclass
-class TrainingState:
-    """Everything that changes while training, gathered for saving and restoring."""
+def state_dict(state: TrainingState) -> dict[str, Any]:
+    """The checkpoint (a collective; only what rank 0 returns is to be saved)."""
+    keep = state.processes.is_main
+    own = {
+        "random": random_state(state.processes.device),
+        "running": state.running.state(),
+        "threads": torch.get_num_threads(),
+    }
+    checkpoint = {
+        "model": whole(state.model.state_dict(), keep),
+        "optimizer": whole(optimizer_state(state.optimizer), keep),
+        "parameters": optimizer_names(state.model, state.optimizer),
+        "lr_scheduler": state.schedule.state_dict(),
+        "scaler": state.precision.scaler.state_dict(),
+        "epoch": state.progress.epoch - 1,
+        "step": state.progress.step,
+        "progress": asdict(state.progress),
+        "processes": state.processes.gather(own),
+        "args": config_dict(state.args),
+        "class_names": list(state.class_names),
+    }
+    if state.ema is not None:
+        checkpoint["model_ema"] = whole(state.ema.module.state_dict(), keep)
+    return checkpoint
 
-    model: nn.Module
-    """Not wrapped in DDP; possibly sharded or compiled in place."""
-    optimizer: Optimizer
-    schedule: TrainingSchedule
-    precision: Precision
-    processes: DistContext
-    args: argparse.Namespace
-    running: RunningLoss
-    ema: nn.Module | None = None
-    progress: Progress = field(default_factory=Progress)
-    class_names: Sequence[str] = ()
-    """Of the network's outputs, in their order."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """The checkpoint (a collective; only what rank 0 returns is to be saved)."""
-        keep = self.processes.is_main
-        own = {
-            "random": random_state(self.processes.device),
-            "running": self.running.state(),
-            "threads": torch.get_num_threads(),
-        }
-        checkpoint = {
-            "model": whole(self.model.state_dict(), keep),
-            "optimizer": whole(optimizer_state(self.optimizer), keep),
-            "parameters": optimizer_names(self.model, self.optimizer),
-            "lr_scheduler": self.schedule.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-            "epoch": self.progress.epoch - 1,
-            "step": self.progress.step,
-            "progress": asdict(self.progress),
-            "processes": self.processes.gather(own),
-            "args": config_dict(self.args),
-            "class_names": list(self.class_names),
-        }
-        if self.ema is not None:
-            checkpoint["model_ema"] = whole(self.ema.state_dict(), keep)
-        return checkpoint
+def load_state_dict(
+    state: TrainingState, checkpoint: Checkpoint, *, global_batch: int
+) -> list[str]:
+    """Go on from `checkpoint`, whose `model` and `model_ema` have been loaded already.
 
-    def load_state_dict(self, checkpoint: Checkpoint, *, global_batch: int) -> list[str]:
-        """Go on from `checkpoint`, whose `model` and `model_ema` have been loaded already.
+    Args:
+        global_batch: images an update of this run.
 
-        Args:
-            global_batch: images an update of this run.
+    Returns:
+        What could not be restored exactly, in sentences for the user; none if all was.
+    """
+    notes = changed_options(checkpoint, state.args)
+    if state.args.resume_weights_only:
+        notes.append("--resume-weights-only: the optimizer's moments start at zero")
+    elif isinstance(checkpoint.get("optimizer"), Mapping):
+        notes += _restore_optimizer(state, checkpoint)
+    else:
+        notes.append("it has no optimizer state, so the moments start at zero")
+    course = checkpoint.get("lr_scheduler")
+    if not state.schedule.load_state_dict(course if isinstance(course, Mapping) else {}):
+        notes.append("the accuracies that --sched plateau has seen are not in it: it starts anew")
+    if state.ema is None and checkpoint.has_average:
+        notes.append("its average (model_ema) is dropped, as this run keeps none: --model-ema")
+    known = {f.name for f in fields(Progress)}
+    saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
+    started = state.progress.epoch  # --start-epoch, for a file that does not say
+    state.progress = Progress(**saved)
+    state.progress.epoch = _epoch(checkpoint, started) + 1
+    state.progress.step = int(checkpoint.get("step", 0))
+    if state.progress.step and state.progress.images != state.progress.step * global_batch:
+        state.progress.step, rest = divmod(state.progress.images, global_batch)
+        state.progress.images -= rest
+        notes.append("its global batch was another one, so the rest of the epoch differs")
+    notes += _restore_processes(state, checkpoint.get("processes"))
+    return notes
 
-        Returns:
-            What could not be restored exactly, in sentences for the user; none if all was.
-        """
-        notes = changed_options(checkpoint, self.args)
-        if self.args.resume_weights_only:
-            notes.append("--resume-weights-only: the optimizer's moments start at zero")
-        elif isinstance(checkpoint.get("optimizer"), Mapping):
-            notes += self._restore_optimizer(checkpoint)
-        else:
-            notes.append("it has no optimizer state, so the moments start at zero")
-        course = checkpoint.get("lr_scheduler")
-        if not self.schedule.load_state_dict(course if isinstance(course, Mapping) else {}):
-            notes.append(
-                "the accuracies that --sched plateau has seen are not in it: it starts anew"
-            )
-        if self.ema is None and checkpoint.has_average:
-            notes.append("its average (model_ema) is dropped, as this run keeps none: --model-ema")
-        known = {f.name for f in fields(Progress)}
-        saved = {k: v for k, v in checkpoint.get("progress", {}).items() if k in known}
-        started = self.progress.epoch  # --start-epoch, for a file that does not say
-        self.progress = Progress(**saved)
-        self.progress.epoch = _epoch(checkpoint, started) + 1
-        self.progress.step = int(checkpoint.get("step", 0))
-        if self.progress.step and self.progress.images != self.progress.step * global_batch:
-            self.progress.step, rest = divmod(self.progress.images, global_batch)
-            self.progress.images -= rest
-            notes.append("its global batch was another one, so the rest of the epoch differs")
-        notes += self._restore_processes(checkpoint.get("processes"))
-        return notes
 
-    def _restore_optimizer(self, checkpoint: Checkpoint) -> list[str]:
-        """Load moments and the scaler; remarks on what the run there did otherwise."""
-        source, saved = checkpoint.source, checkpoint["optimizer"]
-        theirs, ours = (
-            str(o.get("opt", "")).lower() for o in (checkpoint.options, vars(self.args))
+def _restore_optimizer(state: TrainingState, checkpoint: Checkpoint) -> list[str]:
+    """Load moments and the scaler; remarks on what the run there did otherwise."""
+    source, saved = checkpoint.source, checkpoint["optimizer"]
+    theirs, ours = (str(o.get("opt", "")).lower() for o in (checkpoint.options, vars(state.args)))
+    if theirs and not same_optimizer(theirs, ours):
+        raise refusal(source, f"is of --opt {theirs}, this run has --opt {ours}", "one")
+    names, published = checkpoint.get("parameters"), "processes" not in checkpoint
+    if published:  # our own code has always written `processes`
+        names = published_names(state.model, checkpoint["model"], saved, source)
+    new = load_optimizer(state.model, state.optimizer, saved, source, names)
+    if checkpoint.get("scaler") and state.precision.scaler.is_enabled():
+        state.precision.scaler.load_state_dict(checkpoint["scaler"])
+    notes = []
+    if new:
+        others = f" and {len(new) - 1} other parameters" if len(new) > 1 else ""
+        notes.append(f"it has no moments of {new[0]}{others}, which start at zero")
+    return notes + (_published_differences(state, checkpoint, names) if published else [])
+
+
+def _published_differences(
+    state: TrainingState, checkpoint: Checkpoint, names: list[str]
+) -> list[str]:
+    """What the published run did otherwise than this one, unless the options ask for it."""
+    theirs = decayed_names(names, checkpoint["optimizer"]["param_groups"])
+    own = optimizer_names(state.model, state.optimizer)
+    ours = decayed_names(own, state.optimizer.param_groups)
+    others = [name for name in own if name in theirs and name not in ours]
+    notes = []
+    if others and ours:
+        notes.append(
+            f"it was trained with weight decay on {some(others)}: --decay-as-compiled goes on so"
         )
-        if theirs and not same_optimizer(theirs, ours):
-            raise refusal(source, f"is of --opt {theirs}, this run has --opt {ours}", "one")
-        names, published = checkpoint.get("parameters"), "processes" not in checkpoint
-        if published:  # our own code has always written `processes`
-            names = published_names(self.model, checkpoint["model"], saved, source)
-        new = load_optimizer(self.model, self.optimizer, saved, source, names)
-        if checkpoint.get("scaler") and self.precision.scaler.is_enabled():
-            self.precision.scaler.load_state_dict(checkpoint["scaler"])
-        notes = []
-        if new:
-            others = f" and {len(new) - 1} other parameters" if len(new) > 1 else ""
-            notes.append(f"it has no moments of {new[0]}{others}, which start at zero")
-        return notes + (self._published_differences(checkpoint, names) if published else [])
+    course = "deit" if "lr_scheduler" in checkpoint else "convnext"
+    by_timm = "state_dict" in checkpoint  # whose own script has other courses
+    if not by_timm and state.args.sched_as_published != course:
+        notes.append(
+            "its learning rates were those of the published code: --sched-as-published "
+            f"{course} goes on with them"
+        )
+    return notes
 
-    def _published_differences(self, checkpoint: Checkpoint, names: list[str]) -> list[str]:
-        """What the published run did otherwise than this one, unless the options ask for it."""
-        theirs = decayed_names(names, checkpoint["optimizer"]["param_groups"])
-        own = optimizer_names(self.model, self.optimizer)
-        ours = decayed_names(own, self.optimizer.param_groups)
-        others = [name for name in own if name in theirs and name not in ours]
-        notes = []
-        if others and ours:
-            notes.append(
-                f"it was trained with weight decay on {some(others)}: "
-                "--decay-as-compiled goes on so"
-            )
-        course = "deit" if "lr_scheduler" in checkpoint else "convnext"
-        by_timm = "state_dict" in checkpoint  # whose own script has other courses
-        if not by_timm and self.args.sched_as_published != course:
-            notes.append(
-                "its learning rates were those of the published code: --sched-as-published "
-                f"{course} goes on with them"
-            )
-        return notes
 
-    def _restore_processes(self, saved: list[Mapping[str, Any]] | None) -> list[str]:
-        if saved is None:
-            return ["it has no states of random generators, so they start from --seed"]
-        world_size, rank = self.processes.world_size, self.processes.rank
-        device = self.processes.device
-        # Of the running sums only the total matters; random streams cannot be split or joined.
-        for state in saved[rank::world_size]:
-            self.running.add_state(state["running"])
-        if rank < len(saved):
-            set_random_state(saved[rank]["random"], device)
-        if len(saved) != world_size:
-            return [
-                f"it was saved by {len(saved)} processes, this run has {world_size}: the same "
-                "images in the same order, but dropout, stochastic depth and mixup draw differently"
-            ]
-        threads, now = saved[rank]["threads"], torch.get_num_threads()
-        if device.type == "cpu" and threads != now:
-            return [
-                f"it was saved with {threads} CPU threads, this run has {now}: sums are rounded "
-                f"differently; --threads {threads}"
-            ]
-        return []
+def _restore_processes(state: TrainingState, saved: list[Mapping[str, Any]] | None) -> list[str]:
+    if saved is None:
+        return ["it has no states of random generators, so they start from --seed"]
+    world_size, rank = state.processes.world_size, state.processes.rank
+    device = state.processes.device
+    # Of the running sums only the total matters; random streams cannot be split or joined.
+    for one in saved[rank::world_size]:
+        state.running.add_state(one["running"])
+    if rank < len(saved):
+        set_random_state(saved[rank]["random"], device)
+    if len(saved) != world_size:
+        return [
+            f"it was saved by {len(saved)} processes, this run has {world_size}: the same "
+            "images in the same order, but dropout, stochastic depth and mixup draw differently"
+        ]
+    threads, now = saved[rank]["threads"], torch.get_num_threads()
+    if device.type == "cpu" and threads != now:
+        return [
+            f"it was saved with {threads} CPU threads, this run has {now}: sums are rounded "
+            f"differently; --threads {threads}"
+        ]
+    return []

@@ -30,6 +30,7 @@ from deit.train.folder import LAST, clear, read_log
 from deit.train.loading import NETWORK, adopt, find_checkpoints
 from deit.train.optim import peak_lr
 from deit.train.reporting import Reporter, environment
+from deit.train.resume import state_dict
 from deit.train.stopping import StopAgreement
 from deit.train.training import start_training
 
@@ -57,7 +58,7 @@ class Run:
         self.updates = updates_per_epoch(args, len(train_set), processes.world_size)
         batch = args.batch_size * processes.world_size
         self.batches, self.images = len(train_set) // batch, batch * args.update_freq
-        self.train_step, self.state, remarks = start_training(
+        self.state, remarks = start_training(
             args,
             processes,
             classes,
@@ -68,11 +69,11 @@ class Run:
             class_names=train_set.class_names,
         )
         self.parameters = count_parameters(self.state.model)
-        model, average = self.state.model, self.state.ema
+        model, ema = self.state.model, self.state.ema
         self.evaluated = {"": model}
-        if average is not None and args.model_ema_eval:
+        if ema is not None and args.model_ema_eval:
             both = args.model_ema_eval == "both"
-            self.evaluated = {"": model, "_ema": average} if both else {"": average}
+            self.evaluated = {"": model, "_ema": ema.module} if both else {"": ema.module}
         self.writer: CheckpointWriter | None = None
         if args.output_dir and processes.is_main:
             clean_temporaries(Path(args.output_dir))
@@ -148,7 +149,7 @@ class Run:
     def save(self, names: list[str]) -> None:
         """Save the state under `names` in the output folder, if there is one."""
         if self.args.output_dir and self.args.save_ckpt:
-            checkpoint = self.state.state_dict()
+            checkpoint = state_dict(self.state)
             if self.writer is not None:
                 self.writer.save(checkpoint, names)
                 self._drop_copies(names)

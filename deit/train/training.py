@@ -8,19 +8,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from deit.data import build_mixup
-from deit.errors import UserError
 from deit.train.build import build_model
 from deit.train.checkpoint import Checkpoint
 from deit.train.compilation import compile_network
 from deit.train.distributed import DistContext, shard, wrap_ddp
 from deit.train.ema import ModelEma
-from deit.train.engine import Precision, TrainStep, needs_second_order
+from deit.train.engine import Precision, Progress, TrainingState
 from deit.train.losses import TrainingLoss, build_criterion, prepare_student
 from deit.train.optim import build_optimizer, freeze_shift, peak_lr
-from deit.train.resume import Progress, RunningLoss, TrainingState, seed_all
+from deit.train.resume import load_state_dict, seed_all
 from deit.train.schedule import TrainingSchedule
 from deit.train.teacher import build_teacher
 from deit.train.weights import freeze_all_but_attention, load_weights
@@ -36,7 +34,7 @@ def start_training(
     checkpoint: Checkpoint | None = None,
     origin: Checkpoint | None = None,
     class_names: Sequence[str] = (),
-) -> tuple[TrainStep, TrainingState, list[str]]:
+) -> tuple[TrainingState, list[str]]:
     """Build all that an update needs and changes.
 
     The order matters, and so do the random numbers drawn on the way. The average copies what is
@@ -51,7 +49,7 @@ def start_training(
         class_names: of the data; a classifier for others is not taken from `origin`.
 
     Returns:
-        What makes updates, what they change, and remarks for the user.
+        What makes updates and is changed by them, and remarks for the user.
     """
     device = processes.device
     seed_all(args.seed)  # the same weights on every rank
@@ -70,46 +68,27 @@ def start_training(
     wrapped = _compile_and_spread(model, average, args, processes, precision.dtype)
     optimizer, remarks = build_optimizer(model, args, peak_lr(args, images))
     notes += remarks
-    check_second_order(optimizer, args, processes)
+    mixup = build_mixup(args, classes)
     state = TrainingState(
-        model=model,
+        args,
+        processes,
+        model,
+        wrapped,
+        criterion=_criterion(args, processes, classes, class_names, mixup is not None),
         optimizer=optimizer,
         schedule=TrainingSchedule(optimizer, args, updates),
         precision=precision,
-        processes=processes,
-        args=args,
-        running=RunningLoss(device),
-        ema=average,
         progress=Progress(epoch=args.start_epoch),
-        class_names=class_names,
-    )
-    mixup = build_mixup(args, classes)
-    train_step = TrainStep(
-        model=wrapped,
-        criterion=_criterion(args, processes, classes, class_names, mixup is not None),
-        state=state,
         mixup=mixup,
         ema=ema,
-        grad_accum_steps=args.update_freq,
-        clip_grad=args.clip_grad,
-        train_mode=args.train_mode,
+        class_names=class_names,
     )
     # Building has drawn random numbers; from here on every rank has its own.
     seed_all(args.seed + processes.rank)
     if checkpoint is not None:
-        notes += state.load_state_dict(checkpoint, global_batch=images)
+        notes += load_state_dict(state, checkpoint, global_batch=images)
     state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
-    return train_step, state, notes
-
-
-def check_second_order(optimizer: Optimizer, args: Namespace, processes: DistContext) -> None:
-    """Raise `UserError` where the gradients cannot be differentiated, as this optimizer does."""
-    if needs_second_order(optimizer) and (args.compile or processes.world_size > 1):
-        what = "--compile" if args.compile else "several processes"
-        raise UserError(
-            f"--opt {args.opt} needs second derivatives, which {what} cannot give: "
-            f"{'omit it' if args.compile else 'use one process'}, or use another optimizer"
-        )
+    return state, notes
 
 
 def _first_weights(

@@ -21,6 +21,7 @@ from deit.train.engine import RunningLoss, count_parameters, evaluate, train_one
 from deit.train.folder import LAST
 from deit.train.metrics import Accuracy
 from deit.train.reporting import environment
+from deit.train.resume import state_dict
 from deit.train.stopping import StopAgreement, Stopped
 from deit.train.training import start_training
 from experiments.fashion_mnist.grid import Cell, Plan
@@ -89,7 +90,7 @@ class Training:
         checkpoint = read_checkpoint(last) if last.exists() else None
         if checkpoint is not None and checkpoint.get("origin") != self.origin:
             checkpoint = None  # of another plan
-        self.train_step, self.state, _ = start_training(
+        self.state, _ = start_training(
             self.args,
             self.processes,
             CLASSES,
@@ -145,7 +146,7 @@ class Training:
 
         agreement = StopAgreement()
         loss = train_one_epoch(
-            self.train_step,
+            self.state,
             batches,
             updates=plan.updates,
             agreement=agreement,
@@ -172,7 +173,7 @@ class Training:
         self._save()
 
     def _save(self) -> None:
-        self.writer.save(self.state.state_dict() | {"origin": self.origin}, [LAST])
+        self.writer.save(state_dict(self.state) | {"origin": self.origin}, [LAST])
         self.writer.flush()
 
 
