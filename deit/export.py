@@ -21,26 +21,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
 from deit.data import read_class_map
-from deit.deploy import fold
-from deit.deploy.files import (
-    ANY_BATCH_IN_ONNX,
-    FORMATS,
-    QUANTIZATION,
-    Runner,
-    quantize_onnx,
-    require_onnx,
-    write_safetensors,
-)
+from deit.deploy import files, fold
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, one_line, run_command
 from deit.measure import int8
@@ -64,23 +55,15 @@ def get_parser() -> CommandLine:
     """The options of the script."""
     parser = CommandLine(prog="export.py", description=__doc__)
     what = OptionGroup(parser, "network")
-    what.add("--model", str, None, "NAME",
-             "the network (default: what the checkpoint says)")  # fmt: skip
     what.add("--resume", str, None, "FILE",
              "checkpoint: a file, an address or hf-hub:owner/name (default: random "
              "weights)")  # fmt: skip
-    what.switch("--model-ema-eval", "take the average of the weights")
-    what.add("--model-kwargs", key_value, None, "KEY=VALUE",
-             "arguments of the network other than those that it was trained with",
-             nargs="+")  # fmt: skip
+    add_network_options(what)
     what.add("--nb-classes", number(int, 1), None, "N",
              "outputs, without --resume (default: 1000)")  # fmt: skip
     what.add("--input-size", number(int, 1), None, "PIXELS",
              "side, or height and width, of the images (default: what it was trained on, or 224)",
              nargs="+")  # fmt: skip
-    what.add("--class-map", str, None, "FILE",
-             "what the outputs stand for: a name a line, or JSON (default: what the checkpoint "
-             "says)")  # fmt: skip
     file = OptionGroup(parser, "file")
     file.add("--format", str, None, None, "safetensors holds the network's own weights, unfolded, "
              "for `deit.load` and --resume", choices=tuple(SUFFIXES), required=True)  # fmt: skip
@@ -137,78 +120,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def add_network_options(group: OptionGroup) -> None:
+    """What may be said of the network in a checkpoint."""
+    group.add("--model", str, None, "NAME", "the network (default: what the checkpoint says)")
+    group.add("--model-kwargs", key_value, None, "KEY=VALUE",
+              "arguments of the network other than those that it was trained with",
+              nargs="+")  # fmt: skip
+    group.switch("--model-ema-eval", "take the average of the weights in the checkpoint")
+    group.add("--class-map", str, None, "FILE", "what the outputs stand for: a name a line, or "
+              "JSON (default: what the network's file says)")  # fmt: skip
+
+
 def _validate(args: argparse.Namespace) -> None:
-    suffix = SUFFIXES[args.format]
-    if args.output.suffix.lower() != suffix:
-        raise UserError(f"--output {args.output} of --format {args.format} must end in {suffix}")
+    onnx, program = args.format == "onnx", args.format != "safetensors"
+    if args.output.suffix.lower() != SUFFIXES[args.format]:
+        raise UserError(f"--output {args.output} of --format {args.format} must end in "
+                        f"{SUFFIXES[args.format]}")  # fmt: skip
     if not (args.model or args.resume):
         raise UserError("nothing to export: give --resume FILE, or --model NAME for random weights")
-    if args.resume and args.nb_classes:
-        raise UserError("--nb-classes is for random weights: the checkpoint says it, omit it")
-    if args.model_ema_eval and not args.resume:
-        raise UserError("--model-ema-eval takes the average in a checkpoint: give --resume FILE")
     if args.input_size and len(args.input_size) > 2:
         raise UserError("--input-size takes a side, or height and width, not "
                         f"{len(args.input_size)} numbers")  # fmt: skip
-    if args.format == "safetensors":
-        wrong = {"--normalize-input", "--dynamic-batch", "--batch-size"} & {
-            "--" + name.replace("_", "-") for name in args.given
-        }
-        if wrong or ("fold" in args.given and args.fold):
-            raise UserError(f"{sorted(wrong)[0] if wrong else '--fold'} is for programs; "
-                            "safetensors holds weights alone: use --format onnx or "
-                            "torch-export")  # fmt: skip
-    if args.dynamic_batch and "batch_size" in args.given:
-        raise UserError("--dynamic-batch takes any batch: omit --batch-size")
-    for option in ("opset", "quantize"):
-        if getattr(args, option) is not None and args.format != "onnx":
-            raise UserError(f"--{option} is of ONNX, not of {args.format}: omit it")
-    _validate_int8(args)
-    if args.format == "onnx":
-        require_onnx()
-        if not ANY_BATCH_IN_ONNX and (args.dynamic_batch or args.quantize):
+    programs = "programs, and safetensors holds weights alone: use --format onnx or torch-export"
+    purposes = {
+        "nb_classes": (not args.resume, "random weights, and the checkpoint says it"),
+        "model_ema_eval": (args.resume, "the average in a checkpoint: give --resume FILE"),
+        "fold": (program, programs),
+        "normalize_input": (program, programs),
+        "dynamic_batch": (program, programs),
+        "batch_size": (program and not args.dynamic_batch, "programs without --dynamic-batch"),
+        "half": (not args.quantize, "files in float16, and --quantize for those in int8"),
+        "opset": (onnx, "--format onnx"),
+        "quantize": (onnx, "--format onnx"),
+        "calibrate": (args.quantize == "static", "--quantize static; what is measured on is "
+                      "--eval-data-path"),
+        "eval_data_path": (args.quantize, "--quantize, and measures what that loses"),
+    }  # fmt: skip
+    for option, (possible, purpose) in purposes.items():
+        if option in args.given and getattr(args, option) is not False and not possible:
+            raise UserError(f"--{option.replace('_', '-')} is for {purpose}, or omit it")
+    if args.quantize == "static" and args.calibrate is None:
+        raise UserError("--quantize static takes the ranges of values from images: give "
+                        "--calibrate FOLDER, or use --quantize dynamic")  # fmt: skip
+    if onnx:
+        files.require_onnx()
+        if not files.ANY_BATCH_IN_ONNX and (args.dynamic_batch or args.quantize):
             raise UserError(f"torch {torch.__version__} writes ONNX files of one batch size in "
                             "float alone: use a later one, or omit --dynamic-batch and "
                             "--quantize")  # fmt: skip
 
 
-def _validate_int8(args: argparse.Namespace) -> None:
-    if args.quantize and args.half:
-        raise UserError("--half and --quantize: a file is in float16 or in int8, omit one of them")
-    if args.quantize == "static" and args.calibrate is None:
-        raise UserError("--quantize static takes the ranges of values from images: give "
-                        "--calibrate FOLDER, or use --quantize dynamic")  # fmt: skip
-    if args.quantize != "static" and args.calibrate is not None:
-        raise UserError("--calibrate is for --quantize static: omit it, or give that too; what is "
-                        "measured on is --eval-data-path")  # fmt: skip
-    if args.eval_data_path is not None and not args.quantize:
-        raise UserError("--eval-data-path measures what --quantize loses: omit it, or give that "
-                        "too")  # fmt: skip
-
-
 def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo, argparse.Namespace]:
     """The network as asked for, what the file is to say, and the options it was built with."""
-    size: Any = args.input_size
-    if size is not None:
-        size = size[0] if len(size) == 1 else tuple(size)
-    kwargs = dict(args.model_kwargs or ())
+    size = None if args.input_size is None else tuple(args.input_size)
+    size = size[0] if size is not None and len(size) == 1 else size
     if args.resume:
-        network, used = build_as_trained(
-            read_checkpoint(args.resume), ema=args.model_ema_eval,
-            model=args.model, img_size=size, kwargs=kwargs,
-        )  # fmt: skip
-        names = network.class_names
+        network, used = trained_network(args.resume, args, size)
     else:
         print("note    random weights: no checkpoint is given by --resume")
         used = parse_args([])
-        used.model, used.model_kwargs, used.drop_path = args.model, list(kwargs.items()), 0.0
+        used.model, used.model_kwargs, used.drop_path = args.model, args.model_kwargs, 0.0
         used.input_size = size or used.input_size
         network, _ = build_model(used, args.nb_classes or 1000)
-        names = None
-    if (channels := input_channels(network)) != 3:
-        raise UserError(f"{used.model} takes images of {channels} channels here, and files are "
-                        "written and checked for those of 3")  # fmt: skip
-    outputs = getattr(network, "num_classes", None)
+        check_colours(network, args.model)
+    names, outputs = (getattr(network, name, None) for name in ("class_names", "num_classes"))
     if args.class_map:
         names = read_class_map(args.class_map)
         if len(names) != outputs:
@@ -216,6 +191,27 @@ def _network(args: argparse.Namespace) -> tuple[nn.Module, NetworkInfo, argparse
                             f"network has {outputs} outputs")  # fmt: skip
     info = replace(network_info(used, names), normalized=not args.normalize_input)
     return network.eval().requires_grad_(False), info, used
+
+
+def trained_network(
+    source: str, args: argparse.Namespace, size: int | tuple[int, int] | None = None
+) -> tuple[nn.Module, argparse.Namespace]:
+    """The network of a checkpoint with the options of `add_network_options`, for images of `size`.
+
+    Also returns the options that it was built with.
+    """
+    network, used = build_as_trained(
+        read_checkpoint(source), ema=args.model_ema_eval, model=args.model, img_size=size,
+        kwargs=dict(args.model_kwargs or ()),
+    )  # fmt: skip
+    check_colours(network, used.model)
+    return network, used
+
+
+def check_colours(network: nn.Module, name: str) -> None:
+    """Raise UserError unless the network takes images of three colours."""
+    if (channels := input_channels(network)) != 3:
+        raise UserError(f"{name} takes images of {channels} channels here, and images have 3")
 
 
 class _Normalized(nn.Module):
@@ -238,20 +234,22 @@ def _write(
     info: NetworkInfo,
     used: argparse.Namespace,
     path: Path,
-) -> Runner:
+) -> files.Runner:
     """Write the file in float; what runs it."""
     if args.format == "safetensors":
         saved = {name: getattr(used, name, None) for name in (*NETWORK, *PREPARATION)}
-        metadata = {**info.to_metadata(), "args": json.dumps(config_dict(saved))}
-        write_safetensors(copy.deepcopy(network).half() if args.half else network, path, metadata)
+        metadata = {"format": "pt", **info.to_metadata(), "args": json.dumps(config_dict(saved))}
         copied = copy.deepcopy(network)
-        copied.load_state_dict(read_checkpoint(path)["model"])
+        state = (copied.half() if args.half else copied).state_dict()
+        state = {name: value.contiguous().clone() for name, value in state.items()}
+        save_file(state, path, metadata)
+        copied.float().load_state_dict(read_checkpoint(path)["model"])
         return copied
     target = "onnx" if args.format == "onnx" else "torch"
     program = fold(network, target) if args.fold else copy.deepcopy(network)
     dtype = torch.float16 if args.half else torch.float32
     batch = 2 if args.dynamic_batch else args.batch_size
-    return FORMATS[args.format](
+    return files.FORMATS[args.format](
         program.to(dtype), torch.zeros(batch, 3, *info.input_size, dtype=dtype), path,
         info.to_metadata(), dynamic=args.dynamic_batch, opset=args.opset,
     )  # fmt: skip
@@ -266,22 +264,23 @@ def _quantize(
     test: int8.Batches | None,
 ) -> str:
     """Replace the file by one in int8; what that changes, on `test` or else on what there is."""
-    batches = None
+    images, batches = _samples(SAMPLE_IMAGES, info), None
     if calibration is not None:
         size = None if args.dynamic_batch else args.batch_size
         batches = int8.calibration_batches(calibration, info, size)
-    images = None if calibration is None else len(calibration)
-    about = {"mode": args.quantize, "calibration_images": images, **QUANTIZATION}
-    run = quantize_onnx(path, batches, info.to_metadata() | {"quantization": json.dumps(about)})
+        images = info.prepare(calibration)
+    count = None if calibration is None else len(calibration)
+    about = {"mode": args.quantize, "calibration_images": count, **files.QUANTIZATION}
+    metadata = info.to_metadata() | {"quantization": json.dumps(about)}
+    run = files.quantize_onnx(path, batches, metadata)
     if test is None:
         print("note    no accuracy is measured: --eval-data-path gives images with labels")
-        images = _samples(SAMPLE_IMAGES, info) if batches is None else info.prepare(calibration)
         test = [(batch, None) for batch in images.split(int8.BATCH)]
     return f"int8 ({args.quantize}); {int8.measure(network, run, test)}"
 
 
 @torch.no_grad()
-def _compare(run: Runner, network: nn.Module, info: NetworkInfo, args: argparse.Namespace) -> str:
+def _compare(run: files.Runner, network: nn.Module, info: NetworkInfo, args: argparse.Namespace):
     """How far the outputs of `run` are from the network's on natural and random images.
 
     Raises:
@@ -293,21 +292,20 @@ def _compare(run: Runner, network: nn.Module, info: NetworkInfo, args: argparse.
     worst = largest = 0.0
     for batch in batches:
         images = _samples(batch, info)[batch // 2 :][:batch]
-        expected, found = network(images), run(images)
+        expected, found = network(images).double(), run(images).double()
         if found.shape != expected.shape:
             raise UserError(f"the file gives {tuple(found.shape)}, the network "
                             f"{tuple(expected.shape)}: it is not left")  # fmt: skip
-        difference = found.double() - expected.double()
-        relative = difference.norm().item() / (expected.double().norm().item() or 1.0)
+        difference = found - expected
+        relative = difference.norm().item() / (expected.norm().item() or 1.0)
         # written so that NaN fails too
         if not relative <= tolerance:
             raise UserError(f"the file's outputs differ from the network's by {relative:.1e} of "
                             f"their norm, more than {tolerance:.0e}: it is not left")  # fmt: skip
         worst, largest = max(worst, relative), max(largest, difference.abs().max().item())
-    counts = " and ".join(map(str, batches))
     return (
-        f"greatest difference from the network {largest:.1e} "
-        f"({worst:.1e} of the norm of the outputs; batches of {counts})"
+        f"greatest difference from the network {largest:.1e} ({worst:.1e} of the norm of the "
+        f"outputs; batches of {' and '.join(map(str, batches))})"
     )
 
 

@@ -6,7 +6,8 @@
 Files that cannot be read are named on stderr and skipped. The exit status is 0 if at least one
 photograph was classified, 1 if none was, 2 if the command line or the network cannot be used or
 the network's outputs are infinite or NaN for some photographs, 130 after Ctrl-C. A file of --output
-gets its name when it is complete.
+gets its name when it is complete. Where nothing says what the outputs stand for, 1000 are
+ImageNet-1K's classes, and others numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,23 +33,21 @@ from rich.progress import Progress
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
+from deit.cli import CommandLine, OptionGroup, number, output_file
 from deit.data import eval_transform, outputs_of, read_class_map
 from deit.data.photos import find_photos, read_photos
 from deit.deploy.files import OnnxNetwork
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, one_line, run_command
-from deit.models.inputs import input_channels
+from deit.export import add_network_options, trained_network
 from deit.saving import atomic_path
-from deit.train.checkpoint import read_checkpoint
 from deit.train.distributed import choose_device
-from deit.train.loading import build_as_trained, network_info
+from deit.train.loading import network_info
 
 __all__ = ["command", "get_parser", "main"]
 
 Network = Callable[[Tensor], Tensor]
 Row = dict[str, Any]
-T = TypeVar("T")
 
 
 def get_parser() -> CommandLine:
@@ -59,13 +58,7 @@ def get_parser() -> CommandLine:
     what.add("--checkpoint", str, None, "FILE",
              "a file, an address or hf-hub:owner/name")  # fmt: skip
     what.add("--onnx", str, None, "FILE", "a file of deit/export.py")
-    what.add("--model", str, None, "NAME", "for a checkpoint that does not say it")
-    what.add("--model-kwargs", key_value, None, "KEY=VALUE",
-             "arguments of the network other than those in the checkpoint", nargs="+")  # fmt: skip
-    what.switch("--model-ema-eval", "take the average of the weights in the checkpoint")
-    what.add("--class-map", str, None, "FILE",
-             "what the outputs stand for: a name a line, or JSON (default: what the network's file "
-             "says; without that 1000 are ImageNet-1K's classes, others numbers)")  # fmt: skip
+    add_network_options(what)
     how = OptionGroup(parser, "how")
     how.add("--topk", number(int, 1), 5, "N", "classes for each photograph, the likeliest first")
     how.add("--output", output_file(".csv", ".jsonl"), None, "FILE",
@@ -96,13 +89,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths, left_out = find_photos(args.sources)
     if left_out:
         print(f"note    {_shown(left_out)}", file=sys.stderr)
-    network, info = _onnx(args) if args.onnx else _checkpoint(args)
+    network, info = _network(args)
+    transform = eval_transform(
+        info.input_size, crop_ratio=info.crop_ratio, warp=info.warp,
+        interpolation=info.interpolation,
+    )  # fmt: skip
     counts: Counter[str] = Counter()
-    rows = _classify(args, network, info, paths, counts)
-    if args.output:
-        _write(args.output, rows)
-    else:
-        _print(rows)
+    # a bar on stderr unless the rows appear in the same terminal
+    console = Console(stderr=True)
+    shown = console.is_terminal and (args.output or not sys.stdout.isatty())
+    with Progress(
+        console=console, transient=True, redirect_stdout=False, disable=not shown
+    ) as progress:
+        batches = progress.track(
+            read_photos(paths, transform, args.batch_size, args.num_workers),
+            -(-len(paths) // args.batch_size), description="classifying",
+        )  # fmt: skip
+        rows = _classify(args, network, info, batches, counts)
+        if args.output:
+            _write(args.output, rows)
+        else:
+            _print(rows)
     done, changed = counts["classified"], counts["changed"]
     where = f", written to {args.output}" if args.output and done else ""
     print(f"{done} photographs classified, {len(paths) - done} skipped{where}")
@@ -120,35 +127,22 @@ def _shown(path: str) -> str:
     return path.encode("utf-8", "backslashreplace").decode()
 
 
-def _checkpoint(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
+def _network(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
+    if args.onnx:
+        device = "cpu" if args.device == "auto" else args.device
+        onnx = OnnxNetwork(args.onnx, device, args.threads)
+        try:
+            return onnx, NetworkInfo.from_metadata(onnx.metadata)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{args.onnx!r} does not say how to prepare images: it must be written "
+                            "by deit/export.py") from error  # fmt: skip
     device = choose_device(args.device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    network, used = build_as_trained(
-        read_checkpoint(args.checkpoint), ema=args.model_ema_eval,
-        model=args.model, kwargs=dict(args.model_kwargs or ()),
-    )  # fmt: skip
-    if (channels := input_channels(network)) != 3:
-        raise UserError(f"{args.checkpoint!r} takes images of {channels} channels, and "
-                        "photographs have 3")  # fmt: skip
-    network = network.eval().to(device)
-    return (
-        lambda images: network(images.to(device)).float().cpu(),
-        network_info(used, network.class_names),
-    )
-
-
-def _onnx(args: argparse.Namespace) -> tuple[Network, NetworkInfo]:
-    device = args.device
-    if device == "auto":
-        device = "cpu"
-    network = OnnxNetwork(args.onnx, device, args.threads)
-    try:
-        info = NetworkInfo.from_metadata(network.metadata)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{args.onnx!r} does not say how to prepare images: it must be written by "
-                        "deit/export.py") from error  # fmt: skip
-    return network, info
+    network, used = trained_network(args.checkpoint, args)
+    network.eval().to(device)
+    info = network_info(used, network.class_names)
+    return lambda images: network(images.to(device)).float().cpu(), info
 
 
 def _labels(args: argparse.Namespace, info: NetworkInfo, outputs: int) -> list[Row]:
@@ -174,17 +168,12 @@ def _classify(
     args: argparse.Namespace,
     network: Network,
     info: NetworkInfo,
-    paths: Sequence[str],
+    batches: Iterable[tuple[list[str], Tensor]],
     counts: Counter[str],
 ) -> Iterator[Row]:
     """A row for each photograph; `counts` says how many, and how many are changed or have none."""
-    size = info.input_size[0] if len(set(info.input_size)) == 1 else info.input_size
-    transform = eval_transform(
-        size, crop_ratio=info.crop_ratio, warp=info.warp, interpolation=info.interpolation
-    )
     labels: list[Row] = []
-    batches = read_photos(paths, transform, args.batch_size, args.num_workers)
-    for read, pixels in _with_progress(batches, -(-len(paths) // args.batch_size), args):
+    for read, pixels in batches:
         images = info.prepare(pixels)
         views = (images, images.flip(-1)) if args.mirror_check else (images,)
         try:
@@ -208,16 +197,6 @@ def _classify(
                 counts["changed"] += not row["same"]
             counts["classified"] += 1
             yield row
-
-
-def _with_progress(batches: Iterable[T], total: int, args: argparse.Namespace) -> Iterator[T]:
-    """The batches, with a bar on stderr unless the rows appear in the same terminal."""
-    console = Console(stderr=True)
-    shown = console.is_terminal and (args.output or not sys.stdout.isatty())
-    with Progress(
-        console=console, transient=True, redirect_stdout=False, disable=not shown
-    ) as progress:
-        yield from progress.track(batches, total, description="classifying")
 
 
 def _print(rows: Iterable[Row]) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
 
 import deit
-from deit import export
 from deit.deploy import files
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError, run_command
@@ -27,33 +27,33 @@ PT2 = ("--format", "torch-export", "--output", "x.pt2")
 any_batch = pytest.mark.skipif(not files.ANY_BATCH_IN_ONNX, reason="torch 2.6 fixes the batch")
 
 
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    import timm
-
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
     model = timm.create_model("d2_deit_tiny_patch16_LS", img_size=16, num_classes=3, **KWARGS)
     args = {"model": "d2_deit_tiny_patch16_LS", "input_size": 16, "eval_crop_ratio": 0.9,
             "model_kwargs": [list(pair) for pair in KWARGS.items()]}  # fmt: skip
     saved = {"model": model.state_dict(), "args": args, "class_names": ["a", "b", "é"]}
-    torch.save(saved, tmp_path / "checkpoint.pth")
-    return tmp_path / "checkpoint.pth"
+    path = tmp_path_factory.mktemp("network") / "checkpoint.pth"
+    torch.save(saved, path)
+    return path
 
 
-@pytest.fixture
-def photos(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
     """A folder a class, as in an ImageFolder, with eight images each."""
+    folder = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for name in ("a", "b", "é"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
+        (folder / name).mkdir()
         for number in range(8):
             pixels = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
             image = Image.fromarray(pixels).resize((20, 16), Image.Resampling.BICUBIC)
-            image.save(tmp_path / "photos" / name / f"{number}.png")
-    return tmp_path / "photos"
+            image.save(folder / name / f"{number}.png")
+    return folder
 
 
 @any_batch
-@pytest.mark.parametrize("options", [(), ("--no-fold", "--half"), ("--normalize-input",)])
+@pytest.mark.parametrize("options", [("--no-fold", "--half"), ("--normalize-input",)])
 def test_onnx(checkpoint, tmp_path, capsys, options):
     pytest.importorskip("onnxscript")
     output = tmp_path / "network.onnx"
@@ -71,12 +71,7 @@ def test_onnx(checkpoint, tmp_path, capsys, options):
     expected = deit.load(checkpoint)(images if info.normalized else (images - mean) / std)
     tolerance = 2e-2 if "--half" in options else 1e-4
     torch.testing.assert_close(network(images), expected, rtol=tolerance, atol=tolerance)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def int8(network: Path, output: Path, *options: str) -> list[str]:
-    return ["--resume", str(network), "--format", "onnx", "--output", str(output), "--quantize",
-            *options]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [output]
 
 
 @any_batch
@@ -91,8 +86,8 @@ def test_int8(checkpoint, photos, tmp_path, capsys, mode, options):
     output = tmp_path / "network.onnx"
     if mode == "static":
         options = [*options, "--calibrate", str(photos)]
-    argv = int8(checkpoint, output, mode, "--eval-data-path", str(photos), *options)
-    assert main(argv) == 0
+    argv = ["--resume", str(checkpoint), "--format", "onnx", "--output", str(output)]
+    assert main([*argv, "--quantize", mode, "--eval-data-path", str(photos), *options]) == 0
     said = capsys.readouterr().out
     network = files.OnnxNetwork(output)
     about = json.loads(network.metadata["quantization"])
@@ -138,7 +133,7 @@ def test_int8(checkpoint, photos, tmp_path, capsys, mode, options):
     products = [n for n in nodes if n.op_type == "MatMul" and kinds.get(n.input[1]) == "Transpose"]
     assert len(products) == 3
     assert not any("Dequantize" in kinds[name] for node in products for name in node.input)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "photos", output.name}
+    assert list(tmp_path.iterdir()) == [output]
 
 
 @any_batch
@@ -159,26 +154,37 @@ def test_int8_of_a_convnext(tmp_path, capsys):
     assert kinds.count("ConvInteger") == 7
 
 
-@any_batch
 @pytest.mark.parametrize(
-    ("outputs", "message"),
+    ("quantized", "wrong", "message"),
     [
-        (lambda logits: logits * torch.nan, "infinite or NaN"),
-        (lambda logits: -logits, r"answer for 0\.0 % of 64 images, no more than guessing"),
+        (False, lambda logits: logits * 1.01, r"differ from the network's by 1\.0e-02"),
+        (False, lambda logits: logits[:, 1:], r"gives \(1, 2\), the network \(1, 3\)"),
+        (True, lambda logits: logits * torch.nan, "infinite or NaN"),
+        (True, lambda logits: -logits, r"answer for 0\.0 % of 64 images, no more than guessing"),
     ],
+    ids=["other", "fewer", "NaN", "guesses"],
 )
-def test_int8_that_says_nothing_is_not_left(checkpoint, tmp_path, monkeypatch, outputs, message):
-    pytest.importorskip("onnxruntime")
-    quantize = export.quantize_onnx
+def test_a_file_that_differs_is_not_left(
+    checkpoint, tmp_path, monkeypatch, quantized, wrong, message
+):
+    monkeypatch.setattr(files, "require_onnx", lambda: None)
+    monkeypatch.setattr(files, "ANY_BATCH_IN_ONNX", True)
+    network = deit.load(checkpoint)
+    run, broken = network, lambda images: wrong(network(images))
 
-    def broken(*args):
-        run = quantize(*args)
-        return lambda images: outputs(run(images))
+    def write(program, example, path, *args, **kwargs):
+        path.write_bytes(b"new")
+        return run if quantized else broken
 
-    monkeypatch.setattr(export, "quantize_onnx", broken)
+    monkeypatch.setitem(files.FORMATS, "onnx", write)
+    monkeypatch.setattr(files, "quantize_onnx", lambda *args: broken)
+    output = tmp_path / "network.onnx"
+    output.write_bytes(b"before")
+    argv = ["--resume", str(checkpoint), "--format", "onnx", "--output", str(output)]
     with pytest.raises(UserError, match=message):
-        main(int8(checkpoint, tmp_path / "network.onnx", "dynamic", "--dynamic-batch"))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+        main([*argv, *(["--quantize", "dynamic"] if quantized else [])])
+    assert list(tmp_path.iterdir()) == [output]
+    assert output.read_bytes() == b"before"
 
 
 def test_torch_export_with_a_fixed_batch(tmp_path):
@@ -205,38 +211,31 @@ def test_safetensors_hold_the_networks_own_weights(checkpoint, tmp_path):
         assert NetworkInfo.from_metadata(file.metadata()).class_names == ("a", "b", "é")
 
 
-def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch):
-    write = files.FORMATS["torch-export"]
-
-    def wrong(*args, **kwargs):
-        run = write(*args, **kwargs)
-        return lambda images: run(images) * 1.01
-
-    monkeypatch.setitem(files.FORMATS, "torch-export", wrong)
-    output = tmp_path / "network.pt2"
-    output.write_bytes(b"before")
-    argv = [*SMALL, "--input-size", "16", "--format", "torch-export", "--output", str(output)]
-    with pytest.raises(UserError, match=r"differ from the network's by 1\.0e-02"):
-        main(argv)
-    assert [path.name for path in tmp_path.iterdir()] == ["network.pt2"]
-    assert output.read_bytes() == b"before"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--format", "onnx", "--output", "x.pt2"], "must end in .onnx"),
         (["--format", "safetensors", "--output", "x.safetensors", "--fold"], "--fold is for"),
-        (["--format", "torch-export", "--output", "x.pt2", "--opset", "18"], "--opset is of ONNX"),
+        (
+            ["--format", "torch-export", "--output", "x.pt2", "--opset", "18"],
+            "--opset is for --format onnx",
+        ),
         (["--format", "torch-export", "--output", "no/x.pt2"], "there is no folder"),
+        ([*PT2, "--dynamic-batch", "--batch-size", "2"], "--batch-size is for programs without"),
+        ([*PT2, "--model-ema-eval"], "--model-ema-eval is for the average in a checkpoint"),
+        ([*PT2, "--resume", "a.pth", "--nb-classes", "2"], "--nb-classes is for random weights"),
+        ([*PT2, "--input-size", "8", "8", "8"], "a side, or height and width, not 3 numbers"),
         ([*PT2, "--model-kwargs", "in_chans=1"], "takes images of 1 channels here"),
         ([*ONNX, "--opset", "99"], "--opset 99 cannot be written, opset 18 can"),
-        ([*PT2, "--quantize", "dynamic"], "--quantize is of ONNX"),
+        ([*PT2, "--quantize", "dynamic"], "--quantize is for --format onnx"),
         ([*ONNX, "--quantize", "static"], "give --calibrate FOLDER, or use --quantize dynamic"),
         ([*ONNX, "--calibrate", "."], "--calibrate is for --quantize static"),
-        ([*ONNX, "--quantize", "dynamic", "--calibrate", "."], "--calibrate is for"),
-        ([*ONNX, "--quantize", "dynamic", "--half"], "in float16 or in int8"),
-        ([*ONNX, "--eval-data-path", "."], "measures what --quantize loses"),
+        (
+            [*ONNX, "--quantize", "dynamic", "--calibrate", "."],
+            "--calibrate is for --quantize static",
+        ),
+        ([*ONNX, "--quantize", "dynamic", "--half"], "--half is for files in float16"),
+        ([*ONNX, "--eval-data-path", "."], "--eval-data-path is for --quantize"),
         ([*STATIC, "nowhere"], "--calibrate: there is no folder 'nowhere'"),
         ([*STATIC, "empty"], "there are no images in 'empty'"),
         ([*STATIC, "broken"], "none of the images in 'broken' can be read"),
@@ -245,7 +244,7 @@ def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_options(tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr("deit.export.ANY_BATCH_IN_ONNX", True)  # what torch 2.6 says is no matter
+    monkeypatch.setattr(files, "ANY_BATCH_IN_ONNX", True)  # what torch 2.6 says is no matter
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "broken", "classes/a"):
         Path(name).mkdir(parents=True)
@@ -269,7 +268,7 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
 
 
 def test_torch_that_fixes_the_batch(monkeypatch):
-    monkeypatch.setattr("deit.export.ANY_BATCH_IN_ONNX", False)
+    monkeypatch.setattr(files, "ANY_BATCH_IN_ONNX", False)
     for option in ("--dynamic-batch", "--quantize=dynamic"):
         with pytest.raises(UserError, match=r"one batch size in float alone: use a later one"):
             main([*SMALL, *ONNX, option])

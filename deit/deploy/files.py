@@ -1,4 +1,4 @@
-"""Networks as files of ONNX, torch.export and safetensors, and these files run as networks."""
+"""Networks as files of ONNX and torch.export, and these files run as networks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from deit.errors import UserError, one_line
-
-__all__ = ["FORMATS", "QUANTIZATION", "OnnxNetwork", "Runner", "quantize_onnx", "require_onnx",
-           "write_safetensors"]  # fmt: skip
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # torch 2.6 fixes the batch of linear layers, and writes shapes that the quantiser refuses
@@ -65,9 +63,8 @@ class OnnxNetwork:
 
         if not Path(path).is_file():
             raise UserError(f"no ONNX file at {str(path)!r}")
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device)
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
+        provider = f"{device.upper()}ExecutionProvider"
+        if device not in ("cpu", "cuda") or provider not in onnxruntime.get_available_providers():
             raise UserError(f"this ONNX Runtime does not run on {device!r}: use --device cpu")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -182,27 +179,24 @@ def quantize_onnx(
         if (node.op_type == "MatMul" and node.input[1] not in weights)
         or any(entry.name == "group" and entry.i > 1 for entry in node.attribute)
     ]
-    feeds = iter({INPUT: images.numpy()} for images in batches or ())
-    reader = SimpleNamespace(get_next=lambda: next(feeds, None))
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        files = [file for file in path.parent.iterdir() if file.is_file()]
-        for file in files:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _quiet():
+        parts = [file for file in path.parent.iterdir() if file.is_file()]
+        for file in parts:
             file.rename(Path(folder) / file.name)
         options = dict(
             op_types_to_quantize=QUANTIZATION["operations"], nodes_to_exclude=kept,
             per_channel=True, weight_type=quantization.QuantType.QInt8,
-            use_external_data_format=len(files) > 1,
+            use_external_data_format=len(parts) > 1,
             # what products give is read by operations in float
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )  # fmt: skip
-        with _quiet():
-            if batches is None:
-                quantization.quantize_dynamic(Path(folder) / path.name, path, **options)
-            else:
-                quantization.quantize_static(
-                    Path(folder) / path.name, path, reader,
-                    activation_type=quantization.QuantType.QUInt8, **options,
-                )  # fmt: skip
+        quantize = quantization.quantize_dynamic
+        if batches is not None:
+            feeds = iter({INPUT: images.numpy()} for images in batches)
+            reader = SimpleNamespace(get_next=lambda: next(feeds, None))
+            options |= {"activation_type": quantization.QuantType.QUInt8}
+            quantize = partial(quantization.quantize_static, calibration_data_reader=reader)
+        quantize(Path(folder) / path.name, path, **options)
     _describe_onnx(path, metadata)
     for file in path.parent.iterdir():
         file.chmod(path.stat().st_mode)  # the quantiser keeps weights beside it from others
@@ -225,14 +219,6 @@ def write_torch_export(
         torch.export.save(program, str(path), extra_files=extra)
         loaded = torch.export.load(str(path)).module()
     return lambda images: loaded(images.to(example.dtype)).float()
-
-
-def write_safetensors(network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the network's own weights under their own names."""
-    from safetensors.torch import save_file
-
-    state = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt", **metadata})
 
 
 FORMATS = {"onnx": write_onnx, "torch-export": write_torch_export}
