@@ -184,15 +184,6 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"cannot read {what} {path}: {error}") from None
 
 
-def check_keys(table: dict[str, Any], known: set[str], where: str) -> None:
-    """Refuse keys that nobody reads: a misspelt one must not be ignored."""
-    unknown = sorted(set(table) - known)
-    if unknown:
-        raise UserError(
-            f"{where}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-        )
-
-
 @functools.cache  # said once, however often and by whomever command lines are parsed
 def _note_kernels(mode: str | None) -> None:
     asked = "--kernels" if mode else "DEIT_KERNELS" if os.environ.get("DEIT_KERNELS") else None

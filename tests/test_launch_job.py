@@ -47,7 +47,8 @@ def submitted(tmp_path, monkeypatch) -> list[Submitted]:
     monkeypatch.delenv("DEIT_CLUSTER", raising=False)
     monkeypatch.setattr(submit.shutil, "which", lambda name: name)
     monkeypatch.setattr(preflight, "check", lambda spec: None)
-    monkeypatch.setattr(submit, "_submit_all", lambda executor, wanted: jobs[: len(wanted)])
+    executor = SimpleNamespace(submit_array=lambda wanted: jobs[: len(wanted)])
+    monkeypatch.setattr(submit, "_slurm_executor", lambda spec, hold: executor)
     return jobs
 
 

@@ -328,7 +328,7 @@ TINY = ("--local", "--model", "d2_deit_tiny_patch16_LS", "--input-size", "32")
 def test_what_would_fail_is_refused_before_a_job_starts(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(submit_module, "_submit_all", lambda *args: pytest.fail("a job started"))
+    monkeypatch.setattr(submit_module, "_local_executor", lambda _: pytest.fail("a job started"))
     with pytest.raises(UserError, match=message):
         submit_module.submit(spec(*TINY, *(word.format(tmp=tmp_path) for word in words)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"

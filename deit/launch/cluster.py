@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from deit.cli import CommandLine, OptionGroup, number, read_toml
+from deit.cli import CommandLine, OptionGroup, Options, number, read_toml
 from deit.errors import UserError
 from deit.launch.recipes import options_to_argv
 
@@ -77,7 +77,7 @@ def add_cluster_options(parser: ArgumentParser) -> OptionGroup:
 # fmt: on
 
 
-def read_cluster_file(path: str | None) -> tuple[Namespace, dict[str, Any]]:
+def read_cluster_file(path: str | None) -> tuple[Options, dict[str, Any]]:
     """The file at `path`, else $DEIT_CLUSTER, else ~/.config/deit/cluster.toml if there is one.
 
     Returns:

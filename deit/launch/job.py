@@ -32,8 +32,6 @@ from deit.train.args import parse_args
 from deit.train.folder import LAST
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-# Below the range from which systems hand out ports to outgoing connections.
-_PORTS = (20_000, 32_000)
 
 
 class TrainingJob(Checkpointable):
@@ -52,17 +50,14 @@ class TrainingJob(Checkpointable):
         with contextlib.suppress(OSError):
             Path(os.environ["SUBMITIT_FOLDER"]).rmdir()  # only if it is empty
         print(START, file=sys.stderr, flush=True)
-        # An error of an earlier start would count as this one's result.
-        env.paths.result_pickle.unlink(missing_ok=True)
-        status = one_line_errors(lambda: self._train(env))
-        if status:
+        if status := one_line_errors(lambda: self._train(env)):
             sys.exit(status)
 
     def _train(self, env: JobEnvironment) -> None:
         # All processes of a start draw the same port, another start another: sockets may linger,
-        # and a node may run several jobs.
+        # and a node may run several jobs. From 32768 on systems give ports to connections.
         start = f"{env.paths.folder} {env.job_id} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        os.environ["MASTER_PORT"] = str(random.Random(start).randint(*_PORTS))
+        os.environ["MASTER_PORT"] = str(random.Random(start).randint(20_000, 32_000))
         # The variables that torchrun sets, as `deit.train.distributed` reads them.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 

@@ -38,18 +38,35 @@ def check(spec: JobSpec) -> None:
     Raises:
         UserError: as the job would, or a folder that cannot be written.
     """
-    for number, task in enumerate(spec.tasks):
-        args = task.args
+    classes = _check_data(spec, spec.tasks[0].args)  # the same data for all
+    for args in (task.args for task in spec.tasks):
+        distils = args.distillation_type != "none"
         for folder in (spec.asked.job_dir, args.output_dir):
             _check_writable(folder)
-        _check_files(args)
-        if number == 0:  # the same data for all
-            classes = _check_data(spec, args)
-        _check_network(spec, args, classes)
+        files = {"--resume": args.resume, "--finetune": args.finetune}
+        files |= {"--teacher-path": args.teacher_path} if distils else {}
+        for option, source in files.items():
+            elsewhere = re.match(r"$|auto$|https?://|hf-hub:|.*%", source)
+            if not elsewhere and not Path(source).expanduser().is_file():
+                raise UserError(f"{option} {source}: there is no such file")
+        names = {"--model": args.model} | (
+            {"--teacher-model": args.teacher_model} if distils else {}
+        )
+        for option, name in names.items():
+            if not timm.is_model(name):
+                known = timm.list_models()
+                raise UserError(f"{option}: unknown model {name!r}{suggest(name, known)}")
+        train_transform_of(args)
+        # What the command line does not say of the network stands in a checkpoint.
+        if not (args.resume or args.finetune or (Path(spec.asked.job_dir) / LAST).exists()):
+            with torch.device("meta"):
+                model, _ = build_model(args, classes)
+                if not args.eval:
+                    build_optimizer(model, args, args.lr)
         if args.wandb and importlib.util.find_spec("wandb") is None:
             raise UserError("--wandb needs the package wandb: pip install wandb")
         if spec.asked.local:
-            choose_device(args.device, 0)
+            choose_device(args.device)
 
 
 def _check_writable(folder: str) -> None:
@@ -62,47 +79,23 @@ def _check_writable(folder: str) -> None:
         raise UserError(f"the job's folder {folder} cannot be made: {path} {why}")
 
 
-def _check_files(args: Namespace) -> None:
-    teacher = args.teacher_path if args.distillation_type != "none" else ""
-    wanted = {"--resume": args.resume, "--finetune": args.finetune, "--teacher-path": teacher}
-    for option, source in wanted.items():
-        elsewhere = re.match(r"$|auto$|https?://|hf-hub:|.*%", source)
-        if not elsewhere and not Path(source).expanduser().is_file():
-            raise UserError(f"{option} {source}: there is no such file")
-
-
 def _check_data(spec: JobSpec, args: Namespace) -> int:
     """The number of classes, as far as it can be told."""
     unknown, local = args.nb_classes or 1000, spec.asked.local
-    paths = [path for path in (args.data_path, args.eval_data_path) if path]
-    if not local and not all(Path(path).expanduser().exists() for path in paths):
-        print(f"note    {paths[0]} is not on this machine: the nodes must see it")
-        return unknown
+    absent = [
+        p for p in (args.data_path, args.eval_data_path) if p and not Path(p).expanduser().exists()
+    ]
+    if absent and not local:
+        print(f"note    {absent[0]} is not on this machine: the nodes must see it")
+    # Otherwise they may be millions of files on a slow file system, or not be there yet.
     if args.download or not (local or args.data_set == "SAMPLE"):
-        # the first is not there yet; the second may be millions of files on a slow file system
         return unknown
-    sets = [] if args.disable_eval else [build_val_dataset(args)]
+    sets = [] if args.eval else [build_train_dataset(args)]
     if not args.eval:
-        sets.append(build_train_dataset(args))
-        updates_per_epoch(args, len(sets[-1]), spec.processes)
-    if len(sets) > 1:
-        check_same_classes(sets[1], sets[0])
+        updates_per_epoch(args, len(sets[0]), spec.processes)
+    if not args.disable_eval:
+        sets.append(build_val_dataset(args))
+    check_same_classes(sets[0], sets[-1])
     if args.resume or args.finetune:  # the checkpoint says how many outputs there are
         return unknown
     return number_of_classes(args, sets[0])
-
-
-def _check_network(spec: JobSpec, args: Namespace, classes: int) -> None:
-    train_transform_of(args)
-    names = {"--model": args.model}
-    if args.distillation_type != "none":
-        names["--teacher-model"] = args.teacher_model
-    for option, name in names.items():
-        if not timm.is_model(name):
-            raise UserError(f"{option}: unknown model {name!r}{suggest(name, timm.list_models())}")
-    if args.resume or args.finetune or (Path(spec.asked.job_dir) / LAST).exists():
-        return  # what the command line does not say of the network stands in the checkpoint
-    with torch.device("meta"):
-        model, _ = build_model(args, classes)
-        if not args.eval:
-            build_optimizer(model, args, args.lr)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.cli import Switch, check_keys, key_value, read_toml
+from deit.cli import Switch, key_value, read_toml
 from deit.errors import UserError, suggest
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # a part of the package
@@ -49,28 +49,27 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
         UserError: no such recipe, unreadable file, a base that leads back to itself, a key that
             is none, or no batch_size, gpus or model.
     """
-    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    path = file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
         known = recipe_names(folder)
         raise UserError(f"no recipe {name!r}{suggest(name, known)}; known are {', '.join(known)}")
-    table = _with_bases(path, ())
-    options = table.get("options", {})
-    missing = {"batch_size", "model"} - options.keys()
-    if "gpus" not in table or missing:
-        lacking = sorted(missing | ({"gpus"} - table.keys()))
-        raise UserError(f"recipe {path} has no {', '.join(lacking)}")
-    return Recipe(path.stem, table["gpus"], options)
-
-
-def _with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    if path in above:
-        raise UserError(f"recipe {above[0]} has itself as a base: {' -> '.join(map(str, above))}")
-    table = read_toml(path, "recipe")
-    check_keys(table, {"base", "gpus", "options"}, f"recipe {path}")
-    if "base" not in table:
-        return table
-    base = _with_bases((path.parent / f"{table['base']}.toml").resolve(), (*above, path.resolve()))
-    return base | table | {"options": base.get("options", {}) | table.get("options", {})}
+    merged: dict[str, Any] = {"options": {}}
+    seen: set[Path] = set()
+    while True:  # from the recipe to its bases, which know what it does not say
+        if path.resolve() in seen:
+            raise UserError(f"recipe {file} has itself as a base, by way of {path}")
+        seen.add(path.resolve())
+        table = read_toml(path, "recipe")
+        if unknown := table.keys() - {"base", "gpus", "options"}:
+            names = ", ".join(sorted(unknown))
+            raise UserError(f"recipe {path}: unknown {names}; known are base, gpus, options")
+        merged = table | merged | {"options": table.get("options", {}) | merged["options"]}
+        if "base" not in table:
+            break
+        path = path.parent / f"{table['base']}.toml"
+    if missing := {"batch_size", "gpus", "model"} - merged.keys() - merged["options"].keys():
+        raise UserError(f"recipe {file} has no {', '.join(sorted(missing))}")
+    return Recipe(file.stem, merged["gpus"], merged["options"])
 
 
 def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
@@ -125,7 +124,7 @@ def split_batch(
         UserError: there is no such split; the message says which numbers of processes, or which
             batch sizes, would do.
     """
-    total = f"a global batch of {global_batch}"
+    total, share = f"a global batch of {global_batch}", global_batch // processes
     if global_batch % processes:
         fit = _divisors(global_batch)
         below = max(n for n in fit if n < processes)
@@ -134,23 +133,17 @@ def split_batch(
             f"{total} cannot be split evenly over {processes} processes; "
             f"{below} or {above} would do"
         )
-    share = global_batch // processes
-    each = f"{total} over {processes} processes is {share} each, which"
-    for flag, given in (("--batch-size", batch_size), ("--update-freq", update_freq)):
-        if given is not None and share % given:
-            fit = _divisors(share)
-            raise UserError(
-                f"{each} {flag} {given} does not divide; these do: {', '.join(map(str, fit))}"
-            )
-    if batch_size is None:
-        fits = max(n for n in _divisors(share) if n <= largest)
-        batch_size = share // update_freq if update_freq else fits
-    if update_freq is not None and batch_size * update_freq != share:
+    batches = _divisors(share)
+    fit = [b for b in batches if batch_size in (None, b) and update_freq in (None, share // b)]
+    if not fit:
+        flags = {"--batch-size": batch_size, "--update-freq": update_freq}
+        given = " x ".join(f"{flag} {value}" for flag, value in flags.items() if value is not None)
         raise UserError(
-            f"{each} is not --batch-size {batch_size} x --update-freq {update_freq}; "
-            "leave one of the two out"
+            f"{total} over {processes} processes is {share} each, which {given} does not divide: "
+            f"either of the two may be one of {', '.join(map(str, batches))}"
         )
-    return batch_size, share // batch_size
+    chosen = max((b for b in fit if b <= largest), default=fit[0])
+    return chosen, share // chosen
 
 
 def _divisors(number: int) -> list[int]:

@@ -11,12 +11,12 @@ import re
 import shlex
 import textwrap
 from argparse import Namespace
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.cli import CommandLine, number
+from deit.cli import CommandLine, Options, number
 from deit.errors import UserError
 from deit.launch.cluster import (
     DEFAULT_FILE,
@@ -67,7 +67,7 @@ class JobSpec:
 
     name: str
     """The recipe's, or the network's."""
-    asked: Namespace
+    asked: Options
     """The launcher's own options, settled: nodes, ngpus, local, job_dir, sbatch, ..."""
     tasks: list[Task]
 
@@ -120,24 +120,19 @@ def get_launch_parser() -> CommandLine:
     )
     what = parser.add_argument_group("what to start")
     what.add_argument("--recipe", metavar="NAME", help="a published training, or a .toml file")
-    what.add_argument(
-        "--array",
-        metavar="OPTION=VALUES",
-        help="one run for each value: seed=0-4, seed=0,7 or model=NAME,NAME",
-    )
-    what.add_argument("--local", action="store_true", help="run on this machine, without Slurm")
-    what.add_argument(
-        "--dry-run", action="store_true", help="show the sbatch script and the configuration only"
-    )
-    what.add_argument(
-        "--print-command", action="store_true", help="print the same training without this script"
-    )
+    runs = "one run for each value: seed=0-4, seed=0,7 or model=NAME,NAME"
+    what.add_argument("--array", metavar="OPTION=VALUES", help=runs)
+    for flag, effect in {
+        "--local": "run on this machine, without Slurm",
+        "--dry-run": "show the sbatch script and the configuration only",
+        "--print-command": "print the same training without this script",
+    }.items():
+        what.add_argument(flag, action="store_true", help=effect)
     cluster = add_cluster_options(parser)
     cluster.add("--timeout", number(float, low=0.02), None, "HOURS", "--time, in hours")
     cluster.switch("--use-volta32", "--constraint volta32gb")
-    cluster.add(
-        "--cluster-file", str, None, "FILE", f"in place of {DEFAULT_FILE} or ${FILE_VARIABLE}"
-    )
+    file = f"in place of {DEFAULT_FILE} or ${FILE_VARIABLE}"
+    cluster.add("--cluster-file", str, None, "FILE", file)
     return parser
 
 
@@ -149,20 +144,20 @@ def make_spec(argv: Sequence[str]) -> JobSpec:
     """
     parser, training = get_launch_parser(), get_parser()
     defaults, options = read_cluster_file(parser.parse_args(argv).cluster_file)
-    flags = parser.parse_args(argv, defaults)
-    of_training = vars(training.parse_args([])).keys()
-    values = vars(flags).items()
-    asked = Namespace(**{name: value for name, value in values if name not in of_training})
-    recipe = load_recipe(flags.recipe) if flags.recipe else None
+    asked = parser.parse_args(argv, defaults)
+    recipe = load_recipe(asked.recipe) if asked.recipe else None
     options |= recipe.options if recipe else {}
-    options |= {name: value for name, value in values if name in flags.given & of_training}
-    _settle(asked, flags.given, recipe)
+    for name in vars(training.parse_args([])):
+        value = vars(asked).pop(name)
+        if name in asked.given:
+            options[name] = value
+    _settle(asked, recipe)
     if recipe:
         options["batch_size"], options["update_freq"] = split_batch(
             recipe.global_batch,
             asked.nodes * asked.ngpus,
             largest=recipe.options["batch_size"],
-            **{k: options[k] for k in ("batch_size", "update_freq") if k in flags.given},
+            **{k: options[k] for k in ("batch_size", "update_freq") if k in asked.given},
         )
         if options.get("data_set") == "IMNET" and not options.get("data_path"):
             if not (asked.dry_run or asked.print_command):
@@ -183,11 +178,12 @@ def make_spec(argv: Sequence[str]) -> JobSpec:
     return JobSpec(recipe.name if recipe else tasks[0].args.model, asked, tasks)
 
 
-def _settle(asked: Namespace, given: Set[str], recipe: Recipe | None) -> None:
+def _settle(asked: Options, recipe: Recipe | None) -> None:
     """Say in `asked` how many processes there are, of what kind, and for how long.
 
-    A recipe says how many GPUs, the cluster (or the user, who has `given` options) how many a node.
+    A recipe says how many GPUs, the cluster (or the user, by an option) how many a node.
     """
+    given = asked.given
     asked.job_dir = os.path.expandvars(os.path.expanduser(asked.job_dir))
     asked.setup = asked.setup or []
     if "timeout" in given:

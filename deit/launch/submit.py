@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from submitit import Executor, Job, LocalExecutor, SlurmExecutor
+from submitit import Job, LocalExecutor, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from deit.errors import UserError, one_line
@@ -28,14 +28,12 @@ from deit.train import slurm
 from deit.train.args import config_dict
 from deit.train.folder import LAST
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-# Bounds submitit's own count of time-outs, which `TrainingJob` does not use.
-_NO_LIMIT = 1_000_000
-# This interpreter, deaf to the stop signals until the job has installed its handlers. By default
-# they kill; a job preempted while Python still starts would be lost, where one that lives on is
-# requeued by Slurm.
-_DEAF = 'trap "" TERM USR2; exec "$0" "$@"'
-_PYTHON = shlex.join(["sh", "-c", _DEAF, sys.executable])
+_REPOSITORY = shlex.quote(str(Path(__file__).resolve().parents[2]))
+# This interpreter, which finds this code, deaf to the stop signals until the job has installed its
+# handlers. By default they kill; a job preempted while Python still starts would be lost, where one
+# that lives on is requeued by Slurm.
+_START = f'export PYTHONPATH={_REPOSITORY}"${{PYTHONPATH:+:$PYTHONPATH}}"; trap "" TERM USR2; '
+_PYTHON = shlex.join(["sh", "-c", _START + 'exec "$0" "$@"', sys.executable])
 # Processes whose partner's node died fail minutes before Slurm misses the node, and then requeues
 # the job by itself. So a failed job in which a node starts nothing any more waits for that.
 _TEARDOWN = [
@@ -62,7 +60,16 @@ def submit(spec: JobSpec) -> None:
     check(spec)
     # A job's number names its folder. One that starts before that is made fails without a log.
     executor = _local_executor(spec) if local else _slurm_executor(spec, hold=True)
-    jobs = _submit_all(executor, [TrainingJob(task.argv) for task in spec.tasks])
+    try:
+        with _silenced():
+            jobs = executor.submit_array([TrainingJob(task.argv) for task in spec.tasks])
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UserError(f"sbatch refused the job: {one_line(error)}") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write the job's files: {one_line(error)}; a job that was submitted before "
+            "that is held back: see squeue --me, and scancel it"
+        ) from error
     print(spec.describe())
     try:
         for task, job in zip(spec.tasks, jobs, strict=True):
@@ -113,8 +120,7 @@ class _AnywhereExecutor(SlurmExecutor):
 def _slurm_executor(spec: JobSpec, **also: bool) -> SlurmExecutor:
     """`also` are further flags of sbatch."""
     asked = spec.asked
-    executor = _AnywhereExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_PYTHON)
-    path = shlex.quote(str(_REPOSITORY))
+    executor = _AnywhereExecutor(asked.job_dir, python=_PYTHON)
     flags = {name: getattr(asked, name) for name in SBATCH_OPTIONS}
     flags |= {"gres": spec.gres, "requeue": True} | asked.sbatch | also
     executor.update_parameters(
@@ -124,7 +130,7 @@ def _slurm_executor(spec: JobSpec, **also: bool) -> SlurmExecutor:
         cpus_per_task=asked.cpus_per_task or max(1, spec.tasks[0].args.num_workers),
         time=asked.time,
         signal_delay_s=asked.signal_delay,
-        setup=[f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"', *asked.setup],
+        setup=asked.setup,
         # A process that fails ends the job at once: the others would wait for it for ever.
         srun_args=["--kill-on-bad-exit=1"],
         teardown=_TEARDOWN,
@@ -138,10 +144,7 @@ def _slurm_executor(spec: JobSpec, **also: bool) -> SlurmExecutor:
 
 def _local_executor(spec: JobSpec) -> LocalExecutor:
     asked = spec.asked
-    # The processes inherit this environment; `setup` lines are for another machine's.
-    inherited = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), inherited)))
-    executor = LocalExecutor(asked.job_dir, max_num_timeout=_NO_LIMIT, python=_PYTHON)
+    executor = LocalExecutor(asked.job_dir, python=_PYTHON)
     executor.update_parameters(
         tasks_per_node=asked.ngpus,
         gpus_per_node=0 if spec.gres is None else asked.ngpus,
@@ -149,20 +152,6 @@ def _local_executor(spec: JobSpec) -> LocalExecutor:
         signal_delay_s=asked.signal_delay,
     )
     return executor
-
-
-def _submit_all(executor: Executor, jobs: list[TrainingJob]) -> list[Job]:
-    """One job, or an array of them where the executor is Slurm's."""
-    with _silenced():
-        try:
-            return executor.submit_array(jobs)
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise UserError(f"sbatch refused the job: {one_line(error)}") from error
-        except OSError as error:
-            raise UserError(
-                f"cannot write the job's files: {one_line(error)}; a job that was submitted before "
-                "that is held back: see squeue --me, and scancel it"
-            ) from error
 
 
 @contextlib.contextmanager
@@ -173,18 +162,17 @@ def _silenced() -> Iterator[None]:
     keep a pipe that it inherits open for as long as the training runs.
     """
     sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    with open(os.devnull, "w") as nowhere:
+        for stream in kept:
+            os.dup2(nowhere.fileno(), stream)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, nowhere):
-            os.close(descriptor)
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
 
 
 def _record(spec: JobSpec, task: Task, job: Job) -> None:
