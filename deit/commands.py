@@ -1,4 +1,4 @@
-"""The console commands that an installed package has; each is one of the scripts of a checkout."""
+"""Console commands of an installed package; each is one of the scripts of a checkout."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ import os
 import sys
 
 from deit.errors import run_command
-
-
-def train() -> int:
-    """`deit-train`: `python deit/main.py`."""
-    from deit.main import command
-
-    return command()
 
 
 def evaluate() -> int:
@@ -49,10 +42,3 @@ def export() -> int:
     from deit.export import main
 
     return run_command(main)
-
-
-def predict() -> int:
-    """`deit-predict`: `python deit/predict.py`."""
-    from deit.predict import command
-
-    return command()

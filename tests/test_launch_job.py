@@ -22,6 +22,7 @@ from deit.launch.spec import make_spec
 from deit.train import slurm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ARRAY = ["--array", "seed=3-4"]
 WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
 
 
@@ -50,9 +51,6 @@ def submitted(tmp_path, monkeypatch) -> list[Submitted]:
     executor = SimpleNamespace(submit_array=lambda wanted: jobs[: len(wanted)])
     monkeypatch.setattr(submit, "_slurm_executor", lambda spec, hold: executor)
     return jobs
-
-
-ARRAY = ["--array", "seed=3-4"]
 
 
 def test_submitted_jobs_are_recorded_and_released(submitted, slurm_says, capsys):

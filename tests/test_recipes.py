@@ -7,13 +7,7 @@ import re
 import pytest
 
 from deit.errors import UserError
-from deit.launch.recipes import (
-    RECIPES,
-    load_recipe,
-    options_to_argv,
-    recipe_names,
-    split_batch,
-)
+from deit.launch.recipes import RECIPES, load_recipe, options_to_argv, recipe_names, split_batch
 from deit.train.args import get_parser, parse_args
 
 # Published top-1 of each recipe; `test_published_commands.py` has the command lines.
@@ -51,10 +45,6 @@ SCRIPTS = {
         "project": "convnext",
     },
 }  # fmt: skip
-
-
-def test_table_and_folder_name_the_same_recipes():
-    assert recipe_names() == sorted(TOP1)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -144,7 +134,8 @@ def test_broken_recipe_is_a_user_error(tmp_path, text, message):
         load_recipe(str(own))
 
 
-def test_misspelt_names_are_suggested():
+def test_names():
+    assert recipe_names() == sorted(TOP1)
     with pytest.raises(UserError, match="did you mean d2_deit_base_patch16_LS"):
         load_recipe("d2_deit_bas_patch16_LS")
 

@@ -66,16 +66,12 @@ def resolve(args: Namespace) -> None:
 
 def validate(args: Namespace) -> None:
     """Raise `UserError` for options that contradict each other; `args` have been resolved."""
-    for wrong, message in _training_conflicts(args) + _source_conflicts(args):
-        if wrong:
-            raise UserError(message)
-
-
-def _training_conflicts(args: Namespace) -> list[tuple[Any, str]]:
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     low, high = args.cutmix_minmax or (0, 1)
     betas, noise = args.opt_betas or [0], args.lr_noise or ()
-    return [
+    data_set, zipped = args.data_set, args.zip_dataloader
+    folders = data_set in ("IMNET", "image_folder") and not zipped
+    conflicts: list[tuple[Any, str]] = [
         (args.attn_mixer and args.fused_attn,
          "--attn-mixer cannot be used with --fused-attn: fused attention computes its logits "
          "inside the kernel, where they cannot be mixed; drop one of the two"),
@@ -96,13 +92,6 @@ def _training_conflicts(args: Namespace) -> list[tuple[Any, str]]:
         (args.warmup_prefix and args.warmup_epochs >= args.epochs,
          "--warmup-prefix leaves no epoch after the warm-up: --warmup-epochs "
          f"{args.warmup_epochs:g} of --epochs {args.epochs}"),
-    ]  # fmt: skip
-
-
-def _source_conflicts(args: Namespace) -> list[tuple[Any, str]]:
-    data_set, zipped = args.data_set, args.zip_dataloader
-    folders = data_set in ("IMNET", "image_folder") and not zipped
-    return [
         (args.fold and not args.eval, "--fold is for --eval: a folded network is not trained"),
         (args.resume == "auto" and not args.output_dir,
          "--resume auto looks for the checkpoint in --output-dir, which is not given"),
@@ -125,6 +114,9 @@ def _source_conflicts(args: Namespace) -> list[tuple[Any, str]]:
         (args.download and data_set not in ("CIFAR10", "CIFAR100", "FASHION"),
          f"--download fetches CIFAR and FASHION, not --data-set {data_set}"),
     ]  # fmt: skip
+    for wrong, message in conflicts:
+        if wrong:
+            raise UserError(message)
 
 
 def config_dict(args: Namespace | Mapping[str, Any]) -> dict[str, Any]:
