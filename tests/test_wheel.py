@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,21 +41,14 @@ def installed(tmp_path_factory) -> Path:
     return folder / "site"
 
 
-def run(installed: Path, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(installed), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-
-
-def command(entry: str, *words: str) -> str:
-    """What the script that pip makes for an entry point does."""
-    module, _, function = entry.partition(":")
-    return (
-        f"import sys; sys.argv = {['x', *words]!r}; from {module} import {function}; "
-        f"sys.exit({function}())"
-    )
+# What the scripts do that pip makes for entry points, one after the other.
+COMMANDS = """
+import importlib, sys
+for entry, words in {calls}:
+    module, function = entry.split(":")
+    sys.argv = ["x", *words.split()]
+    print("status", getattr(importlib.import_module(module), function)())
+"""
 
 
 @pytest.mark.slow
@@ -71,20 +65,24 @@ def test_recipes_sample_and_commands_are_in_the_wheel(installed, tmp_path):
         module, _, function = entry.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
 
-    words = ["--recipe", "d2_deit_base_patch16_LS", "--print-command"]
-    done = run(installed, tmp_path, command(scripts["deit-launch"], *words))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("torchrun --nproc-per-node 4 -m deit.main ")
-    tiny = ["--model", "d2_deit_tiny_patch16_LS", "--model-kwargs", "depth=1", "--input-size", "32"]
-    tiny += ["--patch-size", "16", "--num-workers", "0"]
-    words = [*tiny, "--epochs", "1", "--output-dir", "run", "--published", "deit"]
-    done = run(installed, tmp_path, command(scripts["deit-train"], *words))
-    assert done.returncode == 0, done.stderr
-    words = [*tiny, "--resume", "run/checkpoint.pth"]
-    done = run(installed, tmp_path, command(scripts["deit-evaluate"], *words))
-    assert "Accuracy of the network on the" in done.stdout, done.stderr
-    words = ["--models", "d2_deit_tiny_patch16_LS", "--no-throughput"]
-    done = run(installed, tmp_path, command(scripts["deit-complexity"], *words))
-    assert "d2_deit_tiny_patch16_LS" in done.stdout, done.stderr
-    done = run(installed, tmp_path, command(scripts["deit-equivariance"], "--model", "nosuch"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    tiny = "--model d2_deit_tiny_patch16_LS --model-kwargs depth=1 --input-size 32 --patch-size 16 "
+    tiny += "--num-workers 0 "
+    calls = [
+        (scripts["deit-launch"], "--recipe d2_deit_base_patch16_LS --print-command"),
+        (scripts["deit-train"], tiny + "--epochs 1 --output-dir run --published deit"),
+        (scripts["deit-evaluate"], tiny + "--resume run/checkpoint.pth"),
+        (scripts["deit-complexity"], "--models resmlp_equi_d2_12 --no-throughput"),
+        (scripts["deit-equivariance"], "--model nosuch"),
+    ]
+    env = os.environ | {"PYTHONPATH": str(installed), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS.format(calls=calls)],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    launch, train, evaluate, complexity, *_ = done.stdout.split("status 0\n")
+    assert done.stdout.endswith("status 2\n"), done.stderr
+    assert launch.startswith("torchrun --nproc-per-node 4 -m deit.main ")
+    assert "saved   run/checkpoint.pth" in train
+    assert "Accuracy of the network on the" in evaluate
+    assert "resmlp_equi_d2_12" in complexity
+    assert re.search("^error: .*nosuch.*\n$", done.stderr, re.M)
