@@ -1,4 +1,4 @@
-"""A training run under way: what it learns, from which data, its place and its folder."""
+"""A training run: what it learns and from which data, put together, its place and its folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from deit.data import ImageDataset, check_same_classes
+from deit.data import ImageDataset, build_mixup, check_same_classes
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.train.args import config_dict
 from deit.train.build import (
+    build_model,
     build_train_dataset,
     build_train_stream,
     build_val_dataset,
@@ -24,15 +26,20 @@ from deit.train.build import (
     workers,
 )
 from deit.train.checkpoint import Checkpoint
-from deit.train.distributed import DistContext
-from deit.train.engine import count_parameters
+from deit.train.compilation import compile_network
+from deit.train.distributed import DistContext, shard, wrap_ddp
+from deit.train.ema import ModelEma
+from deit.train.engine import Precision, Progress, TrainingState, count_parameters
 from deit.train.folder import LAST, clear, read_log
 from deit.train.loading import NETWORK, adopt, find_checkpoints
-from deit.train.optim import peak_lr
+from deit.train.losses import build_criterion, prepare_student
+from deit.train.optim import build_optimizer, freeze_shift, peak_lr
 from deit.train.reporting import Reporter, environment
-from deit.train.resume import state_dict
+from deit.train.resume import load_state_dict, seed_all, state_dict
+from deit.train.schedule import TrainingSchedule
 from deit.train.stopping import StopAgreement
-from deit.train.training import start_training
+from deit.train.teacher import build_teacher
+from deit.train.weights import freeze_all_but_attention, load_weights
 
 
 class Run:
@@ -201,3 +208,104 @@ def _build_data(
     if args.ThreeAugment and args.reprob > 0:
         notes.append(f"--ThreeAugment has no erasing: --reprob {args.reprob:g} is ignored")
     return train_set, val_set, notes
+
+
+def start_training(
+    args: Namespace,
+    processes: DistContext,
+    classes: int,
+    *,
+    updates: int,
+    images: int,
+    checkpoint: Checkpoint | None = None,
+    origin: Checkpoint | None = None,
+    class_names: Sequence[str] = (),
+) -> tuple[TrainingState, list[str]]:
+    """Build all that an update needs and changes.
+
+    The order matters, and so do the random numbers drawn on the way. The average copies what is
+    neither compiled nor sharded, and weights are loaded whole, before they are sharded.
+
+    Args:
+        classes: outputs of the network.
+        updates: in an epoch.
+        images: in an update, over all processes.
+        checkpoint: that the training goes on from.
+        origin: the one that --finetune names.
+        class_names: of the data; a classifier for others is not taken from `origin`.
+
+    Returns:
+        What makes updates and is changed by them, and remarks for the user.
+    """
+    device = processes.device
+    seed_all(args.seed)  # the same weights on every rank
+    model, notes = build_model(args, classes)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    elif origin is not None:
+        theirs = origin.class_names
+        others = bool(theirs and class_names) and theirs != list(class_names)
+        report = load_weights(model, origin, adapt=True, new_classes=others)
+        notes.append(f"--finetune {origin.source}: {origin.which()}; {report}")
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    if args.freeze_shift and (note := freeze_shift(model)):
+        notes.append(note)
+    if args.distillation_type != "none":
+        prepare_student(model)
+    model.to(device)
+    networks, ema = [model], None
+    if args.model_ema:
+        ema = ModelEma(model, args.model_ema_decay, on_host=args.model_ema_force_cpu)
+        networks.append(ema.module)
+        if checkpoint is not None and checkpoint.has_average:
+            load_weights(ema.module, checkpoint, ema=True)
+        elif checkpoint is not None:
+            notes.append(f"{checkpoint.source} has no average, it starts as a copy of the weights")
+    precision = Precision.choose(device, args.use_amp, args.amp_dtype)
+    wrapped = _compile_and_spread(networks, args, processes, precision.dtype)
+    optimizer, remarks = build_optimizer(model, args, peak_lr(args, images))
+    notes += remarks
+    mixup, teacher = build_mixup(args, classes), None
+    if args.distillation_type != "none":
+        with processes.main_first():
+            teacher = build_teacher(args, classes, device, class_names)
+    criterion = build_criterion(args, mixup=mixup is not None, teacher=teacher)
+    state = TrainingState(
+        args,
+        processes,
+        model,
+        wrapped,
+        criterion.to(device),
+        optimizer,
+        schedule=TrainingSchedule(optimizer, args, updates),
+        precision=precision,
+        progress=Progress(epoch=args.start_epoch),
+        mixup=mixup,
+        ema=ema,
+        class_names=class_names,
+    )
+    # Building has drawn random numbers; from here on every rank has its own.
+    seed_all(args.seed + processes.rank)
+    if checkpoint is not None:
+        notes += load_state_dict(state, checkpoint, global_batch=images)
+    state.schedule.step_update(state.progress.epoch * updates + state.progress.step)
+    return state, notes
+
+
+def _compile_and_spread(
+    networks: Sequence[nn.Module],
+    args: Namespace,
+    processes: DistContext,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """Compile and shard all in place, as asked for; returns the first, in DDP if needed."""
+    sharded = args.fsdp and processes.world_size > 1
+    for network in networks if args.compile else ():
+        # what is sharded are blocks, which gather their weights before each call
+        compile_network(network, args.compile_mode, blocks=args.compile_blocks or sharded)
+    if not sharded:
+        return wrap_ddp(networks[0], processes)
+    for network in networks:
+        shard(network, processes, dtype)
+    return networks[0]

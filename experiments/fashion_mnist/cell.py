@@ -22,8 +22,8 @@ from deit.train.folder import LAST
 from deit.train.metrics import Accuracy
 from deit.train.reporting import environment
 from deit.train.resume import state_dict
+from deit.train.run import start_training
 from deit.train.stopping import StopAgreement, Stopped
-from deit.train.training import start_training
 from experiments.fashion_mnist.grid import Cell, Plan
 from experiments.fashion_mnist.images import Images, TestBatches, training_batches
 from experiments.fashion_mnist.networks import CLASSES, IMAGE_SIZE
