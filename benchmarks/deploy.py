@@ -26,7 +26,6 @@ if __package__ in (None, ""):
 
 import timm
 import torch
-from torch import nn
 
 import deit.models  # noqa: F401 - registers the networks
 from benchmarks.performance_page import (
@@ -70,26 +69,20 @@ def get_parser() -> CommandLine:
 # fmt: on
 
 
-def networks(name: str, runtime: str) -> dict[str, nn.Module]:
-    """Twin, original and folded network in evaluation mode; ONNX Runtime runs no original."""
-    twin = twin_of(name)
-    if twin is None:
-        raise UserError(f"{name!r} has no ordinary twin: name an equivariant network")
-    model, onnx = timm.create_model(name).eval(), runtime == "onnx"
-    found = {"twin": timm.create_model(twin).eval()} | ({} if onnx else {"unfolded": model})
-    return found | {"folded": fold(model, "onnx" if onnx else "torch")}
-
-
 @torch.no_grad()
 def measure(name: str, runtime: str, args: Namespace, folder: Path) -> dict[str, Any]:
-    """Seconds of a batch for each network, and under what conditions.
+    """Seconds of a batch for twin, original and folded network, and under what conditions.
 
-    ONNX Runtime reads files in `folder`, which are written unless they are there.
+    ONNX Runtime runs no original. It reads files in `folder`, which are written unless they are
+    there.
     """
-    images = torch.randn(args.batch_size, 3, 224, 224)
+    images, onnx = torch.randn(args.batch_size, 3, 224, 224), runtime == "onnx"
+    model, twin = (timm.create_model(each).eval() for each in (name, twin_of(name)))
+    networks = {"twin": twin} | ({} if onnx else {"unfolded": model})
+    networks["folded"] = fold(model, "onnx" if onnx else "torch")
     steps, sizes = {}, {}
-    for kind, model in networks(name, runtime).items():
-        if runtime == "onnx":
+    for kind, model in networks.items():
+        if onnx:
             path = folder / f"{name}.{kind}.onnx"
             if not path.exists():
                 write_onnx(model, images, path, {}, dynamic=True, opset=None)
@@ -115,6 +108,8 @@ def measure(name: str, runtime: str, args: Namespace, folder: Path) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    if alone := [name for name in args.models if twin_of(name) is None]:
+        raise UserError(f"{alone[0]!r} has no ordinary twin: name an equivariant network")
     torch.set_num_threads(args.threads)
     prepare_compiler()
     known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from deit.measure.hardware import synchronize
 from deit.measure.networks import build
 from deit.train.compilation import GRAPHS, compile_network
+from deit.train.engine import Precision
 
 WARM_UP = 3
 
@@ -45,8 +46,7 @@ class BenchModel:
         if args.train:
             fused = True if cuda else None  # as in training
             self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=fused)
-        scaled = args.train and args.dtype == torch.float16
-        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self._precision = Precision(device, args.dtype if args.amp else None)
 
     def warm_up(self) -> tuple[float | None, float | None]:
         """Compile, and let libraries choose their algorithms.
@@ -65,20 +65,18 @@ class BenchModel:
 
     def infer(self) -> Tensor:
         """Logits of the batch."""
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._precision.autocast():
             return self.model(self.images)
 
     def train_step(self) -> None:
         """One update of the weights. The network must be in training mode."""
-        with self._autocast():
+        scaler = self._precision.scaler
+        with self._precision.autocast():
             loss = F.cross_entropy(self.model(self.images).float(), self.targets)
-        self._scaler.scale(loss).backward()
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        scaler.scale(loss).backward()
+        scaler.step(self._optimizer)
+        scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.args.device.type, self.args.dtype, enabled=self.args.amp)
 
     def _peak(self, step: Callable[[], object]) -> float | None:
         device = self.args.device
@@ -90,16 +88,13 @@ class BenchModel:
             step()
             synchronize(device)
             return (torch.cuda.max_memory_allocated(device) - self._before) / 2**20
-        if device.type == "cpu":
-            return (self._held() + _cpu_peak(step)) / 2**20
-        return None
-
-    def _held(self) -> int:
-        """Bytes that stay allocated between steps: weights, moments, images."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), self.images]
+        if device.type != "cpu":
+            return None
+        # what stays allocated between steps: images, weights, moments
+        held = [self.images, *self.model.parameters(), *self.model.buffers()]
         if self.args.train:
-            tensors += tree_leaves(list(self._optimizer.state.values()))
-        return sum(tensor.nbytes for tensor in tensors)
+            held += tree_leaves(list(self._optimizer.state.values()))
+        return (sum(tensor.nbytes for tensor in held) + _cpu_peak(step)) / 2**20
 
 
 def _cpu_peak(step: Callable[[], object]) -> int:

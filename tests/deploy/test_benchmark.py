@@ -24,4 +24,4 @@ def test_measures_and_adds_to_what_is_known(tmp_path, capsys, monkeypatch):
     expected = f"{seconds['twin'] / seconds['folded']:.2f}"
     assert f"| `{NAME}` |  | {expected} |" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no ordinary twin"):
-        deploy.networks("deit_tiny_patch16_LS", "eager")
+        deploy.main(["--models", "deit_tiny_patch16_LS"])
