@@ -73,10 +73,6 @@ class Settings:
         name = str(self.compute_dtype).removeprefix("torch.")
         return f"amp {name}" if self.amp else name
 
-    def tolerance(self, depth: int = 1) -> float:
-        """For layers, or for networks of `depth` blocks."""
-        return tolerance_of(self.compute_dtype, depth)
-
     def autocast(self) -> torch.autocast:
         """To be entered around a forward pass."""
         low = lower_precision(self.device)
@@ -239,17 +235,10 @@ def check(case: Case, settings: Settings, features_only: bool = False) -> Result
         if isinstance(y, tuple):
             of_twin = of_twin.split([part.shape[-1] for part in y], -1)
         twin_error = measure_batch(of_twin, after, group).error
+    depth = sum(isinstance(m, BLOCKS) for m in module.modules())
+    tol = tolerance_of(settings.compute_dtype, depth)
     return Result(
-        case,
-        settings,
-        settings.tolerance(sum(isinstance(m, BLOCKS) for m in module.modules())),
-        events,
-        unseen,
-        promised,
-        output.error,
-        compiled,
-        gradients,
-        twin_error,
+        case, settings, tol, events, unseen, promised, output.error, compiled, gradients, twin_error
     )
 
 
@@ -269,17 +258,15 @@ def _maps(module: nn.Module, batch: Feature, group: Group) -> list[Event]:
 
     Nothing is promised of those behind the bridge of a hybrid, which have no symmetric channels.
     """
-    symmetric = {
-        info["module"]: info["symmetric_channels"]
-        for info in getattr(module, "feature_info", ())
-        if info["symmetric_channels"] is not None
-    }
-    if not symmetric:
+    if not hasattr(module, "feature_info"):
         return []
-    found = module.forward_intermediates(batch, intermediates_only=True)
+    maps = module.forward_intermediates(batch, intermediates_only=True)
+    counts = [info["symmetric_channels"] for info in module.feature_info]
+    names = [f"map of {info['module']}" for info in module.feature_info]
     return [
-        Event(f"map of {name}", "map", OUT_OF, measure_batch(y, packed_map(count, y), group))
-        for (name, count), y in zip(symmetric.items(), found, strict=False)
+        Event(name, "map", OUT_OF, measure_batch(y, packed_map(count, y), group))
+        for name, count, y in zip(names, counts, maps, strict=True)
+        if count is not None
     ]
 
 

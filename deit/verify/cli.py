@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from deit.cli import CommandLine, OptionGroup, add_compile, add_kernels, key_value, number
-from deit.equivariance import worst
+from deit.equivariance import tolerance_of, worst
 from deit.errors import UserError, one_line
 from deit.train.distributed import choose_device
 from deit.train.options import device_name
@@ -144,7 +144,8 @@ def _print_header(settings: list[Settings]) -> None:
     compiled = f", compiled ({first.compile_mode}{blocks})" if first.compile_mode else ""
     print(f"{first.count} natural and {first.count} random images, seed {first.seed}{compiled}")
     for each in settings:
-        print(f"tolerance {each.tolerance():.1e} of a feature's norm in {each.arithmetic}")
+        tolerance = tolerance_of(each.compute_dtype)
+        print(f"tolerance {tolerance:.1e} of a feature's norm in {each.arithmetic}")
     print("times sqrt(blocks / 12) in networks of more than 12 blocks")
 
 

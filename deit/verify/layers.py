@@ -82,9 +82,8 @@ def prepended(x: Tensor, token: Tensor) -> Tensor:
 
 
 def prefix() -> nn.Module:
-    return Call(
-        lambda x, token: tuple(map(prepended, x, token(len(x[0])))), L.PrefixToken(WIDTH, 2)
-    )
+    token = L.PrefixToken(WIDTH, 2)
+    return Call(lambda x, own: tuple(map(prepended, x, own(len(x[0])))), token)
 
 
 def positions(own: tuple[int, int], used: tuple[int, int]) -> nn.Module:
@@ -99,12 +98,8 @@ def order(change: Callable[[Tensor], Tensor]) -> nn.Module:
     return Call(lambda x, _: map_parts(change, x), nn.Identity())
 
 
-dense, norm, affine, block = (
-    partial(nn.Linear, WIDTH, WIDER),
-    partial(nn.LayerNorm, WIDTH),
-    partial(L.OrdinaryAffine, WIDTH),
-    partial(L.OrdinaryBlock, WIDTH, HEADS),
-)
+dense, norm = partial(nn.Linear, WIDTH, WIDER), partial(nn.LayerNorm, WIDTH)
+affine, block = partial(L.OrdinaryAffine, WIDTH), partial(L.OrdinaryBlock, WIDTH, HEADS)
 depthwise = partial(channels_last, WIDTH, WIDTH, groups=WIDTH, padding="same")
 
 LAYER_CASES = (

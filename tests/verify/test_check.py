@@ -79,7 +79,7 @@ def test_a_network_with_a_bridge_is_held_to_its_promise_alone(case, promised, me
     sides = [event.side for event in result.events if event.layer == ""]
     assert sides == ["into", "out of"][: 1 + promised]
     assert (result.gradient is not None) is result.promised is promised
-    assert result.output < FLOAT32.tolerance() if promised else result.output > 0.01
+    assert result.output < result.tolerance if promised else result.output > 0.01
 
 
 def test_a_block_that_is_never_run_fails_and_checking_leaves_nothing_behind():

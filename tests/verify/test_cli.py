@@ -95,7 +95,7 @@ def test_what_fails_or_crashes_exits_with_one_and_is_named(few, monkeypatch, cap
         (["--compile-mode", "fast"], "invalid choice"),
         (["--self-test", "--compile-mode", "default"], "--self-test breaks networks of its own"),
         (["--device", "toaster"], "'toaster' is not one of auto, cpu"),
-        (["--batch", "1"], "must be from 2"),
+        (["--batch", "1"], "must be at least 2 and at most 256"),
         (["--img-size", "100"], "cannot be cut into patches"),
         (["--amp", "--dtype", "bfloat16"], "--amp keeps parameters in float32"),
         (["--self-test", "--model", NAME], "--self-test breaks networks of its own"),
