@@ -114,7 +114,7 @@ sys.exit(one_line_errors(body))
 
 def claim_elsewhere(folder, number: int = 0) -> subprocess.CompletedProcess[str]:
     """Another process claims the folder and sends itself that signal."""
-    command = [sys.executable, "-c", CLAIM, str(folder), str(number)]
+    command = [sys.executable, "-c", CLAIM, str(folder), str(int(number))]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
 
 

@@ -257,6 +257,7 @@ def bad(tmp_path_factory):
         (["--finetune", "{tmp}/foreign.pth"], "foreign.pth"),
         (["--model", "deit_tiny_patch16_LS", "--input-size", "40"], "32 or 48"),
         (["--model", "d2_convnext_tiny", "--input-size", "33"], "d2_convnext_tiny"),
+        (["--model", "convnext_tiny", "--input-size", "20"], "cannot take images.* 20"),
         (["--model", "resmlp_12", "--input-size", "40"], "resmlp_12"),
         (["--layer-scale-init-value", "1"], "no option --layer-scale-init-value"),
         (["--nb-classes", "2"], "--nb-classes 2.*3 classes"),

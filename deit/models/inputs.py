@@ -2,7 +2,8 @@
 
 import torch
 from timm.layers import to_2tuple
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from deit.errors import UserError, one_line
 
@@ -41,7 +42,8 @@ def check_image_size(model: nn.Module, size: int | tuple[int, int], option: str,
     image = torch.empty(1, input_channels(model), *to_2tuple(size), device="meta", dtype=dtype)
     training = model.training
     try:
-        torch.func.functional_call(model.eval(), on_meta, (image,))
+        with register_module_forward_hook(_refuse_empty):
+            torch.func.functional_call(model.eval(), on_meta, (image,))
     except NotImplementedError:  # an operator without meta tensors: it cannot be told
         pass
     except (ValueError, RuntimeError, AssertionError, IndexError) as error:
@@ -54,3 +56,9 @@ def check_image_size(model: nn.Module, size: int | tuple[int, int], option: str,
         ) from error
     finally:
         model.train(training)
+
+
+def _refuse_empty(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+    # torch 2.6 does not complain about an image smaller than the kernel, without data
+    if isinstance(layer, nn.Conv2d) and output.numel() == 0:
+        raise ValueError("nothing is left of the image within the network")

@@ -164,6 +164,10 @@ class TestErasing:
                 seed_everything(sample_seeds(5, 0, position).erasing)
                 assert torch.equal(theirs(image), changed[position])
 
+    @pytest.mark.skipif(
+        not (hasattr(torch.compiler, "is_exporting") or torch.cuda.is_available()),
+        reason="torch 2.6 asks for a device",
+    )
     def test_needs_no_synchronisation_with_a_gpu(self):
         """Under fake tensors whatever asks for a value raises."""
         with FakeTensorMode():
