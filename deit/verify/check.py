@@ -201,7 +201,9 @@ def check(case: Case, settings: Settings, features_only: bool = False) -> Result
             promised and telling.
     """
     place = {"device": settings.device, "dtype": settings.dtype}
-    module = case.trained or randomize_(case.build(), settings.seed)
+    module = case.trained
+    if module is None:
+        module = randomize_(case.build(), settings.seed)
     module = module.to(**place).eval()
     rules, group = Rules(module, case.size, case.group), case.group
     x = map_parts(lambda part: part.to(**place), case.inputs(settings.count, settings.seed))
