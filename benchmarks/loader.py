@@ -1,7 +1,7 @@
 """Images per second that reach the training loop: this package's loader and timm's in one run.
 
     python benchmarks/loader.py                     # a generated folder of JPEGs, one worker a core
-    python benchmarks/loader.py --data /path/to/imagenet/train --workers 16 --rounds 5
+    python benchmarks/loader.py --data /path/to/imagenet --workers 16 --rounds 5
 
 Both loaders read the same JPEGs with the very same transform object (224 pixels, RandAugment,
 flip), the same batch size and number of workers, and hand normalised float batches to the same
@@ -89,57 +89,48 @@ def timms(root: Path, transform: Transform, args: Namespace) -> Epochs:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """CPU seconds so far of this process and of the workers `pids`."""
-    total = sum(os.times()[:2])
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
-
-
-def settle(pids: list[int]) -> float:
-    """Wait until the workers have filled their queues; CPU seconds of all processes by then."""
-    before, now = -1.0, cpu_seconds(pids)
+    """CPU seconds of this process and the workers `pids`, once these have filled their queues."""
+    before, now = -1.0, 0.0
     while now - before > 0.015:  # this process ticks too
         time.sleep(0.3)
-        before, now = now, cpu_seconds(pids)
+        before, now = now, sum(os.times()[:2])
+        for pid in pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            now += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return now
 
 
 def time_epoch(batches: Iterator, pids: list[int], device: str) -> tuple[float, float]:
-    """(images per second, CPU seconds per image) of one epoch."""
-    cpu, start, count = settle(pids), time.perf_counter(), 0
-    for images, _ in batches:
-        count += len(images)
+    """(images per second, ms of CPU per image) of one epoch."""
+    cpu, start = cpu_seconds(pids), time.perf_counter()
+    count = sum(len(images) for images, _ in batches)
     synchronize(torch.device(device))
     seconds = time.perf_counter() - start
-    return count / seconds, (settle(pids) - cpu) / count
+    return count / seconds, 1e3 * (cpu_seconds(pids) - cpu) / count
 
 
 def compare(root: Path, args: Namespace) -> dict[str, Any]:
     """Alternate the loaders over args.rounds rounds, after one epoch each to warm up."""
     transform = train_transform(args.size)
-    names = {"ours": ours, "timm": timms}
     epochs, pids = {}, {}
-    for name, build in names.items():
+    for name, build in {"ours": ours, "timm": timms}.items():
         before = set(multiprocessing.active_children())
         epochs[name] = build(root, transform, args)
         for _ in epochs[name]():
             pass
         pids[name] = [child.pid for child in set(multiprocessing.active_children()) - before]
-    rates, costs = {name: [] for name in names}, {name: [] for name in names}
+    rates, costs = {"ours": [], "timm": []}, {"ours": [], "timm": []}
     for index in range(args.rounds):
-        for name in sorted(names, reverse=index % 2 == 1):
+        for name in sorted(epochs, reverse=index % 2 == 1):
             rate, cost = time_epoch(epochs[name](), pids[name], args.device)
             rates[name].append(rate / max(1, args.workers))
-            costs[name].append(1e3 * cost)
+            costs[name].append(cost)
             print(f"round {index + 1}  {name}  {rates[name][-1]:8.1f} images/s per core  "
-                  f"{costs[name][-1]:6.2f} ms of CPU per image")  # fmt: skip
-    by_round = [mine / theirs for mine, theirs in zip(rates["ours"], rates["timm"], strict=True)]
+                  f"{cost:6.2f} ms of CPU per image")  # fmt: skip
     cpu = {name: median(values) for name, values in costs.items()}
     return {
         "images_per_second_per_core": {name: median(values) for name, values in rates.items()},
-        "ratio": median(by_round),
+        "ratio": median(a / b for a, b in zip(rates["ours"], rates["timm"], strict=True)),
         "cpu_ms_per_image": cpu,
         "cpu_ratio": cpu["timm"] / cpu["ours"],
         "settings": {key: str(value) for key, value in vars(args).items()},

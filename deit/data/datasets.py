@@ -72,7 +72,7 @@ def build_dataset(
     if kind == "SAMPLE" and root is not None:
         raise UserError(f"the data set SAMPLE is bundled: it takes no data path, got {root}")
     if root is None and (kind == "SAMPLE" or (kind == "IMNET" and not zipped)):
-        kind, root = "FASHION", SAMPLE_FOLDER
+        kind, root, download = "FASHION", SAMPLE_FOLDER, False
     elif root is None and kind.startswith("FASHION") and DEBIAN_FASHION_MNIST.is_dir():
         root = DEBIAN_FASHION_MNIST
     elif root is None:

@@ -11,7 +11,8 @@ from benchmarks import loader
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reports_both_loaders(tmp_path, workers, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    words = f"--images 24 --size 32 --batch-size 4 --rounds 2 --workers {workers}"
+    monkeypatch.setattr(loader.time, "sleep", lambda seconds: None)
+    words = f"--images 12 --size 32 --batch-size 4 --rounds 2 --workers {workers}"
     assert loader.main([*words.split(), "--output", str(tmp_path / "result.json")]) == 0
     report = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     rates, costs = report["images_per_second_per_core"], report["cpu_ms_per_image"]
