@@ -77,7 +77,7 @@ QUICK = {
     "depths=(1,1,1,1) --batch-size 2",
     "benchmarks/exactness.py": "--img-size 32 --model-kwargs depth=1 depths=(1,1,1,1) "
     "--batch-size 2",
-    "deit/main.py": "--no-compile --input-size 32 --model-kwargs depth=1 embed_dim=96 "
+    "deit/main.py": "--no-compile --input-size 32 --model-kwargs depth=1 embed_dim=24 "
     "--batch-size 250 --num-workers 0 --aa none",
 }
 

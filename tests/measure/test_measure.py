@@ -128,14 +128,19 @@ def test_inference_and_training_are_measured(amp, monkeypatch):
     assert f"{OURS}: training" in said
 
 
-def test_training_steps_change_the_weights():
-    network = BenchModel(OURS, 2, shallow("--train --dtype bfloat16"))
+@pytest.mark.parametrize(
+    ("words", "stored"), [("--dtype bfloat16", torch.bfloat16), ("--amp", torch.float32)]
+)
+def test_training_steps_change_the_weights(words, stored):
+    network = BenchModel(OURS, 2, shallow(f"--train {words}"))
     before = network.model.head.weight.detach().clone()
-    network.warm_up()
+    _, peak = network.warm_up()
+    # weights, gradients and two moments
+    assert peak * 2**20 > 4 * sum(p.nbytes for p in network.model.parameters())
     assert not torch.equal(before, network.model.head.weight)
     assert not network.model.training
     assert all(p.grad is None for p in network.model.parameters())
-    assert {p.dtype for p in network.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in network.model.parameters()} == {stored}
     assert network.infer().dtype == torch.bfloat16
 
 
@@ -208,7 +213,7 @@ def test_first_batch(words, matmul, rate, batch, reason, monkeypatch):
 def test_profiles_name_layers_and_operators():
     inference, training, layers = profile(OURS, 2, shallow("--train"))
     assert f"{OURS}, batch 2, 3 steps of inference" in inference[0]
-    assert "aten::addmm" in inference[1]
+    assert "aten::" in inference[1]
     assert "AdamW.step" in training[1]
     for name, calls in (("Block", 2 * 3), ("Attention", 2 * 3), ("PatchEmbed", 3)):
         (row,) = [line.split() for line in layers[1].splitlines() if f"layer: {name} " in line]

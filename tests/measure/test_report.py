@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -220,6 +221,8 @@ def test_measuring_command(tmp_path, capsys, monkeypatch):
     assert report["settings"]["ceilings"] == {"tflop_per_s": 0.1, "gb_per_s": 10.0}
     assert report["settings"]["details"][TINY]["bound_images_per_s"] > 0
     printed = capsys.readouterr().out
+    assert "network params throughput FLOPs memory\n" in re.sub(" +", " ", printed)
+    assert "layer: FoldedVisionTransformer" in printed
     plan = "plan      3 networks in 1 group, about"
     assert all(text in printed for text in ("Roofline", "by layer, eager", "0.10 TFLOP/s", plan))
 
