@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.layers import DropPath
 from timm.models import group_parameters
-from tiny import create
+from tiny import NAMES, TRANSFORMERS, create
 
 from deit.layers import MirrorGrid
 
@@ -69,27 +69,37 @@ def test_layer_wise_learning_rates_of_a_convnext_go_by_depth():
 
 
 CONVNEXTS = ("d2_convnext_isotropic", "d2_convnext", "convnext_isotropic")
-RESMLPS = ("resmlp_equi_d2", "resmlp")
 
 
-@pytest.mark.parametrize("family", [*CONVNEXTS, *RESMLPS])
+@pytest.mark.parametrize("family", NAMES)
 def test_options(family):
-    """Stochastic depth is constant over depth in ResMLP, and rises in ConvNeXt."""
+    """Stochastic depth rises with depth in ConvNeXt, and is constant in the others."""
     rates = dict(drop_rate=0.2, drop_path_rate=0.4)
-    if family in RESMLPS:
+    if family not in CONVNEXTS:
         rates["proj_drop_rate"] = 0.3
+    if family in TRANSFORMERS:
+        rates |= dict(pos_drop_rate=0.25, attn_drop_rate=0.1)
     model = create(family, in_chans=2, num_classes=7, head_init_scale=0.0, **rates)
     assert model(torch.randn(3, 2, 32, 32)).tolist() == [[0.0] * 7] * 3
     assert model.head_drop.p == 0.2
     found = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
-    if family in RESMLPS:
-        assert set(found) == {0.4}
-        assert model.blocks[0].mlp.drop1.p == model.blocks[0].mlp.drop2.p == 0.3
-    else:  # four blocks, or five; an ordinary first one has none
+    if family in CONVNEXTS:  # four blocks, or five; an ordinary first one has none
         count = len([m for m in model.modules() if hasattr(m, "dwconv")])
         expected = [0.4 * i / (count - 1) for i in range(count)]
         assert found == pytest.approx(expected[-len(found) :])
         assert len(found) >= count - 1
-    for unknown in ("use_attn_mixer", "use_fused_attn", "attn_drop_rate", "no_such_option"):
+    else:
+        assert set(found) == {0.4}
+        assert {rate for b in model.blocks for rate in (b.mlp.drop1.p, b.mlp.drop2.p)} == {0.3}
+    if family in TRANSFORMERS:
+        assert model.pos_drop.p == 0.25
+        attentions = [block.attn for block in model.blocks]
+        assert {(a.attn_drop.p, a.proj_drop.p) for a in attentions} == {(0.1, 0.3)}
+        for fused in (True, False):
+            other = create(family, use_fused_attn=fused, qkv_bias=False)
+            assert {block.attn.fused_attn for block in other.blocks} == {fused}
+            assert [n for n, _ in other.named_parameters() if "qkv" in n and "bias" in n] == []
+        return
+    for unknown in ("use_attn_mixer", "use_fused_attn", "attn_drop_rate"):
         with pytest.raises(TypeError, match=unknown):
             create(family, **{unknown: True})

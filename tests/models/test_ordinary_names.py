@@ -114,3 +114,19 @@ def test_without_a_network_one_line(name, monkeypatch):
         timm.create_model(name, pretrained=True)
     assert error.value.__suppress_context__
     assert "\n" not in str(error.value)
+
+
+def test_errors_of_the_hub_that_say_it_themselves(monkeypatch):
+    """Of weights that the user names, and of hosted ones that do not fit."""
+    raised = OSError("no such repository")
+
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    own = dict(pretrained_cfg_overlay=dict(hf_hub_id="somebody/weights"))
+    with pytest.raises(OSError, match="no such repository"):
+        timm.create_model("d2_deit_tiny_patch16_LS", pretrained=True, **own)
+    raised = RuntimeError("size mismatch for head.weight")
+    with pytest.raises(RuntimeError, match=r"^size mismatch"):
+        timm.create_model("resmlp_12", pretrained=True)

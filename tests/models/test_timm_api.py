@@ -15,7 +15,15 @@ from timm.models import (
     safe_model_name,
 )
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from tiny import FAMILIES, NAMES, TRANSFORMERS, create, create_random, images, registered
+from tiny import (
+    FAMILIES,
+    NAMES,
+    TRANSFORMERS,
+    create,
+    create_random,
+    images,
+    registered,
+)
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
@@ -146,6 +154,10 @@ def test_intermediates(family):
     assert len(maps) == len(info.channels())
     for y, channels, reduction in zip(maps, info.channels(), info.reduction(), strict=True):
         assert y.shape == (2, channels, 32 // reduction, 32 // reduction)
+    tokens = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    torch.testing.assert_close(tokens, [y.flatten(2).mT for y in maps])
+    with pytest.raises((ValueError, AssertionError), match=r"NHWC|Output format"):
+        model.forward_intermediates(x, output_fmt="NHWC")
     (last,) = model.forward_intermediates(x, indices=[LAST], intermediates_only=True)
     torch.testing.assert_close(last, maps[LAST])
     runs = count_runs(model)
@@ -174,12 +186,24 @@ def test_intermediates_of_transformers(family):
     # the head reads the symmetric channels of the last normed features
     normed = torch.cat([with_prefix[-1][1], with_prefix[-1][0]], 1)[..., : model.num_features]
     torch.testing.assert_close(result["image_features"], normed)
+    layers = model.get_intermediate_layers(x, n=2, return_prefix_tokens=True, norm=True)
+    torch.testing.assert_close(list(layers), list(with_prefix[2:]))
     layers = model.get_intermediate_layers(x, n=2, reshape=True)
     torch.testing.assert_close(
         list(layers), model.forward_intermediates(x, indices=2, intermediates_only=True)
     )
-    with pytest.raises((ValueError, AssertionError), match=r"NHWC|Output format"):
-        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_the_class_token_is_first_and_is_classified(family):
+    model = create_random(family, reg_tokens=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gamma" in name:  # no token sees another
+                parameter.zero_()
+    model(images()).square().sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if "_token" in n}
+    assert {n: bool(g.any()) for n, g in gradients.items()} == {n: "cls" in n for n in gradients}
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -255,16 +279,17 @@ def test_parameter_groups_cover_every_parameter(family):
 
 @pytest.mark.parametrize("family", NAMES)
 def test_no_weight_decay_names_what_exists(family):
-    model = create(family)
+    model = create(family, **({"reg_tokens": 1} if family in TRANSFORMERS else {}))
     names = [n for n, _ in model.named_parameters()]
-    optional = {"reg_token", "reg_token.0", "dist_token"}
-    for pattern in set(model.no_weight_decay()) - optional:
+    for pattern in set(model.no_weight_decay()) - {"dist_token"}:
         assert fnmatch.filter(names, pattern), pattern
     if family in TRANSFORMERS:
         decayed = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
         free = next(g for g in decayed.param_groups if g["weight_decay"] == 0)
         free = {id(p) for p in free["params"]}
-        embeddings = [p for n, p in model.named_parameters() if n.startswith(("pos_", "cls_"))]
+        embeddings = [
+            p for n, p in model.named_parameters() if n.startswith(("pos_", "cls_", "reg_"))
+        ]
         assert embeddings
         assert all(id(p) in free for p in embeddings)
 

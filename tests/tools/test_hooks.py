@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from deit.layers import GELU, LayerScale, MirrorHalves, MirrorKernel, MirrorOrder
+from deit.layers import GELU, LayerScale, MirrorHalves, MirrorOrder
 
 # the one argument of our layers is a tuple, in which torch looks for no tensors
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -124,13 +124,3 @@ def test_a_wrapper_in_the_place_of_any_layer_has_its_effect(network, change):
             setattr(parent, leaf, module)
         assert without == []
         assert torch.equal(model(x), before)
-
-
-def test_wrapped_kernels_keep_their_biases():
-    model, x = create("isotropic convnext"), images(2)
-    before = model(x)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, MirrorKernel):
-                setattr(module, name, Around(child, lambda y: y))
-    assert torch.equal(model(x), before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import create, images, inner_linears
-from torch.nn.utils import prune
 
 
 def flat(state: dict) -> dict:
@@ -51,16 +50,3 @@ def test_a_state_dict_shares_memory_with_the_network(network):
     kept = model.state_dict(keep_vars=True)
     for name, parameter in model.named_parameters():
         assert kept[name] is parameter
-
-
-def test_a_pruned_network_keeps_the_shapes_that_torch_gives_it():
-    model = create("isotropic convnext")
-    layer = model.blocks[0].pwconv1
-    prune.l1_unstructured(layer.linear_sym, "weight", 0.5)
-    shapes = {name: value.shape for name, value in layer.state_dict().items()}
-    assert shapes == {
-        "linear_sym.bias": (32,),
-        "linear_sym.weight_orig": (32, 8),
-        "linear_sym.weight_mask": (32, 8),
-        "linear_asym.weight": (32, 8, 1, 1),
-    }
