@@ -78,6 +78,9 @@ def test_widths_of_features_and_head(family):
     assert model(x).shape == unpooled
     model.reset_classifier(7, "avg")
     assert model(x).shape == (2, 7)
+    if family != "deit":  # timm's own starts as torch's linear maps
+        assert 0 < model.head.weight.abs().max() < 0.1  # truncated normal, 0.02
+        assert not model.head.bias.any()
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
     assert model.global_pool == "avg"
@@ -183,6 +186,8 @@ def test_intermediates_of_transformers(family):
     )
     assert set(result) == {"image_intermediates", "image_intermediates_prefix", "image_features"}
     torch.testing.assert_close(result["image_intermediates"], [y for y, _ in with_prefix[2:]])
+    prefixes = result["image_intermediates_prefix"]
+    torch.testing.assert_close(prefixes, [z for _, z in with_prefix[2:]])
     # the head reads the symmetric channels of the last normed features
     normed = torch.cat([with_prefix[-1][1], with_prefix[-1][0]], 1)[..., : model.num_features]
     torch.testing.assert_close(result["image_features"], normed)
