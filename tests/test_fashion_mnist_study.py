@@ -64,30 +64,20 @@ def test_a_stopped_training_ends_as_one_that_was_never_stopped(data, tmp_path, m
             break
         except Stopped:
             forget_stop()
+            # a state of another plan is not gone on from
+            other = Training(tiny_cell(), replace(TINY, lr=1.0), data, CPU, tmp_path / "parts")
+            assert other.start == 0
     assert starts == [0, 2, 4, 6]  # the last stop came before the last look at the test set
     for found in (whole, result, *whole["curve"], *result["curve"]):
         assert found.pop("seconds") > 0
     assert result == whole
     first, last = whole["curve"]
     assert last["train_loss"] < first["train_loss"]
+    assert whole["agreement"] == 100
+    assert whole["accuracy"] == whole["accuracy_mirrored"]
 
 
-def test_a_state_of_another_plan_is_not_gone_on_from(data, tmp_path):
-    request_stop("test")
-    with pytest.raises(Stopped):
-        Training(tiny_cell(), TINY, data, CPU, tmp_path).run("")
-    assert Training(tiny_cell(), TINY, data, CPU, tmp_path).start == 1
-    assert Training(tiny_cell(), replace(TINY, lr=1.0), data, CPU, tmp_path).start == 0
-
-
-@pytest.mark.parametrize("kind", ["equivariant", "invariant_early"])
-def test_invariant_networks_answer_alike_for_mirror_images(kind, data, tmp_path):
-    result = Training(tiny_cell(kind), TINY, data, CPU, tmp_path).run("")
-    assert result["agreement"] == 100
-    assert result["accuracy"] == result["accuracy_mirrored"]
-
-
-def test_ordinary_networks_do_not(data, tmp_path):
+def test_ordinary_networks_answer_otherwise_for_mirror_images(data, tmp_path):
     plan = replace(TINY, updates=20)
     result = Training(tiny_cell("ordinary", flip=False), plan, data, CPU, tmp_path).run("")
     assert result["agreement"] < 100
@@ -95,7 +85,7 @@ def test_ordinary_networks_do_not(data, tmp_path):
 
 @pytest.mark.slow
 def test_the_grid_trains_what_is_missing_and_reports_failures(tmp_path, capfd):
-    todo = [tiny_cell(), tiny_cell("ordinary"), tiny_cell(fraction=0.001)]  # less than a batch
+    todo = [tiny_cell("invariant_early"), tiny_cell(fraction=0.001)]  # less than a batch
     settings = {
         "plan": TINY,
         "data": SAMPLE_FOLDER,
@@ -105,15 +95,17 @@ def test_the_grid_trains_what_is_missing_and_reports_failures(tmp_path, capfd):
     }
     assert run.supervise(todo, ["cpu"], settings) == run.FAILED
     told = capfd.readouterr().out
-    assert "[3/3]" in told
+    assert "[2/2]" in told
     assert "failed: the training set has" in told
-    assert [run.is_done(tmp_path, cell, TINY) for cell in todo] == [True, True, False]
+    assert [run.is_done(tmp_path, cell, TINY) for cell in todo] == [True, False]
     assert not run.is_done(tmp_path, todo[0], replace(TINY, lr=1.0))
     result = json.loads((tmp_path / f"{todo[0].name}.json").read_text())
     assert result["command"] == "python run.py"
     assert result["environment"]["torch"] == torch.__version__
     assert not {"host", "folder"} & result["environment"].keys()
-    assert len(summary.read(tmp_path)) == 2
+    assert result["agreement"] == 100
+    (row,) = summary.read(tmp_path)
+    assert row.network == todo[0].network
 
 
 def test_batches_depend_on_their_number_alone(data):
@@ -160,7 +152,7 @@ def test_parts_of_the_training_set():
 def test_every_network_of_the_grids_can_be_built(plan):
     grid = cells(plan)
     assert len({cell.name for cell in grid}) == len(grid)
-    for network in {cell.network for cell in grid}:
+    for network in {replace(cell.network, depth=1) for cell in grid}:
         network.register()
         size = {} if network.family == "convnext" else {"img_size": IMAGE_SIZE}
         with torch.device("meta"):
@@ -178,43 +170,34 @@ def test_costs_are_what_the_comparisons_say(family):
     assert 0.95 < summary.flops(wider) / flops < 1.06
 
 
-def test_data_that_are_not_there_are_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "experiments.fashion_mnist.images.DEBIAN_FASHION_MNIST", tmp_path / "absent"
-    )
+def test_wrong_command_lines(monkeypatch, tmp_path):
+    absent = tmp_path / "absent"
+    monkeypatch.setattr("experiments.fashion_mnist.images.DEBIAN_FASHION_MNIST", absent)
     with pytest.raises(UserError, match="--data-path"):
         find_data("")
     assert find_data(str(SAMPLE_FOLDER)) == SAMPLE_FOLDER
-
-
-def test_a_wrong_device_is_one_clear_error():
     with pytest.raises(UserError, match="--devices nonsense"):
         run.find_devices(["nonsense"])
 
 
-def test_differences_are_paired_by_seed():
-    def row(kind: str, accuracies: list[float]) -> summary.Row:
-        results = tuple(
-            {"cell": {"seed": seed}, "accuracy": value, "plan": {"depth": 4}}
-            for seed, value in enumerate(accuracies)
-        )
-        return summary.Row(Network("vit", kind, 32, 4, 7, 32), True, 1.0, 1, 1.0, results)
+def row(kind: str, flops: float, accuracies: list[float], family: str = "vit") -> summary.Row:
+    results = tuple(
+        {"cell": {"seed": seed}, "accuracy": value, "plan": {"depth": 4}}
+        for seed, value in enumerate(accuracies)
+    )
+    return summary.Row(Network(family, kind, 32, 4, 7, 32), True, 1.0, 1, flops, results)
 
-    ordinary, ours = row("ordinary", [80, 82, 84]), row("equivariant", [81, 83, 85])
+
+def test_differences_are_paired_by_seed():
+    ordinary, ours = row("ordinary", 1.0, [80, 82, 84]), row("equivariant", 1.0, [81, 83, 85])
     assert summary.twin(ours, [ours, ordinary]) is ordinary
     assert summary.twin(ordinary, [ours, ordinary]) is None
     assert summary.difference(ours, ordinary, "accuracy").text(sign="+") == "+1.00 ± 0.00"
     assert ordinary.estimate("accuracy").text() == "82.00 ± 1.15"
-    assert row("ordinary", [80]).estimate("accuracy").text() == "80.00"
+    assert row("ordinary", 1.0, [80]).estimate("accuracy").text() == "80.00"
 
 
 def test_the_line_through_ordinary_networks_is_over_the_logarithm_of_flops():
-    def row(kind: str, flops: float, accuracies: list[float], family: str = "vit") -> summary.Row:
-        results = tuple(
-            {"cell": {"seed": seed}, "accuracy": value} for seed, value in enumerate(accuracies)
-        )
-        return summary.Row(Network(family, kind, 32, 4, 7, 32), True, 1.0, 1, flops, results)
-
     small, large = row("ordinary", 1e6, [70, 72]), row("ordinary", 4e6, [74, 80])
     ours = row("equivariant", 2e6, [75, 75])  # 72 and 76 on the lines
     other = row("ordinary", 2e6, [0, 0], "resmlp")
