@@ -92,13 +92,10 @@ def _url_of_step(environ: Mapping[str, str]) -> str:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost")
     # A port that all tasks of a step agree on, and two steps of a node hardly share.
     step = int(environ.get("SLURM_JOB_ID", "0")) * 7 + int(environ["SLURM_STEP_ID"])
-    host = environ.get("MASTER_ADDR") or first_host(nodes)
+    # The first of them: that of `gpu[03-05,9],n7` is `gpu03`.
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).split(",")[0]
+    host = environ.get("MASTER_ADDR") or first
     return f"tcp://{host}:{environ.get('MASTER_PORT') or 20000 + step % 20000}"
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: `gpu[03-05,9],n7` is `gpu03`."""
-    return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodelist).split(",")[0]
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -1,8 +1,7 @@
 """The exponential moving average of a network's weights.
 
-Unlike timm's, it works on parameters and buffers and not on `state_dict()`: the state dict of a
-network here is a published format, whose tensors may be assembled from what the layers hold, and an
-average written into such a copy would be lost. Unlike torch's, it copies integers.
+Unlike timm's, it builds no state dict at an update, takes a process's own part of what is sharded,
+and waits for no copy to the host. Unlike torch's, it copies integers.
 """
 
 from __future__ import annotations
