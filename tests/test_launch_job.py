@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -140,6 +141,16 @@ def test_the_state_of_a_job_from_the_controller_or_from_accounting(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.job_states("7") == states
     assert states or slurm.control("requeue", "7")
+
+
+def test_a_job_starts_with_this_code_and_deaf_to_stop_signals(tmp_path):
+    code = "import deit, os, signal; print(deit.__file__, os.environ['PYTHONPATH']); "
+    code += "print(*(signal.getsignal(number).name for number in (15, signal.SIGUSR2)))"
+    env = os.environ | {"PYTHONPATH": "/other place"}
+    command = [*shlex.split(submit._PYTHON), "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    wanted = f"{REPOSITORY}/deit/__init__.py {REPOSITORY}:/other place\nSIG_IGN SIG_IGN\n"
+    assert done.stdout == wanted, done.stderr
 
 
 @pytest.mark.slow
