@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from submitit.core.utils import JobPaths
 from training_runs import TINY, load, make_images
 
 from deit.errors import UserError
@@ -27,22 +28,11 @@ ARRAY = ["--array", "seed=3-4"]
 WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
 
 
-class Submitted:
-    """What submitit returns for a job."""
-
-    def __init__(self, folder: Path) -> None:
-        self.job_id = folder.name
-        self.paths = SimpleNamespace(folder=folder, stdout=folder / "log.out")
-        self.cancelled = False
-
-    def cancel(self, check: bool) -> None:
-        self.cancelled = True
-
-
 @pytest.fixture
-def submitted(tmp_path, monkeypatch) -> list[Submitted]:
+def submitted(tmp_path, monkeypatch) -> list[Mock]:
     """Two jobs that `submit` gets from Slurm; it does not look at what they will do."""
-    jobs = [Submitted(tmp_path / f"7_{task}") for task in range(2)]
+    ids = ("7_0", "7_1")
+    jobs = [Mock(job_id=job_id, paths=JobPaths(tmp_path / "%j", job_id)) for job_id in ids]
     for made in jobs:
         made.paths.folder.mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -70,7 +60,7 @@ def test_submitted_jobs_are_recorded_and_released(submitted, slurm_says, capsys)
     slurm_says("PENDING", "no controller")
     with pytest.raises(UserError, match=r"job 7 is .*held back \(no controller\): scontr"):
         submit.submit(make_spec(["--job-dir", str(submitted[0].paths.folder)]))
-    assert not any(made.cancelled for made in submitted)
+    assert not any(made.cancel.called for made in submitted)
 
 
 def test_no_job_is_left_behind(submitted, slurm_says, monkeypatch, capsys):
@@ -79,7 +69,7 @@ def test_no_job_is_left_behind(submitted, slurm_says, monkeypatch, capsys):
     (submitted[1].paths.folder / "checkpoint.pth").touch()
     with pytest.raises(UserError, match=f"7_1 holds another run, whose job had .*; {outcome}$"):
         submit.submit(make_spec(ARRAY))
-    assert all(made.cancelled for made in submitted)
+    assert all(made.cancel.called for made in submitted)
     monkeypatch.setattr(submit.json, "dumps", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         submit.submit(make_spec(ARRAY))
