@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from deit.errors import UserError, some
 
-_HIDDEN = re.compile(r"(^|/)(__MACOSX|@eaDir|\.[^/]+)(/|$)")
+_HIDDEN = re.compile(r"(?:^|/)(?:__MACOSX|@eaDir|\.[^/]+)(?:/|$)")
 
 
 def is_hidden(path: str) -> bool:
@@ -88,12 +88,12 @@ def list_folder(folder: Path) -> Listing:
         except OSError as error:
             raise UserError(f"cannot read the folder {folder / relative}: {error}") from error
         for entry in entries:
-            path = os.path.join(relative, entry.name)
+            path = relative + entry.name
             is_link = entry.is_symlink()
             is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
             if is_folder and not is_hidden(path):
-                (links if is_link else found).append(path)
                 path += "/"
+                (links if is_link else found).append(path)
             files.append(path)
     listing = sort_out(files)
     if repeated:
