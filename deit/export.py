@@ -201,7 +201,7 @@ def trained_network(
     Also returns the options that it was built with.
     """
     network, used = build_as_trained(
-        read_checkpoint(source), ema=args.model_ema_eval, model=args.model, img_size=size,
+        source, ema=args.model_ema_eval, model=args.model, img_size=size,
         kwargs=dict(args.model_kwargs or ()),
     )  # fmt: skip
     check_colours(network, used.model)

@@ -33,9 +33,10 @@ def test_exact_for_any_batch_size(classes):
 
 def test_nan_is_never_correct_and_empty_is_an_error():
     accuracy = Accuracy()
-    accuracy.update(torch.full((4, 3), float("nan")), torch.tensor([0, 1, 2, 0]))
+    nan = torch.full((4, 3), float("nan"))
+    accuracy.update(nan, torch.tensor([0, 1, 2, 0]), mirrored=nan)
     scores = accuracy.compute()
-    assert (scores.acc1, scores.acc5) == (0, 0)
+    assert (scores.acc1, scores.acc5, scores.mirrored, scores.same, scores.bad) == (0, 0, 0, 0, 4)
     assert math.isnan(scores.loss)
     with pytest.raises(ValueError, match="empty"):
         Accuracy().compute()

@@ -22,7 +22,6 @@ from deit.measure.measure import DEFAULT_BATCH
 from deit.measure.networks import SYMMETRIZED
 from deit.measure.plot import FORMATS
 from deit.train.build import model_arguments
-from deit.train.checkpoint import read_checkpoint
 from deit.train.distributed import choose_device
 from deit.train.engine import lower_precision
 from deit.train.loading import build_as_trained
@@ -113,7 +112,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def _take_checkpoint(args: Namespace) -> None:
     """Set the model, its arguments and the size of its images as --checkpoint has them."""
     network, options = build_as_trained(
-        read_checkpoint(args.checkpoint),
+        args.checkpoint,
         model=args.models[0] if args.models else None,
         img_size=args.img_size,
         kwargs=args.arguments,

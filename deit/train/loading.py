@@ -79,12 +79,7 @@ def load(
     """
     _check_numbers(img_size, num_classes)
     network, _ = build_as_trained(
-        read_checkpoint(source),
-        ema=ema,
-        model=model,
-        img_size=img_size,
-        num_classes=num_classes,
-        kwargs=kwargs,
+        source, ema=ema, model=model, img_size=img_size, num_classes=num_classes, kwargs=kwargs
     )
     return network.eval()
 
@@ -99,7 +94,7 @@ def _check_numbers(img_size: Any, num_classes: Any) -> None:
 
 
 def build_as_trained(
-    checkpoint: Checkpoint,
+    source: str | Path,
     *,
     ema: bool = False,
     model: str | None = None,
@@ -107,8 +102,8 @@ def build_as_trained(
     num_classes: int | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Namespace]:
-    """`load` for a checkpoint that has been read; also returns the options that were used."""
-    args = parse_args([])
+    """`load` in training mode, which also returns the options that the network was built with."""
+    checkpoint, args = read_checkpoint(source), parse_args([])
     args.model, args.model_kwargs = model, list((kwargs or {}).items())
     args.given = {"model"} if model else set()
     args.drop = args.drop_path = 0.0

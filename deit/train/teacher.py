@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from deit.data.classes import names_of_outputs, outputs_of
 from deit.errors import UserError, one_line, suggest
 from deit.train.build import mean_and_std
-from deit.train.checkpoint import read_checkpoint
 from deit.train.loading import build_as_trained
 
 
@@ -81,10 +80,9 @@ def build_teacher(
     if not timm.is_model(name):
         raise UserError(f"unknown teacher {name!r}{suggest(name, timm.list_models())}")
     if path:
-        checkpoint = read_checkpoint(path)
-        model, _ = build_as_trained(checkpoint, model=name)
-        has = model.num_classes or num_classes
-        outputs = _outputs(class_names, num_classes, has, checkpoint.class_names, path)
+        model, _ = build_as_trained(path, model=name)
+        has, saved = model.num_classes or num_classes, model.class_names or ()
+        outputs = _outputs(class_names, num_classes, has, saved, path)
     else:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
         if config is None or not config.has_weights:

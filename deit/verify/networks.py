@@ -16,7 +16,6 @@ import deit.models  # noqa: F401 - registers the networks
 from deit.errors import UserError, one_line, suggest
 from deit.models.published import twin_of
 from deit.train.build import model_arguments
-from deit.train.checkpoint import read_checkpoint
 from deit.train.loading import build_as_trained
 from deit.verify.check import Case
 
@@ -110,8 +109,7 @@ def network_of(
     """
     if name is not None:
         (name,) = choose([name])
-    checkpoint = read_checkpoint(source)
-    network, args = build_as_trained(checkpoint, model=name, img_size=img_size, kwargs=kwargs)
+    network, args = build_as_trained(source, model=name, img_size=img_size, kwargs=kwargs)
     choose([args.model])
     options = model_arguments(args, network.num_classes)
     case = network_case(args.model, "checkpoint", options.pop("img_size"), **options)
