@@ -108,7 +108,7 @@ def test_split_that_cannot_keep_the_global_batch_says_so(processes, given, messa
 
 
 def test_own_recipe_file_overrides_its_bases(tmp_path):
-    (tmp_path / "top.toml").write_text("[options]\nlr = 1e-3\nepochs = 7\n")
+    (tmp_path / "top.toml").write_text("gpus = 8\n[options]\nlr = 1e-3\nepochs = 7\n")
     (tmp_path / "mid.toml").write_text('base = "top"\ngpus = 2\n[options]\nepochs = 8\n')
     own = tmp_path / "own.toml"
     own.write_text('base = "mid"\n[options]\nmodel = "m"\nbatch_size = 4\n')

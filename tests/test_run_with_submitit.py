@@ -316,5 +316,8 @@ def test_data_that_only_the_nodes_have_are_noted(tmp_path, capsys):
     check(spec(*words, "--job-dir", str(tmp_path / "%j")))
     note = "note    /nowhere is not on this machine: the nodes must see it\n"
     assert capsys.readouterr().out == note
+    with pytest.raises(UserError, match="augmentation 'nosuch' is not understood"):
+        check(spec(*words, "--aa", "nosuch"))
+    capsys.readouterr()
     check(spec(*TINY))
     assert capsys.readouterr().out == ""
