@@ -90,15 +90,3 @@ def test_onnx_and_its_quantiser(family, tmp_path):
         quantised = sum(node.op_type in kinds for node in onnx.load(path).graph.node)
         assert quantised >= products / 2
         assert (run(x) - model(x)).norm() / model(x).norm() < 0.2
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("family", FOLDED)
-def test_dynamic_quantisation(family):
-    model = folded(family)
-    count = sum(type(m) is nn.Linear for m in model.modules())
-    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    kinds = [type(m).__module__ for m in quantised.modules()]
-    assert sum("quantized" in kind for kind in kinds) >= count
-    x = x32()
-    assert (quantised(x) - model(x)).norm() / model(x).norm() < 0.2
