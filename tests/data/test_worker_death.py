@@ -44,5 +44,6 @@ def test_a_connection_that_a_worker_closed_counts_as_its_death():
         here.recv()
     assert worker_death(ConnectionResetError("of some other connection")) is None
     assert worker_death(RuntimeError("of some other kind")) is None
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     assert str(worker_death(closed.value)).startswith("DataLoader worker (pid unknown)")
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
