@@ -82,11 +82,14 @@ def prepended(x: Tensor, token: Tensor) -> Tensor:
 
 
 def prefix() -> nn.Module:
+    """Class tokens in front of a feature."""
     token = L.PrefixToken(WIDTH, 2)
     return Call(lambda x, own: tuple(map(prepended, x, own(len(x[0])))), token)
 
 
 def positions(own: tuple[int, int], used: tuple[int, int]) -> nn.Module:
+    """A position embedding of one grid, added to a feature of another."""
+
     def embed(x: Feature, embedding: L.PositionEmbedding) -> Feature:
         added = embedding(L.MirrorGrid(*used))
         return tuple(0.1 * part + each for part, each in zip(x, added, strict=True))
@@ -95,6 +98,7 @@ def positions(own: tuple[int, int], used: tuple[int, int]) -> nn.Module:
 
 
 def order(change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A change of the order of tokens, of each part."""
     return Call(lambda x, _: map_parts(change, x), nn.Identity())
 
 
