@@ -141,24 +141,25 @@ def _validate(args: argparse.Namespace) -> None:
     if args.input_size and len(args.input_size) > 2:
         raise UserError("--input-size takes a side, or height and width, not "
                         f"{len(args.input_size)} numbers")  # fmt: skip
-    programs = "programs, and safetensors holds weights alone: use --format onnx or torch-export"
+    programs = "programs, not weights alone: use --format onnx or torch-export"
     purposes = {
-        "nb_classes": (not args.resume, "random weights, and the checkpoint says it"),
+        "nb_classes": (not args.resume, "random weights: omit it, the checkpoint says it"),
         "model_ema_eval": (args.resume, "the average in a checkpoint: give --resume FILE"),
         "fold": (program, programs),
         "normalize_input": (program, programs),
         "dynamic_batch": (program, programs),
-        "batch_size": (program and not args.dynamic_batch, "programs without --dynamic-batch"),
-        "half": (not args.quantize, "files in float16, and --quantize for those in int8"),
-        "opset": (onnx, "--format onnx"),
-        "quantize": (onnx, "--format onnx"),
-        "calibrate": (args.quantize == "static", "--quantize static; what is measured on is "
-                      "--eval-data-path"),
-        "eval_data_path": (args.quantize, "--quantize, and measures what that loses"),
+        "batch_size": (program and not args.dynamic_batch,
+                       "programs of one batch size: add --no-dynamic-batch to one, or omit it"),
+        "half": (not args.quantize, "float16, --quantize for int8: drop one of the two"),
+        "opset": (onnx, "--format onnx: omit it"),
+        "quantize": (onnx, "--format onnx: use that"),
+        "calibrate": (args.quantize == "static",
+                      "--quantize static; --eval-data-path has what is measured on"),
+        "eval_data_path": (args.quantize, "--quantize, whose loss it measures: add that"),
     }  # fmt: skip
     for option, (possible, purpose) in purposes.items():
         if option in args.given and getattr(args, option) is not False and not possible:
-            raise UserError(f"--{option.replace('_', '-')} is for {purpose}, or omit it")
+            raise UserError(f"--{option.replace('_', '-')} is for {purpose}")
     if args.quantize == "static" and args.calibrate is None:
         raise UserError("--quantize static takes the ranges of values from images: give "
                         "--calibrate FOLDER, or use --quantize dynamic")  # fmt: skip
