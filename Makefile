@@ -22,9 +22,9 @@ demo: $(VENV)/.run
 	$(PY) experiments/demo.py
 
 test: $(VENV)/.dev
-	# for two cores: one process mostly waits, for Slurm and for processes that it starts; one thread
+	# for two cores: two processes mostly wait, for Slurm and for processes that it starts; one thread
 	# each, as threads that wait for each other on shared cores are slow
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 25
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
