@@ -125,6 +125,10 @@ def test_own_recipe_file_overrides_its_bases(tmp_path):
         ('base = "nowhere"', "cannot read recipe"),
         ("gpu = 4", "unknown gpu; known are base, gpus, options"),
         ('gpus = 4\n[options]\nmodel = "m"', "has no batch_size"),
+        ('[options]\ngpus = 4\nmodel = "m"\nbatch_size = 4', "has no gpus"),
+        ("options = 3", "options is a table, not 3"),
+        ('gpus = "4"\n[options]\nmodel = "m"\nbatch_size = 4', "gpus is '4', and must be"),
+        ('gpus = 4\n[options]\nmodel = "m"\nbatch_size = 0', "batch_size is 0, and must be"),
     ],
 )
 def test_broken_recipe_is_a_user_error(tmp_path, text, message):

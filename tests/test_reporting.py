@@ -13,9 +13,9 @@ from rich.console import Console
 from deit.errors import UserError
 from deit.train.args import parse_args
 from deit.train.distributed import DistContext
+from deit.train.engine import Progress
 from deit.train.folder import read_log
 from deit.train.reporting import Reporter, draw_curves, memory_used
-from deit.train.resume import Progress
 
 CPU = torch.device("cpu")
 RECORD = {

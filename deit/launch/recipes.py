@@ -47,7 +47,7 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
 
     Raises:
         UserError: no such recipe, unreadable file, a base that leads back to itself, a key that
-            is none, or no batch_size, gpus or model.
+            is none, no batch_size, gpus or model, or a batch that is none.
     """
     path = file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
@@ -63,13 +63,22 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
         if unknown := table.keys() - {"base", "gpus", "options"}:
             names = ", ".join(sorted(unknown))
             raise UserError(f"recipe {path}: unknown {names}; known are base, gpus, options")
-        merged = table | merged | {"options": table.get("options", {}) | merged["options"]}
+        options = table.get("options", {})
+        if not isinstance(options, dict):
+            raise UserError(f"recipe {path}: options is a table, not {options!r}")
+        merged = table | merged | {"options": options | merged["options"]}
         if "base" not in table:
             break
         path = path.parent / f"{table['base']}.toml"
-    if missing := {"batch_size", "gpus", "model"} - merged.keys() - merged["options"].keys():
+    options = merged["options"]
+    if missing := {"batch_size", "model"} - options.keys() | {"gpus"} - merged.keys():
         raise UserError(f"recipe {file} has no {', '.join(sorted(missing))}")
-    return Recipe(file.stem, merged["gpus"], merged["options"])
+    recipe = Recipe(file.stem, merged["gpus"], options)
+    for name in ("gpus", "batch_size", "update_freq"):  # that the global batch is made of
+        value = recipe.gpus if name == "gpus" else options.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise UserError(f"recipe {file}: {name} is {value!r}, and must be a whole number >= 1")
+    return recipe
 
 
 def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:

@@ -157,7 +157,7 @@ class TrainingState:
     """All that makes an update out of batches, and all that an update changes."""
 
     args: Namespace
-    """Of which `update_freq`, `clip_grad` and `train_mode` matter here."""
+    """Of which `update_freq`, `clip_grad`, `train_mode`, `compile` and `opt` matter here."""
     processes: DistContext
     model: nn.Module
     """Not wrapped in DDP; possibly sharded or compiled in place."""

@@ -16,22 +16,21 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as ProgressBar
 
 from deit.cli import duration
 from deit.errors import UserError, one_line
 from deit.saving import atomic_path, write_text
 from deit.train.distributed import DistContext
+from deit.train.engine import Progress
 from deit.train.folder import BEST, CONFIG_FILE, CURVES_FILE, LAST, LOG_FILE
-
-if TYPE_CHECKING:
-    from deit.train.resume import Progress
 
 _WANDB_PROJECT = "mirror-equivariant-vision"
 _PANELS = {
@@ -133,7 +132,7 @@ class Reporter:
         self._args, self._device, self._progress = args, processes.device, progress
         self._updates, self._images = config["updates_per_epoch"], config["global_batch"]
         self._session_start, self._session_done = time.perf_counter(), 0
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
         self._loss = float("nan")
         self._boards: dict[str, Any] = {}
         if self.folder is not None:
@@ -192,7 +191,7 @@ class Reporter:
         self._title = title
         self._mark = (time.perf_counter(), done)
         if self.console.is_terminal and not self.console.quiet:
-            self._bar = Progress(
+            self._bar = ProgressBar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
