@@ -57,7 +57,7 @@ class ResMLP(Classifier):
         dtype: torch.dtype | None = None,
         **head: Any,
     ) -> None:
-        super().__init__(in_chans, num_classes, global_pool, **head)
+        super().__init__(in_chans, num_classes, global_pool, equivariant=True, **head)
         check_sizes(embed_dim=embed_dim, depth=depth, patch_size=patch_size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_dim = embed_dim
