@@ -129,6 +129,8 @@ class Rules:
             return Rule(compose(on_parts(self.group), places), constant=constant)
         if side == INTO and (module is self.network or isinstance(module, L.MirrorConv2d)):
             return Rule(image(FLOP))
+        if self.rows is not None:  # invariant entries of decomposed tokens have no place
+            places = invariant
         if isinstance(module, L.RegularBridge):
             exchange = tokens(lambda part: swap(part, part.shape[-1] // 2, -1))
             return Rule(compose(exchange, places))

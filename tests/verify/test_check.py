@@ -14,8 +14,8 @@ from deit.groups import OCTIC
 from deit.models.published import twin_of
 from deit.verify.check import Settings, check, gradient_errors
 from deit.verify.layers import LAYER_CASES, Call
-from deit.verify.mutations import EARLY, HYBRID, LAYERS, MUTATIONS, VIT, wrong_backward
-from deit.verify.networks import choose, default_networks
+from deit.verify.mutations import EARLY, HYBRID, LAYERS, MUTATIONS, RESMLP, VIT, wrong_backward
+from deit.verify.networks import choose, default_networks, network_case
 
 FLOAT32 = Settings(torch.float32)
 # what changes nothing in inference, and what is a layer of ordinary networks alone
@@ -49,6 +49,12 @@ def test_networks_with_a_promise_have_a_twin_and_every_family_is_among_the_defau
     smallest = [name for name in known if "tiny" in name or "isotropic_small" in name]
     defaults = {case.name for case in default_networks()}
     assert defaults == {*smallest, "resmlp_equi_d2_12"}
+
+
+def test_without_pooling_resmlp_has_invariant_entries_that_are_no_places():
+    options = {"depth": 1, "global_pool": ""}
+    result = check(network_case(RESMLP.name, "", (64, 96), **options), FLOAT32, features_only=True)
+    assert result.failures == []
 
 
 def test_every_layer_is_measured_inside():
