@@ -79,7 +79,10 @@ def build_dataset(
         raise UserError(f"the data set {name} needs a data path (--data-path)")
     folder = Path(root).expanduser()
     if download:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot download to {folder}: {error}") from error
     if not folder.exists():
         raise UserError(f"the data path does not exist: {folder}")
     if zipped:

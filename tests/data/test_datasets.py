@@ -8,15 +8,13 @@ import os
 import pickle
 import shutil
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 from image_files import contents, pack
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import datasets as tv
 
 from deit.data import build_dataset, check_same_classes
@@ -82,13 +80,15 @@ class TestZip:
         dataset = build_dataset("train", root=tmp_path, zip_archive=True)
         assert dataset.class_names == ("bus", "train")
 
-    def test_processes_share_nothing(self, image_tree, tmp_path):
+    def test_processes_share_no_position_in_the_file(self, image_tree, tmp_path):
         pack(image_tree / "train", tmp_path / "train.zip")
         dataset = build_dataset("train", root=tmp_path, zip_archive=True)
-        expected = contents(dataset)  # opens the file in this process first
-        with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-            read = list(pool.map(partial(read_item, dataset), [*range(len(dataset))] * 4))
-        assert read == expected * 4
+        expected = contents(dataset)  # opens the file, so that workers inherit its descriptor
+        forked = DataLoader(
+            dataset, batch_size=None, sampler=[*range(len(dataset))] * 40, num_workers=2,
+            multiprocessing_context="fork", collate_fn=as_bytes,
+        )  # fmt: skip
+        assert list(forked) == expected * 40
         copy = pickle.loads(pickle.dumps(dataset))  # as processes that are spawned get it
         del dataset
         assert contents(copy) == expected
@@ -127,9 +127,8 @@ class TestZip:
             build_dataset("val", root=tmp_path, zip_archive=True)
 
 
-def read_item(dataset, index: int) -> tuple[bytes, int]:
-    image, target = dataset[index]
-    return image.tobytes(), target
+def as_bytes(item: tuple[Image.Image, int]) -> tuple[bytes, int]:
+    return item[0].tobytes(), item[1]
 
 
 class TestFashion:
@@ -302,6 +301,7 @@ class TestINaturalist:
         ({"name": "CIFAR10", "root": HERE}, "CIFAR10: Dataset not found"),
         ({"name": "FASHION", "root": HERE}, r"t10k-images.* holds .*conftest\.py"),
         ({"root": HERE / "nowhere"}, r"does not exist: .*nowhere"),
+        ({"name": "CIFAR", "root": __file__, "download": True}, "cannot download to .*File exists"),
         ({"root": HERE}, r"expects val/ .* holds .*conftest\.py"),
     ],
 )
