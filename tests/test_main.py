@@ -270,6 +270,11 @@ def bad(tmp_path_factory):
         (["--eval", "--resume", "auto", "--output-dir", "{tmp}"], "no checkpoint.pth"),
         (["--wandb"], "pip install wandb"),
         (["--device", "cuda"], "no CUDA device"),
+        (["--device", "xpu"], "no Intel GPU"),
+        (
+            ["--model", "resmlp_equi_d2_12", "--model-kwargs", "equivariant=False"],
+            "no argument 'equivariant'",
+        ),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )

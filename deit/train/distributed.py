@@ -99,7 +99,7 @@ def _url_of_step(environ: Mapping[str, str]) -> str:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process for `--device` (auto, cpu, cuda, cuda:N, mps).
+    """The device of this process for `--device` (auto, cpu, cuda, cuda:N, mps, xpu).
 
     Raises:
         UserError: the device is not there.
@@ -121,6 +121,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: no Apple GPU is available; use --device cpu")
+    elif device.type == "xpu" and not torch.xpu.is_available():
+        raise UserError(f"--device {name}: no Intel GPU is available; use --device cpu")
     return device
 
 
