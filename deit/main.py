@@ -114,19 +114,7 @@ def train(run: Run) -> None:
         reporter.stop()
     run.agreement.finish()
     run.close()
-    curves = reporter.close()
-    best = ""
-    if progress.best_epoch >= 0:
-        best = f"; best Acc@1 {progress.best_acc1:.3f} in epoch {progress.best_epoch + 1}"
-    if progress.best_ema_epoch >= 0:
-        best += f", of the average {progress.best_ema_acc1:.3f} in {progress.best_ema_epoch + 1}"
-    spent = sum(record["time"] for record in progress.history) + progress.seconds
-    reporter.say(f"{how}, {duration(spent)} of training{best}")
-    if args.output_dir and args.save_ckpt:
-        again = "" if how == "finished" else "; --resume auto goes on from there"
-        reporter.say(f"saved   {Path(args.output_dir) / LAST}{again}")
-    if curves is not None:
-        reporter.say(f"curves  {curves}")
+    run.report_end(how)
 
 
 def train_epoch(run: Run, batches: Batches) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from deit.cli import duration
 from deit.data import ImageDataset, build_mixup, check_same_classes
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.train.args import config_dict
@@ -181,6 +182,24 @@ class Run:
         if not path.exists():
             return "no state has been saved yet"
         return f"the last state is {path}, --resume auto goes on from it"
+
+    def report_end(self, how: str) -> None:
+        """Say `how` the training ended, its best results, and where its files are."""
+        args, progress = self.args, self.state.progress
+        curves = self.reporter.close()
+        best = ""
+        if progress.best_epoch >= 0:
+            best = f"; best Acc@1 {progress.best_acc1:.3f} in epoch {progress.best_epoch + 1}"
+        if progress.best_ema_epoch >= 0:
+            accuracy, epoch = progress.best_ema_acc1, progress.best_ema_epoch + 1
+            best += f", of the average {accuracy:.3f} in {epoch}"
+        spent = sum(record["time"] for record in progress.history) + progress.seconds
+        self.reporter.say(f"{how}, {duration(spent)} of training{best}")
+        if args.output_dir and args.save_ckpt:
+            again = "" if how == "finished" else "; --resume auto goes on from there"
+            self.reporter.say(f"saved   {Path(args.output_dir) / LAST}{again}")
+        if curves is not None:
+            self.reporter.say(f"curves  {curves}")
 
     def close(self) -> None:
         """End the loader's workers and wait for the last write; also after a failure."""
