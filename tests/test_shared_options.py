@@ -1,58 +1,57 @@
-"""What the command lines share: checked output files, the options of torch.compile."""
+"""What the command lines share: one-line errors, output files, the options of torch.compile."""
 
 import errno
 import re
 import tempfile
-from argparse import ArgumentTypeError
 from unittest.mock import Mock
 
 import pytest
 
 from deit import cli
-from deit.cli import CommandLine, OptionGroup, duration, number, output_file
-from deit.errors import UserError
+from deit.cli import CommandLine, OptionGroup, duration, output_file
+from deit.errors import EXIT_USER_ERROR, UserError, one_line_errors, suggest
 
 
 @pytest.fixture
-def parser():
+def parse():
     parser = CommandLine(prog="test")
     group = OptionGroup(parser, "options")
     cli.add_compile(group, "compile")
+    cli.add_kernels(group)
     group.add("--plot", output_file(".png", ".svg"), None, "FILE", "a figure")
-    return parser
+    return lambda words: parser.parse_args(words.split())
 
 
-def test_a_mode_turns_compilation_on(parser):
-    for arguments, compiled in {
+def test_a_mode_turns_compilation_on(parse):
+    for words, compiled in {
         "": False,
         "--compile": True,
         "--compile-mode max-autotune": True,
         "--compile_mode max-autotune --no-compile": False,
         "--compile-blocks": True,
         "--compile-blocks --compile-mode max-autotune-no-cudagraphs": True,
+        "--compile-blocks --compile-mode reduce-overhead --no-compile": False,
         "--no-compile-blocks": False,
         "--compile --no-compile-blocks": True,
         "--compile-blocks --no-compile --compile-mode=default --no-compile": False,
     }.items():
-        args = parser.parse_args(arguments.split())
+        args = parse(words)
         assert args.compile is compiled
-        assert [args.compile_mode] == (re.findall(r"mode.(\S+)", arguments) or ["default"])
-        assert args.compile_blocks == (" --compile-blocks" in f" {arguments}")
+        assert [args.compile_mode] == (re.findall(r"mode.(\S+)", words) or ["default"])
+        assert args.compile_blocks == (" --compile-blocks" in f" {words}")
 
 
 @pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
-def test_cuda_graphs_hold_a_whole_network(parser, mode):
+def test_cuda_graphs_hold_a_whole_network(parse, mode):
     with pytest.raises(UserError, match=f"--compile-blocks with --compile-mode {mode}: .*default"):
-        parser.parse_args(["--compile-blocks", "--compile-mode", mode])
-    assert not parser.parse_args(
-        ["--compile-blocks", "--compile-mode", mode, "--no-compile"]
-    ).compile
+        parse(f"--compile-blocks --compile-mode {mode}")
 
 
-def test_an_output_that_can_be_written(parser, tmp_path):
+def test_an_output_that_can_be_written(parse, tmp_path):
     path = tmp_path / "figure.PNG"
     path.write_text("an earlier one")
-    assert parser.parse_args(["--plot", str(path)]).plot == path
+    assert parse(f"--plot {path}").plot == path
+    assert parse(f"--plot {tmp_path / 'new.svg'}").plot == tmp_path / "new.svg"
     assert path.read_text() == "an earlier one"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -65,53 +64,50 @@ def test_an_output_that_can_be_written(parser, tmp_path):
         ("nowhere/figure.png", "no folder"),
         ("folder.png", "is a folder"),
         ("file/figure.png", "no folder"),
+        ("out.svg", "Read-only file system"),
     ],
 )
-def test_outputs_that_cannot_be_written(parser, tmp_path, name, message):
+def test_outputs_that_cannot_be_written(parse, tmp_path, monkeypatch, name, message):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"--plot: .*{message}"):
-        parser.parse_args(["--plot", str(tmp_path / name)])
-
-
-def test_a_folder_that_is_read_only(parser, monkeypatch, tmp_path):
     read_only = OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=read_only))
-    with pytest.raises(UserError, match="Read-only file system"):
-        parser.parse_args(["--plot", str(tmp_path / "out.svg")])
+    with pytest.raises(UserError, match=f"--plot: .*{message}"):
+        parse(f"--plot {tmp_path / name}")
 
 
-def test_the_option_of_earlier_versions_is_noted_once(capsys, monkeypatch):
+def test_the_option_of_earlier_versions_is_noted_once(parse, capsys, monkeypatch):
     monkeypatch.delenv("DEIT_KERNELS", raising=False)
     cli._note_kernels.cache_clear()
-    parser = CommandLine(prog="test")
-    cli.add_kernels(OptionGroup(parser, "options"))
-    parser.parse_args(["--kernels", "plain"])
-    assert capsys.readouterr().err.startswith("note    --kernels has no effect")
-    parser.parse_args([])
-    parser.parse_args(["--kernels", "plain"])
-    assert not capsys.readouterr().err
+    for words, noted in {"--kernels plain": True, "": False, " --kernels plain": False}.items():
+        parse(words)
+        assert capsys.readouterr().err.startswith("note    --kernels has no effect") == noted
     cli._note_kernels.cache_clear()
     monkeypatch.setenv("DEIT_KERNELS", "auto")
-    parser.parse_args([])
+    parse("")
     assert capsys.readouterr().err.startswith("note    DEIT_KERNELS has no effect")
-
-
-@pytest.mark.parametrize(
-    ("bounds", "wrong", "words"),
-    [
-        ({"low": 1}, "0", "at least 1"),
-        ({"above": 0}, "0", "above 0"),
-        ({"low": 0, "high": 1}, "1.5", "at least 0 and at most 1"),
-        ({"above": 0, "high": 1}, "0", "above 0 and at most 1"),
-    ],
-)
-def test_numbers_out_of_range(bounds, wrong, words):
-    with pytest.raises(ArgumentTypeError, match=f"{wrong} is out of range, it must be {words}$"):
-        number(float, **bounds)(wrong)
-    assert number(float, **bounds)("1") == 1
 
 
 def test_durations():
     texts = ["0s", "1min", "3h 5min", "2d 1h"]
     assert [duration(s) for s in (0, 59.6, 3 * 3600 + 300, 2 * 86400 + 3600 + 5)] == texts
+
+
+def test_user_errors_are_one_line_and_defects_keep_their_traceback(capsys):
+    def fail(error):
+        raise error
+
+    mistake = UserError("no folder 'x'\n  give --data-path")
+    assert one_line_errors(lambda: fail(mistake)) == EXIT_USER_ERROR == 2
+    assert capsys.readouterr() == ("", "error: no folder 'x' give --data-path\n")
+    assert [one_line_errors(lambda: None), one_line_errors(lambda: 3)] == [0, 3]
+    with pytest.raises(ValueError, match="a defect"):
+        one_line_errors(lambda: fail(ValueError("a defect")))
+
+
+def test_suggestions():
+    known = ["d2_deit_small_patch16_LS", "d2_deit_base_patch16_LS", "resmlp_12"]
+    near = "; did you mean d2_deit_small_patch16_LS or d2_deit_base_patch16_LS?"
+    assert suggest("d2_deit_smal_patch16", known) == near
+    assert suggest("resmlp_1", known) == "; did you mean resmlp_12?"
+    assert suggest("zzz", known) == ""
