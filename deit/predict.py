@@ -34,7 +34,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from deit.cli import CommandLine, OptionGroup, number, output_file
-from deit.data import eval_transform, outputs_of, read_class_map
+from deit.data import outputs_of, read_class_map
 from deit.data.photos import find_photos, read_photos
 from deit.deploy.files import OnnxNetwork
 from deit.deploy.info import NetworkInfo
@@ -90,10 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left_out:
         print(f"note    {_shown(left_out)}", file=sys.stderr)
     network, info = _network(args)
-    transform = eval_transform(
-        info.input_size, crop_ratio=info.crop_ratio, warp=info.warp,
-        interpolation=info.interpolation,
-    )  # fmt: skip
     counts: Counter[str] = Counter()
     # a bar on stderr unless the rows appear in the same terminal
     console = Console(stderr=True)
@@ -102,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console=console, transient=True, redirect_stdout=False, disable=not shown
     ) as progress:
         batches = progress.track(
-            read_photos(paths, transform, args.batch_size, args.num_workers),
+            read_photos(paths, info.transform(), args.batch_size, args.num_workers),
             -(-len(paths) // args.batch_size), description="classifying",
         )  # fmt: skip
         rows = _classify(args, network, info, batches, counts)

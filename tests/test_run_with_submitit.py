@@ -293,7 +293,7 @@ TINY = ("--local", "--model", "d2_deit_tiny_patch16_LS", "--input-size", "32")
         (["--data-path", "/nowhere"], "the data path does not exist"),
         (["--resume", "nosuch.pth"], "--resume nosuch.pth: there is no such file"),
         (["--finetune", "nosuch.pth"], "--finetune nosuch.pth: there is no such file"),
-        (["--teacher-model", "nosuch", "--distillation-type", "hard"], "--teacher-model: unknown"),
+        (["--teacher-model", "nosuch", "--distillation-type", "hard"], "unknown teacher"),
         (["--batch-size", "100000"], "fewer than one global batch of 100000"),
         (["--nb-classes", "3"], "--nb-classes 3 is too few"),
         (["--job-dir", "{tmp}/file/%j"], "the job's folder .* cannot be made: .*file is not"),

@@ -1,10 +1,9 @@
-"""Data sets, transforms, loaders, mixup."""
+"""Data sets, transforms, loaders."""
 
 from deit.data.classes import match_classes, names_of_outputs, outputs_of, read_class_map
 from deit.data.datasets import DATA_SETS, build_dataset, check_same_classes
 from deit.data.images import ImageDataset, to_rgb
 from deit.data.loader import DeviceLoader
-from deit.data.mixup import build_mixup
 from deit.data.stream import ResumableBatchSampler, evaluation_batches
 from deit.data.transforms import eval_transform, train_transform
 
@@ -14,7 +13,6 @@ __all__ = [
     "ImageDataset",
     "ResumableBatchSampler",
     "build_dataset",
-    "build_mixup",
     "check_same_classes",
     "eval_transform",
     "evaluation_batches",

@@ -80,20 +80,22 @@ class BatchDataset(Dataset):
             seeds = sample_seeds(self.seed, item.epoch, item.position)
             seed_everything(seeds.transform)
             made.append(self.images[item.index])
-            if self.erasing is None:
-                continue
-            splits = self.erasing.num_splits
-            if splits > 1 and item.position % splits == 0:
-                continue
-            seed_everything(seeds.erasing)
-            canvas = self.erasing(torch.full(made[-1][0].shape, torch.nan)).flatten(1)
-            (pixels,) = torch.where(~canvas[0].isnan())
-            erased.append(pixels + number * canvas.shape[1])
-            noise.append(canvas[:, pixels].T)
+            if self._erases(item):
+                seed_everything(seeds.erasing)
+                canvas = self.erasing(torch.full(made[-1][0].shape, torch.nan)).flatten(1)
+                (pixels,) = torch.where(~canvas[0].isnan())
+                erased.append(pixels + number * canvas.shape[1])
+                noise.append(canvas[:, pixels].T)
         batch = _collate(made)
         if self.erasing is None:
             return batch
         return batch._replace(erased=torch.cat(erased), noise=torch.cat(noise))
+
+    def _erases(self, item: Sample) -> bool:
+        if self.erasing is None:
+            return False
+        splits = self.erasing.num_splits
+        return splits <= 1 or item.position % splits > 0
 
 
 def _collate(made: list[tuple[Tensor, int]]) -> RawBatch:

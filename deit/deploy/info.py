@@ -10,6 +10,8 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from deit.data.transforms import Transform, eval_transform
+
 __all__ = ["NetworkInfo"]
 
 
@@ -38,6 +40,15 @@ class NetworkInfo:
     warp: bool = False
     interpolation: str = "bicubic"
     class_names: tuple[str, ...] | None = None
+
+    def transform(self) -> Transform:
+        """From an RGB image to the uint8 pixels (3, H, W) of `input_size`."""
+        return eval_transform(
+            self.input_size,
+            crop_ratio=self.crop_ratio,
+            warp=self.warp,
+            interpolation=self.interpolation,
+        )
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) from 0 to 255 as the file takes them, float32."""

@@ -11,16 +11,16 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-import timm
 import torch
 
 from deit.data import check_same_classes
-from deit.errors import UserError, suggest
+from deit.errors import UserError
 from deit.launch.spec import JobSpec
 from deit.train.build import (
     build_model,
     build_train_dataset,
     build_val_dataset,
+    check_known,
     number_of_classes,
     train_transform_of,
     updates_per_epoch,
@@ -49,13 +49,9 @@ def check(spec: JobSpec) -> None:
             elsewhere = re.match(r"$|auto$|https?://|hf-hub:|.*%", source)
             if not elsewhere and not Path(source).expanduser().is_file():
                 raise UserError(f"{option} {source}: there is no such file")
-        names = {"--model": args.model} | (
-            {"--teacher-model": args.teacher_model} if distils else {}
-        )
-        for option, name in names.items():
-            if not timm.is_model(name):
-                known = timm.list_models()
-                raise UserError(f"{option}: unknown model {name!r}{suggest(name, known)}")
+        check_known(args.model)
+        if distils:
+            check_known(args.teacher_model, "teacher")
         train_transform_of(args)
         # What the command line does not say of the network stands in a checkpoint.
         if not (args.resume or args.finetune or (Path(spec.asked.job_dir) / LAST).exists()):

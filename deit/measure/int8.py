@@ -14,13 +14,11 @@ from torch import Tensor
 from deit.data import (
     DeviceLoader,
     build_dataset,
-    eval_transform,
     evaluation_batches,
     match_classes,
     names_of_outputs,
 )
 from deit.data.photos import find_photos, read_photos
-from deit.data.transforms import Transform
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError
 
@@ -29,13 +27,6 @@ BATCH = 32
 
 Network = Callable[[Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor | None]]
-
-
-def _transform(info: NetworkInfo) -> Transform:
-    return eval_transform(
-        info.input_size, crop_ratio=info.crop_ratio, warp=info.warp,
-        interpolation=info.interpolation,
-    )  # fmt: skip
 
 
 def calibration_images(folder: str, info: NetworkInfo) -> Tensor:
@@ -48,7 +39,7 @@ def calibration_images(folder: str, info: NetworkInfo) -> Tensor:
         raise UserError(f"--calibrate: there is no folder {folder!r}")
     paths, _ = find_photos([folder])
     paths = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
-    found = [images for _, images in read_photos(paths, _transform(info), BATCH, threads=4)]
+    found = [images for _, images in read_photos(paths, info.transform(), BATCH, threads=4)]
     if not found:
         raise UserError(f"--calibrate: none of the images in {folder!r} can be read")
     return torch.cat(found)
@@ -74,7 +65,7 @@ def labelled_images(folder: str, info: NetworkInfo, outputs: int) -> Batches:
     Raises:
         UserError: there are none, or their classes are not the network's.
     """
-    data = build_dataset("val", name="image_folder", root=folder, transform=_transform(info))
+    data = build_dataset("val", name="image_folder", root=folder, transform=info.transform())
     names, origin = names_of_outputs(
         data.class_names, outputs, source=info.model, saved=info.class_names or ()
     )

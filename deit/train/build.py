@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import Mixup
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -78,8 +79,7 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
             it cannot be built.
     """
     name = args.model
-    if not timm.is_model(name):
-        raise UserError(f"unknown model {name!r}{suggest(name, timm.list_models())}")
+    check_known(name)
     kwargs = model_arguments(args, num_classes)
     try:
         model, unknown = create_network(name, kwargs)
@@ -93,6 +93,12 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
         except (AttributeError, AssertionError) as error:
             raise UserError(f"model {name!r} has no --grad-checkpointing") from error
     return model, notes
+
+
+def check_known(name: str, what: str = "model") -> None:
+    """Raise UserError unless timm or this package has a network of that name."""
+    if not timm.is_model(name):
+        raise UserError(f"unknown {what} {name!r}{suggest(name, timm.list_models())}")
 
 
 def create_network(name: str, kwargs: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
@@ -235,6 +241,26 @@ def label(
                 raise
             return [f"{source} does not say which output is which class: taken in the data's order"]
     return [match_classes(data, names, outputs or len(names), origin=origin) for data in sets][-1]
+
+
+def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
+    """timm's `Mixup`, or None when neither mixup nor CutMix is on.
+
+    It turns a batch (B, 3, H, W), B even, and class indices (B,) into mixed images and dense
+    targets (B, num_classes), label smoothing included.
+    """
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def build_train_stream(

@@ -23,6 +23,7 @@ from deit.train.distributed import DistContext
 from deit.train.engine import Precision, evaluate
 from deit.train.folder import LAST
 from deit.train.loading import DATA, NETWORK, adopt, classifier_weight, find_checkpoints
+from deit.train.resume import seed_all
 from deit.train.weights import load_weights
 
 
@@ -41,6 +42,7 @@ def evaluate_checkpoint(args: Namespace, processes: DistContext) -> None:
         own = copy.copy(args)  # which takes on what the checkpoint says
         if checkpoint is None:
             data = build_val_dataset(own)
+            seed_all(args.seed)  # all processes have the same weights
             model, notes = build_model(own, number_of_classes(own, data))
             notes.insert(0, "evaluating random weights: no checkpoint is given by --resume")
         else:

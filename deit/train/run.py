@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from deit.cli import duration
-from deit.data import ImageDataset, build_mixup, check_same_classes
+from deit.data import ImageDataset, check_same_classes
 from deit.saving import CheckpointWriter, SaveError, clean_temporaries
 from deit.train.args import config_dict
 from deit.train.build import (
+    build_mixup,
     build_model,
     build_train_dataset,
     build_train_stream,

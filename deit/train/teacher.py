@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit.data.classes import names_of_outputs, outputs_of
-from deit.errors import UserError, one_line, suggest
-from deit.train.build import mean_and_std
+from deit.errors import UserError, one_line
+from deit.train.build import check_known, mean_and_std
 from deit.train.loading import build_as_trained
 
 
@@ -77,8 +77,7 @@ def build_teacher(
         UserError: an unknown name, weights that are absent or do not fit, or other classes.
     """
     name, path = args.teacher_model, args.teacher_path
-    if not timm.is_model(name):
-        raise UserError(f"unknown teacher {name!r}{suggest(name, timm.list_models())}")
+    check_known(name, "teacher")
     if path:
         model, _ = build_as_trained(path, model=name)
         has, saved = model.num_classes or num_classes, model.class_names or ()

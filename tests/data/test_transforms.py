@@ -12,12 +12,12 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torchvision import transforms as tv
 
-from deit.data import build_mixup, eval_transform, train_transform
+from deit.data import eval_transform, train_transform
 from deit.data.stream import seed_everything
 from deit.data.transforms import build_three_augment, gaussian_blur
 from deit.errors import UserError
 from deit.train.args import parse_args
-from deit.train.build import build_val_dataset
+from deit.train.build import build_mixup, build_val_dataset
 
 
 @pytest.fixture
