@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import PLAIN, TINY, differences, load, make_images, run_processes, train
+from training_runs import PLAIN, TINY, differences, load, run_processes, train
 
 import deit.main
 import deit.train.engine
@@ -20,11 +20,6 @@ from deit.errors import UserError
 from deit.train.distributed import SHARDS_ON_CPU, RankInfo, choose_device, connect
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data"))
 
 
 # where and who

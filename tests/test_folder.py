@@ -26,11 +26,6 @@ from deit.train.folder import LOCK, check_unused, claim, clear
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data"))
-
-
 def listed(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

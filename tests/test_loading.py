@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
-from training_runs import load, make_images, train
+from training_runs import load, train
 
 import deit
 from deit.data import DeviceLoader, build_dataset, eval_transform, evaluation_batches
@@ -28,11 +28,6 @@ OPTIONS = ("--model", MODEL, "--input-size", "16", "--patch-size", "8", "--attn-
            "--epochs", "1", "--model-ema-decay", "0.5")  # fmt: skip
 FEW = ("--device", "cpu", "--num-workers", "0", "--threads", "1", "--batch-size", "4")
 ONE_EPOCH = ("--epochs", "1", "--warmup-epochs", "0")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,6 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     assert train("--eval-freq", "2", "--flop-eval", data=data, out=out) == 0

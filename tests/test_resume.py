@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import differences, load, make_images, optimizer_for, run_processes, train
+from training_runs import differences, load, optimizer_for, run_processes, train
 
 import deit.main
 import deit.train.stopping
@@ -23,11 +23,6 @@ from deit.train.stopping import request_stop
 
 # Three epochs of three updates of two batches; workers, fp32, every random augmentation.
 OPTIONS = ("--epochs", "3", "--update-freq", "2", "--drop", "0.1", "--clip-grad", "1")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
