@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 from submitit.core.utils import JobPaths
-from training_runs import TINY, load, make_images
+from training_runs import TINY, load
 
 from deit.errors import UserError
 from deit.launch import job, preflight, submit
@@ -26,55 +26,6 @@ from deit.train import slurm
 REPOSITORY = Path(__file__).resolve().parents[1]
 ARRAY = ["--array", "seed=3-4"]
 WAITING = REPOSITORY / "tests" / "fixtures" / "waiting"
-
-
-@pytest.fixture
-def submitted(tmp_path, monkeypatch) -> list[Mock]:
-    """Two jobs that `submit` gets from Slurm; it does not look at what they will do."""
-    ids = ("7_0", "7_1")
-    jobs = [Mock(job_id=job_id, paths=JobPaths(tmp_path / "%j", job_id)) for job_id in ids]
-    for made in jobs:
-        made.paths.folder.mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("DEIT_CLUSTER", raising=False)
-    monkeypatch.setattr(submit.shutil, "which", lambda name: name)
-    monkeypatch.setattr(preflight, "check", lambda spec: None)
-    executor = SimpleNamespace(submit_array=lambda wanted: jobs[: len(wanted)])
-    monkeypatch.setattr(submit, "_slurm_executor", lambda spec, hold: executor)
-    return jobs
-
-
-def test_submitted_jobs_are_recorded_and_released(submitted, slurm_says, capsys):
-    asked = slurm_says("PENDING")
-    submit.submit(make_spec(ARRAY))
-    assert asked == [("release", "7")]
-    record = json.loads((submitted[1].paths.folder / "submission.json").read_text())
-    assert (record["job_id"], record["local"], record["epochs"]) == ("7_1", False, 300)
-    assert record["command"].endswith("deit/main.py --seed 4")
-    shown = capsys.readouterr().out
-    assert "\njob 7_1 (seed 4)\n" in shown
-    assert "stop    scancel 7_1\n" in shown
-    # going on in a folder that was asked for by its name
-    (submitted[0].paths.folder / "checkpoint.pth").touch()
-    submit.submit(make_spec(["--job-dir", str(submitted[0].paths.folder)]))
-    slurm_says("PENDING", "no controller")
-    with pytest.raises(UserError, match=r"job 7 is .*held back \(no controller\): scontr"):
-        submit.submit(make_spec(["--job-dir", str(submitted[0].paths.folder)]))
-    assert not any(made.cancel.called for made in submitted)
-
-
-def test_no_job_is_left_behind(submitted, slurm_says, monkeypatch, capsys):
-    asked = slurm_says("PENDING")
-    outcome = "job 7_0, 7_1 is cancelled"
-    (submitted[1].paths.folder / "checkpoint.pth").touch()
-    with pytest.raises(UserError, match=f"7_1 holds another run, whose job had .*; {outcome}$"):
-        submit.submit(make_spec(ARRAY))
-    assert all(made.cancel.called for made in submitted)
-    monkeypatch.setattr(submit.json, "dumps", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        submit.submit(make_spec(ARRAY))
-    assert capsys.readouterr().err == f"{outcome}\n"
-    assert asked == []
 
 
 @pytest.fixture
@@ -90,6 +41,63 @@ def slurm_says(monkeypatch):
         return asked
 
     return answer
+
+
+@pytest.fixture
+def submitted(tmp_path, monkeypatch, no_cluster_file) -> list[Mock]:
+    """Two jobs that `submit` gets from Slurm, held; it does not look at what they will do."""
+    ids = ("7_0", "7_1")
+    jobs = [Mock(job_id=job_id, paths=JobPaths(tmp_path / "%j", job_id)) for job_id in ids]
+    for made in jobs:
+        made.paths.folder.mkdir()
+
+    def executor(spec, hold: bool) -> SimpleNamespace:
+        assert hold, "it may start before its folder is recorded"
+        return SimpleNamespace(submit_array=lambda wanted: jobs[: len(wanted)])
+
+    monkeypatch.setattr(submit.shutil, "which", lambda name: name)
+    monkeypatch.setattr(preflight, "check", lambda spec: None)
+    monkeypatch.setattr(submit, "_slurm_executor", executor)
+    return jobs
+
+
+def test_submitted_jobs_are_recorded_and_released(submitted, slurm_says, tmp_path, capsys):
+    asked = slurm_says("PENDING")
+    submit.submit(make_spec([*ARRAY, "--output-dir", "out/%j"]))
+    assert asked == [("release", "7")]
+    record = json.loads((submitted[1].paths.folder / "submission.json").read_text())
+    assert (record["job_id"], record["local"], record["epochs"]) == ("7_1", False, 300)
+    assert record["command"].endswith("deit/main.py --output-dir out/%j --seed 4")
+    assert record["output_dir"] == os.path.abspath("out/7_1")
+    shown = capsys.readouterr().out
+    assert "\njob 7_1 (seed 4)\n" in shown
+    assert "stop    scancel 7_1\n" in shown
+    # going on in a folder that was asked for by its name
+    (submitted[0].paths.folder / "checkpoint.pth").touch()
+    again = ["--job-dir", str(submitted[0].paths.folder)]
+    submit.submit(make_spec(again))
+    assert asked.pop() == asked[0]
+    (tmp_path / "held.toml").write_text("[sbatch]\nhold = true\n")
+    submit.submit(make_spec([*again, "--cluster-file", str(tmp_path / "held.toml")]))
+    assert len(asked) == 1, "the user releases it"
+    slurm_says("PENDING", "no controller")
+    with pytest.raises(UserError, match=r"job 7 is .*held back \(no controller\): scontr"):
+        submit.submit(make_spec(again))
+    assert not any(made.cancel.called for made in submitted)
+
+
+def test_no_job_is_left_behind(submitted, slurm_says, monkeypatch, capsys):
+    asked = slurm_says("PENDING")
+    outcome = "job 7_0, 7_1 is cancelled"
+    (submitted[1].paths.folder / "checkpoint.pth").touch()
+    with pytest.raises(UserError, match=f"7_1 holds another run, whose job had .*; {outcome}$"):
+        submit.submit(make_spec(ARRAY))
+    assert all(made.cancel.called for made in submitted)
+    monkeypatch.setattr(submit.json, "dumps", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        submit.submit(make_spec(ARRAY))
+    assert capsys.readouterr().err == f"{outcome}\n"
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -144,19 +152,16 @@ def test_a_job_starts_with_this_code_and_deaf_to_stop_signals(tmp_path):
 
 
 @pytest.mark.slow
-def test_local_run_is_stopped_and_continued(tmp_path):
+def test_local_run_is_stopped_and_continued(data, tmp_path):
     words = ["--local", "--ngpus", "1", "--tgpu", "none", *TINY, "--log-interval", "1"]
-    words += ["--data-path", str(make_images(tmp_path / "data"))]
+    words += ["--data-path", str(data)]
 
     def start(*more: str, **wait: str) -> tuple[int, Path]:
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "deit" / "run_with_submitit.py"), *words, *more],
-            cwd=tmp_path,
-            env=os.environ | {"HOME": str(tmp_path)} | wait,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+            cwd=tmp_path, env=os.environ | {"HOME": str(tmp_path)} | wait,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         pid = re.search(r"^  stop    kill (\d+)", done.stdout, re.M)[1]
         return int(pid), Path(re.search(r"tail -F (.+)", done.stdout)[1])
