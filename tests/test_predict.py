@@ -3,37 +3,24 @@
 import csv
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
+from training_runs import save_network
 
-import deit.models  # noqa: F401 - registers the networks
-from deit.data.images import read_rgb
-from deit.data.photos import find_photos
-from deit.equivariance import randomize_
+from deit.data.photos import read_photos
 from deit.errors import UserError
 from deit.export import main as export
 from deit.models.vit import VisionTransformer
 from deit.predict import command, main
 
-KWARGS = {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
-
-
-def save(path, classes=3, names=("a", "b", "é"), **args):
-    model = timm.create_model("d2_deit_tiny_patch16_LS", img_size=16, num_classes=classes, **KWARGS)
-    args = {"model": "d2_deit_tiny_patch16_LS", "input_size": 16, "eval_crop_ratio": 0.8,
-            "model_kwargs": [list(pair) for pair in KWARGS.items()]} | args  # fmt: skip
-    saved = {"model": randomize_(model).state_dict(), "args": args, "class_names": names}
-    torch.save({key: value for key, value in saved.items() if value}, path)
-    return str(path)
-
 
 @pytest.fixture
-def checkpoint(tmp_path):
-    return save(tmp_path / "checkpoint.pth")
+def checkpoint(tmp_path) -> str:
+    return save_network(tmp_path / "checkpoint.pth")
 
 
 @pytest.fixture
@@ -70,15 +57,12 @@ def folder(tmp_path):
 def test_checkpoint_and_onnx_agree(folder, tmp_path, capsys):
     """With another crop and another normalisation than the defaults."""
     pytest.importorskip("onnxscript")
-    saved = {"eval_warp_from": 16, "imagenet_default_mean_and_std": False}
-    checkpoint, onnx = save(tmp_path / "checkpoint.pth", **saved), str(tmp_path / "network.onnx")
+    checkpoint, onnx, names = (str(tmp_path / name) for name in ("a.pth", "a.onnx", "names.txt"))
+    save_network(checkpoint, eval_warp_from=16, imagenet_default_mean_and_std=False)
     assert export(["--resume", checkpoint, "--format", "onnx", "--output", onnx]) == 0
-    (tmp_path / "map.txt").write_text("ant\nbee\n")
+    Path(names).write_text("ant\nbee\n")
     output = tmp_path / "found.jsonl"
-    for argv, expected in (
-        ([], {"a", "b", "é"}),
-        (["--class-map", str(tmp_path / "map.txt")], {"ant", "bee", "2"}),
-    ):
+    for argv, expected in (([], {"a", "b", "é"}), (["--class-map", names], {"ant", "bee", "2"})):
         found = []
         for source in (["--checkpoint", checkpoint], ["--onnx", onnx]):
             options = [str(folder), *source, "--output", str(output), "--mirror-check", *argv]
@@ -104,19 +88,36 @@ def test_images_are_prepared_as_in_evaluation(tmp_path, logits_are):
     pixels[:, :8] = 255  # cut off by a crop of the centre
     Image.fromarray(pixels).save(tmp_path / "x.png")
     for options in ({}, {"eval_warp_from": 16, "imagenet_default_mean_and_std": False}):
-        checkpoint = save(tmp_path / "checkpoint.pth", eval_crop_ratio=1.0, **options)
-        assert main([str(tmp_path / "x.png"), "--checkpoint", checkpoint, "--device", "cpu"]) == 0
+        checkpoint = save_network(tmp_path / "checkpoint.pth", eval_crop_ratio=1.0, **options)
+        words = [str(tmp_path / "x.png"), "--checkpoint", checkpoint, "--device", "cpu"]
+        assert main(words) == 0
     assert seen[0].amax((0, 2, 3)).tolist() == pytest.approx([-2.118, -2.036, -1.804], abs=1e-3)
     assert (seen[1].min(), seen[1].max()) == (-1, 1)
+
+
+def test_photographs_are_turned(tmp_path):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16] = 255  # white on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the left side is the upper one then
+    paths = [str(tmp_path / f"x.{kind}") for kind in ("jpg", "png", "tiff")]
+    for path in paths:
+        Image.fromarray(pixels).save(path, exif=exif)
+    ((read, images),) = read_photos(paths, lambda image: torch.tensor(np.array(image)), 9, 1)
+    assert (read, images.shape) == (paths, (3, 32, 16, 3))
+    assert images[:, 4].min() > 250
+    assert images[:, 28].max() < 5
 
 
 def test_csv_and_exit_status(checkpoint, folder, tmp_path, capsys):
     output = tmp_path / "found.csv"
     argv = ["--checkpoint", checkpoint, "--device", "cpu", "--topk", "2", "--output", str(output)]
     assert main([str(folder / "rgb.jpg"), str(folder / "text.png"), *argv]) == 0
-    rows = list(csv.DictReader(output.open(encoding="utf-8")))
-    assert [row["file"] for row in rows] == [str(folder / "rgb.jpg")]
-    assert float(rows[0]["probability_1"]) >= float(rows[0]["probability_2"])
+    (row,) = csv.DictReader(output.open(encoding="utf-8"))
+    kinds = [f"{kind}_{number}" for number in (1, 2) for kind in ("class", "probability")]
+    assert list(row) == ["file", *kinds]
+    assert row["file"] == str(folder / "rgb.jpg")
+    assert float(row["probability_1"]) >= float(row["probability_2"])
     output.unlink()
     assert main([str(folder / "text.png"), *argv]) == 1
     assert "0 photographs classified, 1 skipped" in capsys.readouterr().out
@@ -126,7 +127,7 @@ def test_csv_and_exit_status(checkpoint, folder, tmp_path, capsys):
 def test_a_thousand_outputs_are_imagenets(folder, tmp_path, capsys):
     output = tmp_path / "found.csv"
     argv = [str(folder / "rgb.jpg"), "--device", "cpu", "--topk", "1000", "--output", str(output)]
-    assert main([*argv, "--checkpoint", save(tmp_path / "a.pth", 1000, None)]) == 0
+    assert main([*argv, "--checkpoint", save_network(tmp_path / "a.pth", 1000, None)]) == 0
     assert "1000 outputs stand for: ImageNet-1K's" in capsys.readouterr().err
     (row,) = csv.DictReader(output.open(encoding="utf-8"))
     found = {row[f"class_{n}"]: row[f"description_{n}"] for n in range(1, 1001)}
@@ -202,31 +203,22 @@ def test_readers_may_stop_reading(checkpoint, folder, monkeypatch, capsys):
     assert "Error" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["jpg", "png", "tiff"])
-def test_photographs_are_turned(tmp_path, kind):
-    pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :16] = 255  # white on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the left side is the upper one then
-    Image.fromarray(pixels).save(tmp_path / f"x.{kind}", exif=exif)
-    image = read_rgb(tmp_path / f"x.{kind}", turned=True)
-    assert image.size == (16, 32)
-    assert image.getpixel((8, 4))[0] > 250
-    assert image.getpixel((8, 28))[0] < 5
-
-
-def test_wrong_input(checkpoint, folder, tmp_path):
-    with pytest.raises(UserError, match="give one network"):
-        main([str(folder)])
-    with pytest.raises(UserError, match="there is no file or folder 'nowhere'"):
-        main(["nowhere", "--checkpoint", checkpoint])
-    with pytest.raises(UserError, match=r"'a\.onnx' is no checkpoint: give it by --onnx"):
-        main([str(folder), "--checkpoint", "a.onnx"])
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "a.TXT").write_text("no image")
-    with pytest.raises(UserError, match=r"there are no images in .*; not read in .*: \.txt: 1"):
-        find_photos([str(tmp_path / "empty")])
-    (tmp_path / "map.txt").write_text("\n".join("abcd"))
-    argv = ["--checkpoint", checkpoint, "--class-map", str(tmp_path / "map.txt")]
-    with pytest.raises(UserError, match="names 4 classes, but the network has 3 outputs"):
-        main([str(folder), *argv])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("photos", "give one network"),
+        ("nowhere --checkpoint a.pth", "there is no file or folder 'nowhere'"),
+        ("photos --checkpoint a.onnx", r"'a\.onnx' is no checkpoint: give it by --onnx"),
+        ("photos --onnx a.onnx --model-ema-eval", "are for a --checkpoint"),
+        ("empty --checkpoint a.pth", r"there are no images in .*; not read in .*: \.txt: 1"),
+        ("photos --checkpoint checkpoint.pth --class-map four.txt",
+         "names 4 classes, but the network has 3 outputs"),
+    ],
+)  # fmt: skip
+def test_wrong_input(words, message, checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("empty/a.TXT").write_text("no image")
+    Path("four.txt").write_text("\n".join("abcd"))
+    with pytest.raises(UserError, match=message):
+        main(words.split())

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
+from deit.equivariance import randomize_
 from deit.errors import one_line_errors
 from deit.main import main
 from deit.train.args import parse_args
@@ -76,6 +78,25 @@ def train(*argv: str, data: Path, out: Path | str = "") -> int:
     forget_stop()
     words = [*TINY, "--data-path", str(data), "--output-dir", str(out), *argv]
     return one_line_errors(lambda: main(parse_args(words)))
+
+
+SMALL_VIT = {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
+
+
+def save_network(
+    path: Path | str, classes: int = 3, names: tuple[str, ...] | None = ("a", "b", "é"), **args: Any
+) -> str:
+    """A checkpoint of a small random network for images of 16 pixels, as a training leaves it.
+
+    `names` are those of its classes, `args` further options of the training.
+    """
+    model = "d2_deit_tiny_patch16_LS"
+    network = timm.create_model(model, img_size=16, num_classes=classes, **SMALL_VIT)
+    args = {"model": model, "input_size": 16, "eval_crop_ratio": 0.8,
+            "model_kwargs": [list(pair) for pair in SMALL_VIT.items()]} | args  # fmt: skip
+    saved = {"model": randomize_(network).state_dict(), "args": args}
+    torch.save(saved | ({"class_names": list(names)} if names else {}), path)
+    return str(path)
 
 
 def load(path: Path) -> dict[str, Any]:
