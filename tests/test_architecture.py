@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -10,20 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+# the script puts this folder in its place
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+import architecture
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def architecture():
-    spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs/architecture.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])  # which the script changes
-        spec.loader.exec_module(module)
-    return module
-
-
-def test_no_import_points_up(architecture):
+def test_no_import_points_up():
     arrows = architecture.find_arrows(ROOT)
     assert ("scripts", "train") in arrows
     assert ("layers", "groups") in arrows
@@ -44,7 +37,7 @@ def test_no_import_points_up(architecture):
         ("train/new.py", "import deit.attic\n", "train must not import attic"),
     ],
 )  # fmt: skip
-def test_imports_that_point_up_are_found(architecture, file, text, found, tmp_path):
+def test_imports_that_point_up_are_found(file, text, found, tmp_path):
     for path in ("saving.py", "layers/__init__.py", file):
         (tmp_path / "deit" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "deit" / path).write_text("import torch\n")
@@ -55,14 +48,14 @@ def test_imports_that_point_up_are_found(architecture, file, text, found, tmp_pa
     assert wrong.endswith(f"({found})")
 
 
-def test_the_drawing_shows_the_arrows_there_are(architecture):
+def test_the_drawing_shows_the_arrows_there_are():
     steps = architecture.steps(architecture.find_arrows(ROOT))
     with Image.open(architecture.FIGURE) as image:
         drawn = image.text["Description"]
     assert drawn == architecture.described(steps), "run python docs/architecture.py"
 
 
-def test_the_page_names_files_that_exist(architecture):
+def test_the_page_names_files_that_exist():
     page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     rooms = {room for rooms in architecture.FLOORS for room in rooms}
     assert rooms == set(architecture.PLACES)
