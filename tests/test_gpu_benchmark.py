@@ -15,23 +15,23 @@ from deit.measure.roofline import PeakRates
 from deit.train.args import parse_args
 
 QUICK = ["--device", "cpu", "--quick", "--seconds", "0", "--minutes", "9"]
-COMMANDS = {
-    "calculate_complexity.py": complexity.main,
-    "benchmarks/exactness.py": exactness.main,
-    "deit/main.py": lambda words: train(parse_args(words)),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def started():
+def started(data):
     """Commands in this process, on a device whose peak rates are known; `execute` as it is."""
     real = gpu.execute
+    small = ["--data-path", str(data), "--batch-size", "8"]
+    commands = {
+        "calculate_complexity.py": complexity.main,
+        "benchmarks/exactness.py": exactness.main,
+        "deit/main.py": lambda words: train(parse_args([*words, *small])),
+    }
 
     def execute(words, root, log, seconds):
         script, *options = words
         with log.open("w") as file, contextlib.redirect_stdout(file):
-            assert COMMANDS[script](options) == 0
-        return
+            assert commands[script](options) == 0
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "execute", execute)
