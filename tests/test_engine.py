@@ -1,4 +1,7 @@
-"""One update, one epoch, one evaluation, with objects in place of a command line."""
+"""One update, one epoch, one evaluation, with objects in place of a command line.
+
+test_distributed.py has the same over several processes.
+"""
 
 import math
 from argparse import Namespace
@@ -22,10 +25,12 @@ from deit.train.engine import (
     train_one_epoch,
 )
 from deit.train.losses import TrainingLoss
+from deit.train.metrics import Accuracy
 from deit.train.stopping import StopAgreement, Stopped, forget_stop, request_stop
 
 CPU = torch.device("cpu")
 PROCESSES = DistContext(CPU)
+PLAIN = Precision(CPU, None)
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +47,9 @@ def make_net() -> nn.Module:
 
 def make_batches(count: int, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        (
-            torch.randn(size, 3, 2, 2, generator=generator),
-            torch.randint(0, 4, (size,), generator=generator),
-        )
-        for _ in range(count)
-    ]
+    images = torch.randn(count, size, 3, 2, 2, generator=generator)
+    targets = torch.randint(0, 4, (count, size), generator=generator)
+    return list(zip(images, targets, strict=True))
 
 
 def make_state(net, device=CPU, precision=None, epoch=0, ema=None, **options) -> TrainingState:
@@ -62,20 +63,15 @@ def make_state(net, device=CPU, precision=None, epoch=0, ema=None, **options) ->
         TrainingLoss(nn.CrossEntropyLoss()),
         torch.optim.SGD(net.parameters(), lr=0.1),
         SimpleNamespace(step_update=(seen := []).append, seen=seen),
-        precision or Precision(CPU, None),
+        precision or PLAIN,
         Progress(epoch=epoch),
         ema=ema,
     )
 
 
 def run_epoch(state: TrainingState, batches, on_update=lambda *_: None) -> float:
-    return train_one_epoch(
-        state,
-        iter(batches),
-        updates=len(batches),
-        agreement=StopAgreement(),
-        on_update=on_update,
-    )
+    options = {"updates": len(batches), "agreement": StopAgreement(), "on_update": on_update}
+    return train_one_epoch(state, iter(batches), **options)
 
 
 def test_epoch_by_hand():
@@ -164,29 +160,21 @@ def test_an_update_waits_for_nothing():
             state.running.total.item()
 
 
-def test_clipping_limits_the_gradient():
+def test_gradients_may_be_clipped_and_training_be_in_evaluation_mode():
     net = make_net()
     before = net[1].weight.detach().clone()
-    run_epoch(make_state(net, clip_grad=1e-3), make_batches(1))
+    run_epoch(make_state(net, clip_grad=1e-3, train_mode=False), make_batches(1))
     assert 0 < (net[1].weight - before).norm() <= 0.1 * 1e-3 + 1e-8
-
-
-def test_evaluation_mode_while_training():
-    net = make_net()
-    run_epoch(make_state(net, train_mode=False), make_batches(1))
-    assert not net.training
     assert net[2].num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("broken", [0, 2])
 def test_non_finite_loss_names_its_step_and_stops(broken):
-    batches = make_batches(4)
+    batches, done = make_batches(4), []
     batches[broken] = (batches[broken][0] * math.inf, batches[broken][1])
-    done = []
     with pytest.raises(NonFiniteLossError, match=f"step {broken}") as caught:
         run_epoch(make_state(make_net()), batches, on_update=lambda n, loss: done.append(n))
-    assert caught.value.update == broken
-    assert done == list(range(1, broken + 1))
+    assert (caught.value.update, done) == (broken, list(range(1, broken + 1)))
 
 
 def test_the_first_bad_step_is_remembered_until_somebody_looks():
@@ -214,33 +202,53 @@ def test_stop_comes_after_the_update_that_is_under_way():
     assert done == [1, 2]
 
 
-class Shapes(nn.Module):
-    """Logits that tell images apart; remembers the batch sizes it saw."""
+class Pixels(nn.Module):
+    """Logits that are the first of an image's pixels; remembers the batch sizes it saw."""
 
-    def __init__(self):
+    def __init__(self, classes):
         super().__init__()
-        self.seen = []
+        self.classes, self.seen = classes, []
 
     def forward(self, images):
         self.seen.append(len(images))
-        return images.flatten(1)[:, :4]
+        return images.flatten(1)[:, : self.classes]
 
 
-@pytest.mark.parametrize("pad", [False, True])
-def test_evaluation(pad):
-    net = Shapes()
-    images = torch.randn(10, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    targets = torch.arange(10) % 4
-    loader = [(images[i : i + 4], targets[i : i + 4]) for i in range(0, 10, 4)]
-    args = Namespace(batch_size=4, input_size=2, compile=pad, dist_eval=True, flop_eval=False)
-    scores = evaluate(net, loader, args, precision=Precision(CPU, None), processes=PROCESSES)
-    logits = images.flatten(1)[:, :4]
-    assert net.seen == [4, 4, 4 if pad else 2]
+@pytest.mark.parametrize("classes", [3, 11])
+@pytest.mark.parametrize(
+    ("batch_size", "pad", "seen"),
+    [(1, False, [1] * 10), (4, False, [4, 4, 2]), (4, True, [4, 4, 4]), (16, False, [10])],
+)
+def test_evaluation_is_exact_for_any_batch_size(batch_size, pad, seen, classes):
+    net, generator = Pixels(classes), torch.Generator().manual_seed(0)
+    images = torch.randn(10, 3, 2, 2, generator=generator)
+    targets = torch.randint(classes, (10,), generator=generator)
+    loader = [*zip(images.split(batch_size), targets.split(batch_size), strict=True)]
+    args = Namespace(batch_size=batch_size, input_size=2, compile=pad, dist_eval=True)
+    args.flop_eval = False
+    scores = evaluate(net.train(), loader, args, precision=PLAIN, processes=PROCESSES)
+    assert net.seen == seen
+    assert not net.training
+    logits = images.flatten(1)[:, :classes]
+    ranks = logits.argsort(dim=1, descending=True)
+    hits = (ranks == targets[:, None]).double().mean(0) * 100
+    loss = -logits.double().log_softmax(1)[torch.arange(10), targets].mean().item()
+    acc1, acc5 = hits[0].item(), hits[:5].sum().item()
+    assert 0 < acc1 < acc5
+    assert (scores.acc1, scores.acc5, scores.loss) == pytest.approx((acc1, acc5, loss), rel=1e-6)
     assert scores.count == 10
-    assert scores.acc1 == pytest.approx((logits.argmax(1) == targets).float().mean().item() * 100)
-    assert scores.acc5 == 100
-    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
-    assert str(scores).startswith(f"* Acc@1 {scores.acc1:.3f} Acc@5 100.000 loss ")
+    assert str(scores) == f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}"
+
+
+def test_nan_is_never_correct_and_empty_is_an_error():
+    accuracy = Accuracy()
+    nan = torch.full((4, 3), float("nan"))
+    accuracy.update(nan, torch.tensor([0, 1, 2, 0]), mirrored=nan)
+    scores = accuracy.compute()
+    assert (scores.acc1, scores.acc5, scores.mirrored, scores.same, scores.bad) == (0, 0, 0, 0, 4)
+    assert math.isnan(scores.loss)
+    with pytest.raises(ValueError, match="empty"):
+        Accuracy().compute()
 
 
 @pytest.mark.parametrize(("real", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -257,7 +265,7 @@ def test_precision():
     assert not half.scaler.is_enabled()
     with half.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with Precision(CPU, None).autocast():
+    with PLAIN.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
