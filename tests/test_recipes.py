@@ -110,7 +110,8 @@ def test_a_recipe_is_its_published_command(name):
     by_hand = shlex.split(shown.splitlines()[-1])
     assert by_hand[0] == "torchrun"
     assert vars(parse_args(by_hand[by_hand.index("deit/main.py") + 1 :])) == wanted
-    assert json.loads(shown[shown.index("{\n") : shown.rindex("}\n") + 1])["model"] == name
+    configuration = json.loads(shown[shown.index("{\n") : shown.rindex("}\n") + 1])
+    assert (configuration["model"], configuration["output_dir"]) == (name, "runs/%j")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -201,12 +202,13 @@ def test_own_recipe_file_overrides_its_bases(tmp_path):
     own = tmp_path / "own.toml"
     own.write_text(
         'base = "mid"\n[options]\nmodel = "m"\nbatch_size = 4\ncompile = true\n'
-        "repeated_aug = false\nopt_betas = [0.9, 0.99]\nmodel_kwargs = {depth = 2}\n"
+        "repeated_aug = false\nwarmup_steps = -1\nopt_betas = [0.9, 0.99]\n"
+        "model_kwargs = {depth = 2}\n"
     )
     recipe = load_recipe(str(own))
     assert (recipe.name, recipe.gpus, recipe.global_batch) == ("own", 2, 8)
     words = "--lr 0.001 --epochs 8 --model m --batch-size 4 --compile --no-repeated-aug "
-    words += "--opt-betas 0.9 0.99 --model-kwargs depth=2"
+    words += "--warmup-steps=-1 --opt-betas 0.9 0.99 --model-kwargs depth=2"
     assert options_to_argv(recipe.options, get_parser()) == words.split()
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,7 @@ class Job:
     id: str
     folder: Path
     announcement: str
+    submitted: float = field(default_factory=time.monotonic)
 
     @property
     def log(self) -> str:
@@ -62,13 +63,6 @@ class Job:
 
     def restarts(self) -> int:
         return int(self.show("Restarts") or -1)
-
-    def seconds(self) -> int:
-        """How long it has been running."""
-        while not (shown := self.show("RunTime")):
-            time.sleep(1)
-        hours, minutes, seconds = re.fullmatch(r"(\d+):(\d+):(\d+)", shown).groups()
-        return (int(hours) * 60 + int(minutes)) * 60 + int(seconds)
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
         """Wait for `condition`; on time-out fail with all logs."""
