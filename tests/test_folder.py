@@ -2,28 +2,25 @@
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import platform
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
-from training_runs import differences, load, make_images, train
+from training_runs import load, refused, run, run_processes, train
 
 import deit.train.reporting
-from deit.errors import UserError
+from deit.errors import UserError, one_line_errors
 from deit.train import slurm
-from deit.train.folder import LOCK, check_unused, claim, clear
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from deit.train.folder import LOCK, check_unused, claim, clear, read_log
 
 
 def listed(folder) -> list[str]:
@@ -33,32 +30,28 @@ def listed(folder) -> list[str]:
 # results
 
 
-def test_a_second_training_does_not_replace_the_first(data, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_a_second_training_does_not_replace_the_first(data, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.pth"
     assert train("--epochs", "1", data=data, out=out) == 0
     (out / "notes.txt").write_text("mine")
-    before = {name: (out / name).stat().st_mtime_ns for name in listed(out)}
-    capsys.readouterr()
-    other = tmp_path / "other.pth"
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     other.write_bytes((out / "checkpoint.pth").read_bytes())
-    for argv in ((), ("--finetune", str(other)), ("--resume", str(other))):
-        assert train("--epochs", "1", *argv, data=data, out=out) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
+    for argv in ((), ("--finetune", other), ("--resume", other)):
+        error = refused("--epochs", "1", *argv, data=data, out=out)
         assert "holds a training (best_checkpoint.pth, checkpoint.pth, log.txt)" in error
         assert "--overwrite" in error
         assert ("--resume auto" in error) == ("--resume" not in argv)
-    assert {name: (out / name).stat().st_mtime_ns for name in listed(out)} == before
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     # going on with it is no replacement
     assert train("--resume", str(out / "checkpoint.pth"), data=data, out=out) == 0
     assert load(out / "checkpoint.pth")["epoch"] == 1
-    (out / "checkpoint_0007.pth").touch()
+    for name in ("checkpoint_0007.pth", "tensorboard/old"):
+        (out / name).touch()
     assert train("--epochs", "1", "--overwrite", data=data, out=out) == 0
     assert load(out / "checkpoint.pth")["epoch"] == 0
-    assert len((out / "log.txt").read_text().splitlines()) == 1
-    assert "notes.txt" in listed(out)
-    assert "checkpoint_0007.pth" not in listed(out)
-    assert LOCK not in listed(out)
+    assert len(read_log(out)) == 1
+    assert listed(out) == sorted(before)
+    assert not (out / "tensorboard" / "old").exists()
 
 
 def test_a_folder_with_the_name_of_a_file_is_not_removed(tmp_path):
@@ -71,68 +64,66 @@ def test_a_folder_with_the_name_of_a_file_is_not_removed(tmp_path):
     assert listed(tmp_path) == ["log.txt"]
 
 
-def test_what_counts_as_results(tmp_path):
-    check_unused(tmp_path, "")
-    (tmp_path / "config.json").touch()
-    (tmp_path / "log.txt").touch()
-    check_unused(tmp_path, "")  # a training that was killed before it had anything
-    (tmp_path / "log.txt").write_text("{}\n")
-    check_unused(tmp_path, "auto")
-    with pytest.raises(UserError, match=r"log\.txt"):
-        check_unused(tmp_path, "")
-    (tmp_path / "best_checkpoint.pth").touch()
-    with pytest.raises(UserError, match="best_checkpoint"):
-        check_unused(tmp_path, "auto")  # there is nothing to go on from, but something to lose
-    check_unused(tmp_path, str(tmp_path / "best_checkpoint.pth"))
-    (tmp_path / "checkpoint.pth").touch()
-    check_unused(tmp_path, "auto")
-    (tmp_path / "teacher.pth").touch()
+@pytest.mark.parametrize(
+    ("files", "resume", "lost"),
+    [
+        ({}, "", None),
+        # a training that was killed before it had anything
+        ({"config.json": "{}", "log.txt": ""}, "", None),
+        ({"log.txt": "{}\n"}, "auto", None),
+        ({"log.txt": "{}\n"}, "", r"log\.txt"),
+        # there is nothing to go on from, but something to lose
+        ({"best_checkpoint.pth": ""}, "auto", "best_checkpoint"),
+        ({"best_checkpoint.pth": ""}, "{folder}/best_checkpoint.pth", None),
+        ({"best_checkpoint.pth": "", "checkpoint.pth": ""}, "auto", None),
+        ({"teacher.pth": ""}, "", None),
+    ],
+)
+def test_what_counts_as_results(files, resume, lost, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=lost) if lost else nullcontext():
+        check_unused(tmp_path, resume.format(folder=tmp_path))
     clear(tmp_path)
-    assert listed(tmp_path) == ["teacher.pth"]
+    assert listed(tmp_path) == [name for name in files if name == "teacher.pth"]
 
 
 # the lock
 
-CLAIM = """
-import os, sys
-from pathlib import Path
-from deit.errors import one_line_errors
-from deit.train.folder import claim
 
-def body():
-    with claim(Path(sys.argv[1])):
-        os.kill(os.getpid(), int(sys.argv[2]))
-
-sys.exit(one_line_errors(body))
-"""
+def hold(folder: Path, number: int) -> None:
+    with claim(folder):
+        os.kill(os.getpid(), number)
 
 
-def claim_elsewhere(folder, number: int = 0) -> subprocess.CompletedProcess[str]:
+def claim_elsewhere(folder: Path, number: int = 0) -> tuple[int, str]:
     """Another process claims the folder and sends itself that signal."""
-    command = [sys.executable, "-c", CLAIM, str(folder), str(int(number))]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    body = functools.partial(one_line_errors, functools.partial(hold, folder, number))
+    [done] = run_processes([body], (), folder.parent, distributed=False)
+    return done
 
 
 def test_another_process_is_refused_while_one_trains(tmp_path):
     out = tmp_path / "out"
     with claim(out):
-        refused = claim_elsewhere(out)
-        assert refused.returncode == 2
-        owner = rf"in use since 2.* by process {os.getpid()} on .*: stop that"
-        assert re.search(owner, refused.stderr)
+        status, told = claim_elsewhere(out)
+        assert status == 2
+        assert re.search(rf"in use since 2.* by process {os.getpid()} on .*: stop that", told)
         with pytest.raises(UserError, match="this very process"), claim(out):
             pass
         assert listed(out) == [LOCK]
     assert not out.exists()  # it was made here, and is empty
-    assert claim_elsewhere(out).returncode == 0
+    assert claim_elsewhere(out) == (0, "")
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    assert claim_elsewhere(tmp_path, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert LOCK in listed(tmp_path)
-    with claim(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
-    assert LOCK not in listed(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert claim_elsewhere(out, signal.SIGKILL) == (-signal.SIGKILL, "")
+    assert listed(out) == [LOCK]
+    with claim(out):
+        assert json.loads((out / LOCK).read_text())["process"] == os.getpid()
+    assert listed(out) == []
 
 
 HERE = platform.node()
@@ -165,40 +156,20 @@ def test_a_lock_that_was_left(owner, locks, refused, tmp_path, monkeypatch):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
-# failures after the last update of an epoch
+# what is written beside checkpoints
 
 
-def test_an_unreadable_test_image_loses_no_epoch(data, tmp_path, capsys):
-    folder = make_images(tmp_path / "data")
-    path = folder / "val" / "class1" / "1.png"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:200])
-    out = tmp_path / "out"
-    assert train(data=folder, out=out) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(path) in error
-    assert f"the last state is {out / 'checkpoint.pth'}, --resume auto goes on" in error
-    assert load(out / "checkpoint.pth")["step"] == 6
-    path.write_bytes(whole)
-    assert train("--resume", "auto", data=folder, out=out) == 0
-    assert train(data=folder, out=tmp_path / "whole") == 0
-    one, other = (load(each / "checkpoint.pth") for each in (out, tmp_path / "whole"))
-    assert differences(one, other) == []
-
-
-def test_boards_and_curves_that_fail_do_not_end_the_training(data, tmp_path, monkeypatch, capsys):
+def test_boards_and_curves_that_fail_do_not_end_the_training(data, tmp_path, monkeypatch):
     fail = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
     monkeypatch.setattr(deit.train.reporting, "draw_curves", fail)
-    assert train("--epochs", "1", data=data, out=tmp_path) == 0
-    output = capsys.readouterr().out
+    output = run("--epochs", "1", data=data, out=tmp_path)
     assert output.count("TensorBoard failed, the training goes on without it: [Errno 28]") == 1
     assert "no curves: [Errno 28]" in output
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 0
 
 
-def test_a_log_that_cannot_be_written_says_where_to_go_on(data, tmp_path, monkeypatch, capsys):
+def test_a_log_that_cannot_be_written_says_where_to_go_on(data, tmp_path, monkeypatch):
     written = deit.train.reporting.write_text
 
     def write(path, text):
@@ -206,8 +177,7 @@ def test_a_log_that_cannot_be_written_says_where_to_go_on(data, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(deit.train.reporting, "write_text", write)
-        assert train("--epochs", "1", data=data, out=tmp_path) == 2
-    error = capsys.readouterr().err
+        error = refused("--epochs", "1", data=data, out=tmp_path)
     assert "log.txt" in error
     assert "--resume auto goes on from it" in error
     assert train("--epochs", "1", "--resume", "auto", data=data, out=tmp_path) == 0

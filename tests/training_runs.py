@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import random
@@ -10,7 +11,7 @@ import socket
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,13 @@ def make_images(folder: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES) 
     return folder
 
 
-def train(*argv: str, data: Path, out: Path | str = "") -> int:
+def train(
+    *argv: str | Path, data: Path | str = "", out: Path | str = "", base: Sequence[str] = TINY
+) -> int:
     """Run deit/main.py in this process, with its one-line errors; returns the exit status."""
     forget_stop()
-    words = [*TINY, "--data-path", str(data), "--output-dir", str(out), *argv]
+    folders = ["--data-path", str(data)] if data else []
+    words = [*base, *folders, "--output-dir", str(out), *map(str, argv)]
     return one_line_errors(lambda: main(parse_args(words)))
 
 
@@ -99,29 +103,63 @@ def save_network(
     return str(path)
 
 
+def run(*argv: str | Path, **options: Any) -> str:
+    """`train` to its end; returns what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert train(*argv, **options) == 0
+    return printed.getvalue()
+
+
+def refused(*argv: str | Path, **options: Any) -> str:
+    """What `train` says in one line when it ends with status 2."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        assert train(*argv, **options) == 2
+    (line,) = printed.getvalue().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint that our own training wrote."""
     return torch.load(path, weights_only=True)
 
 
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """The places in which two nested structures are not bitwise equal, running times aside."""
+def differences(one: Any, other: Any, where: str = "", tolerance: float = 0.0) -> list[str]:
+    """The places in which two nested structures differ by more, running times aside."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = sorted({*one, *other} - {"time", "seconds", "args"}, key=str)
-        return [
-            found
-            for key in keys
-            for found in (
-                differences(one[key], other[key], f"{where}/{key}")
-                if key in one and key in other
-                else [f"{where}/{key} is in one only"]
-            )
-        ]
-    if isinstance(one, list | tuple) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [found for n, (a, b) in pairs for found in differences(a, b, f"{where}/{n}")]
-    same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-    return [] if same else [where]
+        found = [f"{where}/{key} is in one only" for key in keys if (key in one) != (key in other)]
+        pairs = [(key, one[key], other[key]) for key in keys if key in one and key in other]
+    elif isinstance(one, list | tuple) and len(one) == len(other):
+        found, pairs = [], list(zip(range(len(one)), one, other, strict=True))
+    else:
+        if isinstance(one, torch.Tensor):
+            same = one.shape == other.shape and torch.allclose(one, other, 0.0, tolerance)
+        else:
+            same = one == other or (isinstance(one, float) and abs(one - other) <= tolerance)
+        return [] if same else [where]
+    for key, a, b in pairs:
+        found += differences(a, b, f"{where}/{key}", tolerance)
+    return found
+
+
+def at_call(owner: Any, name: str, number: int, action: Callable[..., object]) -> None:
+    """Have `action` done with the arguments of the `number`-th call of a function, before it."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            action(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def strike(number: int, *args: Any) -> None:
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
 
 
 _context = multiprocessing.get_context("forkserver")
