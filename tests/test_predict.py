@@ -85,10 +85,11 @@ def test_images_are_prepared_as_in_evaluation(tmp_path, logits_are):
     seen = []
     logits_are(lambda images: seen.append(images) or torch.zeros(len(images), 3))
     pixels = np.zeros((16, 32, 3), np.uint8)
-    pixels[:, :8] = 255  # cut off by a crop of the centre
+    pixels[:2] = 255  # cut off by a crop of the centre
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    for options in ({}, {"eval_warp_from": 16, "imagenet_default_mean_and_std": False}):
-        checkpoint = save_network(tmp_path / "checkpoint.pth", eval_crop_ratio=1.0, **options)
+    warped = {"eval_warp_from": 16, "imagenet_default_mean_and_std": False}
+    for options in ({"eval_crop_ratio": 0.5}, warped):
+        checkpoint = save_network(tmp_path / "checkpoint.pth", **options)
         words = [str(tmp_path / "x.png"), "--checkpoint", checkpoint, "--device", "cpu"]
         assert main(words) == 0
     assert seen[0].amax((0, 2, 3)).tolist() == pytest.approx([-2.118, -2.036, -1.804], abs=1e-3)
