@@ -7,6 +7,7 @@ autocast computes in.
 import copy
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ import deit.models  # noqa: F401 - registers the networks
 from deit.equivariance import randomize_
 from deit.errors import UserError
 from deit.train.distributed import SHARDS_ON_CPU, DistContext, blocks_of, shard, wrap_ddp
+from deit.train.optim import parameter_groups
 
 # One of each kind of block.
 KINDS = ("d2_deit_tiny_patch16_LS", "resmlp_equi_d2_12", "d2_convnext_tiny")
@@ -74,7 +76,7 @@ def compare(
     rank: int,
     tolerance: float = 1e-4,
     dtype: torch.dtype | None = None,
-    only: list[str] | None = None,
+    only: Collection[str] = (),
 ) -> None:
     """Gradients of half the batch in `model`, `only` some or all, against those in one process."""
     reference = gradients(build(name), images())
@@ -87,8 +89,26 @@ def compare(
     assert any(reference[key].any() for key in only or reference)
 
 
+def inner_linears(model: nn.Module) -> dict[str, nn.Module]:
+    named, ends = dict(model.named_modules()).items(), ("_sym", "_asym")
+    return {n: m for n, m in named if isinstance(m, nn.Linear) and n.endswith(ends)}
+
+
 def ddp(name: str, processes: DistContext) -> None:
     compare(name, wrap_ddp(build(name), processes), processes.rank)
+    model = build(name)
+    linears = inner_linears(model)
+    for inner, module in linears.items():
+        model.set_submodule(inner, DistributedDataParallel(module))
+    compare(name, model, processes.rank, only=[f"{inner}.weight" for inner in linears])
+
+
+def fsdp_on_linear_maps(name: str, processes: DistContext) -> None:
+    model = build(name)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for module in inner_linears(model).values():
+        fully_shard(module, mesh=mesh)
+    compare(name, fully_shard(model, mesh=mesh), processes.rank)
 
 
 def ddp_checkpointed_and_compiled(name: str, processes: DistContext) -> None:
@@ -98,33 +118,12 @@ def ddp_checkpointed_and_compiled(name: str, processes: DistContext) -> None:
     compare(name, wrap_ddp(model, processes), processes.rank)
 
 
-def inner_linears(model: nn.Module) -> dict[str, nn.Module]:
-    named, ends = dict(model.named_modules()).items(), ("_sym", "_asym")
-    return {n: m for n, m in named if isinstance(m, nn.Linear) and n.endswith(ends)}
-
-
-def ddp_on_linear_maps(name: str, processes: DistContext) -> None:
-    model = build(name)
-    linears = inner_linears(model)
-    for inner, module in linears.items():
-        model.set_submodule(inner, DistributedDataParallel(module))
-    compare(name, model, processes.rank, only=[f"{inner}.weight" for inner in linears])
-
-
 def fsdp_checkpointed_and_compiled(name: str, processes: DistContext) -> None:
     model = build(name)
     model.set_grad_checkpointing()
     for block in blocks_of(model):
         block.compile(backend="eager")
     compare(name, shard(model, processes), processes.rank)
-
-
-def fsdp_on_linear_maps(name: str, processes: DistContext) -> None:
-    model = build(name)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for module in inner_linears(model).values():
-        fully_shard(module, mesh=mesh)
-    compare(name, fully_shard(model, mesh=mesh), processes.rank)
 
 
 def fsdp_state_dict(name: str, processes: DistContext) -> None:
@@ -162,10 +161,7 @@ def fsdp_in_bfloat16(name: str, processes: DistContext) -> None:
 
 def lamb_steps(network: nn.Module, foreach: bool, part: slice) -> dict[str, torch.Tensor]:
     """The weights after five updates, of which some parameters decay."""
-    params = list(network.parameters())
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1}]
-    groups += [{"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = Lamb(groups, lr=0.05, foreach=foreach)
+    optimizer = Lamb(parameter_groups(network, 0.1), lr=0.05, foreach=foreach)
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))[part]
     for _ in range(5):
         optimizer.zero_grad()
@@ -203,7 +199,6 @@ def joined(case, names: tuple[str, ...], meeting: Path) -> None:
     [
         (ddp, FAMILIES),
         (ddp_checkpointed_and_compiled, KINDS[::2]),
-        (ddp_on_linear_maps, FAMILIES),
         (fsdp_checkpointed_and_compiled, KINDS[::2]),
         (fsdp_on_linear_maps, FAMILIES),
         (fsdp_state_dict, FAMILIES),
