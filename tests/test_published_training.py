@@ -288,9 +288,7 @@ def save_published(path, name, *, layout, opt, prefix="", epoch=0):
     optimizer = OPTIMIZERS[opt](groups)
     train_published(theirs, optimizer, (1, 2, 3))
     state = {key: p.detach().clone() for key, p in theirs.items()}
-    average = {
-        key: value / 2 if value.is_floating_point() else value for key, value in state.items()
-    }
+    average = {k: v / 2 if v.is_floating_point() else v for k, v in state.items()}
     checkpoint = {
         "model": state,
         "model_ema": average,
@@ -305,7 +303,8 @@ def save_published(path, name, *, layout, opt, prefix="", epoch=0):
     names = {"model": "state_dict", "model_ema": "state_dict_ema", "scaler": "amp_scaler"}
     renamed = names if layout == "timm" else {}
     torch.save({renamed.get(key, key): value for key, value in checkpoint.items()}, path)
-    return checkpoint
+    moments = {key: optimizer.state[p] for key, p in theirs.items() if p in optimizer.state}
+    return checkpoint, moments
 
 
 def resume(data, out, path, name, *argv):
@@ -325,7 +324,7 @@ def test_a_published_file_is_gone_on_with(
 ):
     """Weights, average, moments, scaler, epoch: only the random states are left to tell."""
     path = tmp_path / "published.pth"
-    theirs = save_published(path, name, layout=layout, opt=opt, prefix=prefix)
+    theirs, moments = save_published(path, name, layout=layout, opt=opt, prefix=prefix)
     # Nothing is trained: what is saved is what was read.
     monkeypatch.setattr("deit.main.train", lambda run: run.save(["checkpoint.pth"]))
     half = classmethod(lambda cls, device, *_: cls(device, torch.float16))
@@ -334,9 +333,7 @@ def test_a_published_file_is_gone_on_with(
     options = (*AS_PUBLISHED, *course, "--opt", opt)
     assert resume(data, tmp_path / "out", path, name, *options) == 0
     told = capsys.readouterr().out
-    assert "moments" not in told
-    assert "--decay-as-compiled" not in told
-    assert "--sched-as-published" not in told
+    assert not re.search("moments|--decay-as-compiled|--sched-as-published", told)
     assert "no states of random generators" in told
     assert ("note    --opt fusedlamb is timm's Lamb, " in told) == (opt == "fusedlamb")
     ours = load(tmp_path / "out" / "checkpoint.pth")
@@ -348,15 +345,10 @@ def test_a_published_file_is_gone_on_with(
         assert all(torch.equal(v, theirs[key][prefix + k]) for k, v in ours[key].items())
     state, groups = ours["optimizer"]["state"], ours["optimizer"]["param_groups"]
     assert {int(group.get("step", 3)) for group in groups} == {3}
-    assert len(state) == len(theirs["optimizer"]["state"])
-    names = [k for k in theirs["model"] if not k.endswith(FROZEN)]
-    decay = [k for k in names if theirs["model"][k].ndim > 1 and not k.endswith(".bias")]
-    free = [k for k in names if k not in decay]
-    first = theirs["optimizer"]["param_groups"][0]["weight_decay"]
-    positions = dict(enumerate(free + decay if first == 0 else decay + free))
+    assert len(state) == len(moments)
     where = {prefix + name: n for n, name in enumerate(ours["parameters"])}
-    for position, name in positions.items():
-        for key, value in theirs["optimizer"]["state"][position].items():
+    for name, saved in moments.items():
+        for key, value in saved.items():
             assert torch.equal(state[where[name]][key].reshape(value.shape), value), (name, key)
 
 
@@ -366,29 +358,29 @@ def test_what_a_published_run_did_otherwise_is_told(data, tmp_path, capsys):
     options = ("--opt", "lamb", "--weight-decay", "0.1", "--no-model-ema", "--lr", "5e-4")
     assert resume(data, tmp_path / "out", path, name, *options) == 0
     told = capsys.readouterr().out
-    assert "weight decay on cls_token.0, pos_embed.0, pos_embed.1: --decay-as-compiled" in told
-    assert "--sched-as-published deit" in told
-    assert "average (model_ema) is dropped" in told
-    assert "--lr is 0.0005, it was 0.001" in told
-    assert "--opt is" not in told, "lamb and fusedlamb are one optimizer"
-    assert "--gpu" not in told
+    for words in (
+        "weight decay on cls_token.0, pos_embed.0, pos_embed.1: --decay-as-compiled",
+        "--sched-as-published deit",
+        "average (model_ema) is dropped",
+        "--lr is 0.0005, it was 0.001",
+    ):
+        assert words in told
+    assert not re.search("--opt is|--gpu", told), "lamb and fusedlamb are one optimizer"
     assert load(tmp_path / "out" / "checkpoint.pth")["epoch"] == 2
 
 
 def test_weights_alone_where_the_moments_cannot_be_placed(data, tmp_path, capsys):
     name, path = "d2_convnext_isotropic_small", tmp_path / "published.pth"
-    checkpoint = save_published(path, name, layout="convnext", opt="adamw", epoch="best")
+    checkpoint, _ = save_published(path, name, layout="convnext", opt="adamw", epoch="best")
     assert resume(data, "", path, name) == 2
-    assert (
-        "epoch is 'best'): give the one to go on with by --start-epoch" in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "epoch is 'best'): give the one to go on with by --start-epoch" in told
     groups = checkpoint["optimizer"]["param_groups"]
     groups[0]["params"].append(groups[1]["params"].pop())
     torch.save(checkpoint | {"epoch": 1}, path)
     assert resume(data, "", path, name) == 2
     told = capsys.readouterr().err
-    assert "cannot be told apart" in told
-    assert "--resume-weights-only" in told
+    assert re.search("cannot be told apart.*--resume-weights-only", told)
     out = tmp_path / "out"
     assert resume(data, out, path, name, "--resume-weights-only") == 0
     assert "the optimizer's moments start at zero" in capsys.readouterr().out
