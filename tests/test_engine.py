@@ -1,6 +1,6 @@
 """One update, one epoch, one evaluation, with objects in place of a command line.
 
-test_distributed.py has the same over several processes.
+test_distributed.py has the same over several processes, test_resume.py how a training is stopped.
 """
 
 import math
@@ -26,18 +26,11 @@ from deit.train.engine import (
 )
 from deit.train.losses import TrainingLoss
 from deit.train.metrics import Accuracy
-from deit.train.stopping import StopAgreement, Stopped, forget_stop, request_stop
+from deit.train.stopping import StopAgreement
 
 CPU = torch.device("cpu")
 PROCESSES = DistContext(CPU)
 PLAIN = Precision(CPU, None)
-
-
-@pytest.fixture(autouse=True)
-def _no_stop():
-    forget_stop()
-    yield
-    forget_stop()
 
 
 def make_net() -> nn.Module:
@@ -187,19 +180,6 @@ def test_the_first_bad_step_is_remembered_until_somebody_looks():
     running.add(torch.tensor(3.0), 2, 0)
     running.add(torch.tensor(6.0), 4, 1)
     assert running.mean(PROCESSES) == 5.0
-
-
-def test_stop_comes_after_the_update_that_is_under_way():
-    done = []
-
-    def on_update(number, loss):
-        done.append(number)
-        if number == 2:
-            request_stop("a test")
-
-    with pytest.raises(Stopped, match="a test"):
-        run_epoch(make_state(make_net()), make_batches(4), on_update=on_update)
-    assert done == [1, 2]
 
 
 class Pixels(nn.Module):

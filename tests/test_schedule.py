@@ -32,15 +32,25 @@ def make(optimizer, **settings):
     return TrainingSchedule(optimizer, args, UPDATES)
 
 
-def course(updates=TOTAL + 5, **settings):
-    """The learning rate of each update, first group."""
+def course(updates=TOTAL + 5, stop_at=None, **settings):
+    """The first group's rate at each update; with `stop_at` all objects are built anew there."""
+    metrics = [0, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3]  # of plateau alone
     optimizer = make_optimizer()
     schedule = make(optimizer, **settings)
     rates = []
-    for n in range(updates):
-        rates.append(optimizer.param_groups[0]["lr"])
-        assert optimizer.param_groups[1]["lr"] == pytest.approx(rates[-1] / 2), "lr_scale is 0.5"
-        schedule.step_update(n + 1)
+    for n in range(1, updates + 1):
+        rate, other = (group["lr"] for group in optimizer.param_groups)
+        rates.append(rate)
+        assert other == pytest.approx(rate / 2), "lr_scale is 0.5"
+        schedule.step_update(n)
+        if n % UPDATES == 0:
+            schedule.step(metrics[n // UPDATES])
+        if n == stop_at:
+            saved = optimizer.state_dict(), schedule.state_dict()
+            optimizer = make_optimizer()
+            schedule = make(optimizer, **settings)
+            optimizer.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])
     return rates
 
 
@@ -140,26 +150,6 @@ def test_plateau():
     )
 
 
-def rates_of_a_run(settings, stop_at=None):
-    """Learning rates of every update; with `stop_at` all objects are built anew there."""
-    metrics = [0, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3]
-    optimizer = make_optimizer()
-    schedule = make(optimizer, **settings)
-    rates = []
-    for n in range(1, TOTAL + 1):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        schedule.step_update(n)
-        if n % UPDATES == 0:
-            schedule.step(metrics[n // UPDATES])
-        if n == stop_at:
-            saved = optimizer.state_dict(), schedule.state_dict()
-            optimizer = make_optimizer()
-            schedule = make(optimizer, **settings)
-            optimizer.load_state_dict(saved[0])
-            schedule.load_state_dict(saved[1])
-    return rates
-
-
 @pytest.mark.parametrize("stop_at", [7, 73, 100, 161])
 @pytest.mark.parametrize(
     "settings",
@@ -171,9 +161,9 @@ def rates_of_a_run(settings, stop_at=None):
     ids=["plateau", "cosine", "convnext"],
 )
 def test_resuming_changes_nothing(settings, stop_at):
-    whole = rates_of_a_run(settings)
-    assert len({rate[0] for rate in whole}) > 20
-    assert rates_of_a_run(settings, stop_at) == whole
+    whole = course(**settings, updates=TOTAL)
+    assert len(set(whole)) > 20
+    assert course(**settings, updates=TOTAL, stop_at=stop_at) == whole
 
 
 def test_a_published_state_is_passed_over():
