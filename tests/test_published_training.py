@@ -18,7 +18,15 @@ import timm
 import torch
 from timm.models.convnext import checkpoint_filter_fn
 from torch import nn
-from training_runs import TINY_NETWORKS, load, make_images, optimizer_for, train
+from training_runs import (
+    TINY_NETWORKS,
+    differences,
+    load,
+    make_images,
+    optimizer_for,
+    refused,
+    run,
+)
 
 import deit.models  # noqa: F401 - registers the networks
 from deit.models.published import own_name
@@ -264,10 +272,6 @@ def save_published(path, name, *, layout, opt, prefix="", epoch=0):
     return checkpoint, moments
 
 
-def resume(data, out, path, name, *argv):
-    return train("--model", name, *RUN, "--resume", str(path), *argv, data=data, out=out)
-
-
 @pytest.mark.parametrize(
     ("layout", "name", "opt", "prefix"),
     [
@@ -276,9 +280,7 @@ def resume(data, out, path, name, *argv):
         ("convnext", "d2_convnext_isotropic_small", "adamw", "_orig_mod."),
     ],
 )
-def test_a_published_file_is_gone_on_with(
-    layout, name, opt, prefix, data, tmp_path, capsys, monkeypatch
-):
+def test_a_published_file_is_gone_on_with(layout, name, opt, prefix, data, tmp_path, monkeypatch):
     """Weights, average, moments, scaler, epoch: only the random states are left to tell."""
     path = tmp_path / "published.pth"
     theirs, moments = save_published(path, name, layout=layout, opt=opt, prefix=prefix)
@@ -287,19 +289,17 @@ def test_a_published_file_is_gone_on_with(
     half = classmethod(lambda cls, device, *_: cls(device, torch.float16))
     monkeypatch.setattr(Precision, "choose", half)
     course = () if layout == "timm" else ("--sched-as-published", layout)
-    options = (*AS_PUBLISHED, *course, "--opt", opt)
-    assert resume(data, tmp_path / "out", path, name, *options) == 0
-    told = capsys.readouterr().out
+    options = (*AS_PUBLISHED, *course, "--model", name, "--opt", opt, "--resume", path)
+    told = run(*RUN, *options, data=data, out=tmp_path / "out")
     assert not re.search("moments|--decay-as-compiled|--sched-as-published", told)
     assert "no states of random generators" in told
     assert ("note    --opt fusedlamb is timm's Lamb, " in told) == (opt == "fusedlamb")
     ours = load(tmp_path / "out" / "checkpoint.pth")
-    assert ours["epoch"] == 0
-    assert ours["lr_scheduler"]["updates"] == 6
+    assert (ours["epoch"], ours["lr_scheduler"]["updates"]) == (0, 6)
     assert ours["scaler"] == theirs["scaler"]
     for key in ("model", "model_ema"):
-        assert {prefix + k for k in ours[key]} == set(theirs[key])
-        assert all(torch.equal(v, theirs[key][prefix + k]) for k, v in ours[key].items())
+        named = {prefix + name: value for name, value in ours[key].items()}
+        assert differences(named, theirs[key]) == []
     state, groups = ours["optimizer"]["state"], ours["optimizer"]["param_groups"]
     assert {int(group.get("step", 3)) for group in groups} == {3}
     assert len(state) == len(moments)
@@ -309,12 +309,11 @@ def test_a_published_file_is_gone_on_with(
             assert torch.equal(state[where[name]][key].reshape(value.shape), value), (name, key)
 
 
-def test_what_a_published_run_did_otherwise_is_told(data, tmp_path, capsys):
+def test_what_a_published_run_did_otherwise_is_told(data, tmp_path):
     name, path = "d2_deit_tiny_patch16_LS", tmp_path / "published.pth"
     save_published(path, name, layout="deit", opt="fusedlamb", prefix="_orig_mod.")
     options = ("--opt", "lamb", "--weight-decay", "0.1", "--no-model-ema", "--lr", "5e-4")
-    assert resume(data, tmp_path / "out", path, name, *options) == 0
-    told = capsys.readouterr().out
+    told = run("--model", name, *RUN, *options, "--resume", path, data=data, out=tmp_path / "out")
     for words in (
         "weight decay on cls_token.0, pos_embed.0, pos_embed.1: --decay-as-compiled",
         "--sched-as-published deit",
@@ -326,21 +325,19 @@ def test_what_a_published_run_did_otherwise_is_told(data, tmp_path, capsys):
     assert load(tmp_path / "out" / "checkpoint.pth")["epoch"] == 2
 
 
-def test_weights_alone_where_the_moments_cannot_be_placed(data, tmp_path, capsys):
-    name, path = "d2_convnext_isotropic_small", tmp_path / "published.pth"
+def test_weights_alone_where_the_moments_cannot_be_placed(data, tmp_path):
+    name, path, out = "d2_convnext_isotropic_small", tmp_path / "published.pth", tmp_path / "out"
     checkpoint, _ = save_published(path, name, layout="convnext", opt="adamw", epoch="best")
-    assert resume(data, "", path, name) == 2
-    told = capsys.readouterr().err
-    assert "epoch is 'best'): give the one to go on with by --start-epoch" in told
+    argv = ("--model", name, *RUN, "--resume", path)
+    wanted = "epoch is 'best'): give the one to go on with by --start-epoch"
+    assert wanted in refused(*argv, data=data)
     groups = checkpoint["optimizer"]["param_groups"]
     groups[0]["params"].append(groups[1]["params"].pop())
     torch.save(checkpoint | {"epoch": 1}, path)
-    assert resume(data, "", path, name) == 2
-    told = capsys.readouterr().err
-    assert re.search("cannot be told apart.*--resume-weights-only", told)
-    out = tmp_path / "out"
-    assert resume(data, out, path, name, "--resume-weights-only") == 0
-    assert "the optimizer's moments start at zero" in capsys.readouterr().out
+    error = refused(*argv, data=data)
+    assert re.search("cannot be told apart.*--resume-weights-only", error)
+    told = run(*argv, "--resume-weights-only", data=data, out=out)
+    assert "the optimizer's moments start at zero" in told
     ours = load(out / "checkpoint.pth")
     assert ours["epoch"] == 2
     assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {6}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch._functorch import config as functorch_config
-from training_runs import TINY, differences, make_images, train
+from training_runs import TINY, differences, make_images, run, train
 
 from deit.errors import UserError
 from deit.train.args import parse_args
@@ -19,19 +19,19 @@ def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("data"))
 
 
-def test_without_evaluation_the_test_images_are_not_needed(data, tmp_path, capsys):
+def test_without_evaluation_the_test_images_are_not_needed(data, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(data / "train")
     more = ("--disable-eval", "--save-ckpt-freq", "1", "--save-ckpt-num", "2", "--epochs", "4")
     more += ("--log-dir", str(tmp_path / "events"), "--num-workers", "99")
     out = tmp_path / "out"
-    assert train(*more, data=tmp_path / "data", out=out) == 0
+    told = run(*more, data=tmp_path / "data", out=out)
     files = sorted(path.name for path in out.glob("*.pth"))
     assert files == ["checkpoint.pth", "checkpoint_0002.pth", "checkpoint_0003.pth"]
     assert "test_acc1" not in (out / "log.txt").read_text()
     assert any((tmp_path / "events").iterdir())
     assert not (out / "tensorboard").exists()
-    assert "as many as this process has cores" in capsys.readouterr().out
+    assert "as many as this process has cores" in told
 
 
 def test_image_folder_reads_what_imnet_reads(data, tmp_path):
