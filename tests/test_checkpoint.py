@@ -168,7 +168,7 @@ def saved(content) -> bytes:
     [
         ("missing.pth", None, "does not exist"),
         ("", None, "folder"),
-        ("empty.pth", b"", "empty"),
+        ("empty.pth", b"", r"is empty \(0 bytes\)"),
         ("cut.pth", saved({"model": {"w": torch.ones(99)}})[:500], "truncated"),
         ("cut.safetensors", b"\x08\0\0", "truncated"),
         ("text.pth", b"<html>not found</html>", "no checkpoint"),

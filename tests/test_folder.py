@@ -144,7 +144,7 @@ HERE = platform.node()
     ],
 )
 def test_a_lock_that_was_left(owner, locks, refused, tmp_path, monkeypatch):
-    states = {"8": ["RUNNING"], "9": ["NODE_FAIL"]}
+    states = {"7": ["RUNNING"], "8": ["RUNNING"], "9": ["NODE_FAIL"]}
     monkeypatch.setattr(slurm, "job_states", lambda job: states.get(job, []))
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -49,6 +49,7 @@ def test_a_crash_leaves_no_file_with_other_parts(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             write("new")
     assert names(tmp_path) == ["a.onnx.data"]
+    assert (tmp_path / "a.onnx.data").read_text() == "new", "the file itself comes last"
     write("new")
     assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}
     assert names(tmp_path) == ["a.onnx", "a.onnx.data"]
