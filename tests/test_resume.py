@@ -1,6 +1,7 @@
 """A training that was interrupted anywhere ends like one that never was, bit for bit."""
 
 import functools
+import os
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -77,6 +78,8 @@ MOMENTS = {
     "before the log": (Reporter, "end_epoch", 2, die),
     "before the save": (Run, "save", 4, die),
     "in the write": (torch, "save", 4, die_after_half_a_file),
+    # the second epoch's best file is in its place, its checkpoint.pth is not
+    "between the files": (os, "replace", 10, die),
 }
 
 
@@ -119,10 +122,9 @@ def interrupt(monkeypatch):
     ],
 )
 def test_signal_stops_between_updates(number, call, place, data, whole, tmp_path, interrupt, capfd):
-    interrupt(*call, number)
-    before = signal.getsignal(number)
+    interrupt(*call, number, number)  # a launcher passes on what its terminal has sent already
     assert train(*OPTIONS, data=data, out=tmp_path) == 0
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     captured = capfd.readouterr()
     assert f"{number.name}: stopping after this update" in captured.err
     assert "--resume auto" in captured.out
