@@ -85,7 +85,8 @@ def test_cosub_is_the_mean_of_four_losses_and_detaches_the_other(batch, binarise
     torch.testing.assert_close(loss.double(), expected)
     gradients = [torch.autograd.grad(each, outputs)[0] for each in (loss, expected)]
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-5)
-    assert torch.equal(criterion.network_input(IMAGES), torch.cat([IMAGES, IMAGES]))
+    images = torch.randn(6, 3, 2, 2)
+    assert torch.equal(criterion.network_input(images), torch.cat([images, images]))
 
 
 class Fixed(nn.Module):
