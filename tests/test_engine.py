@@ -67,11 +67,12 @@ def run_epoch(state: TrainingState, batches, on_update=lambda *_: None) -> float
     return train_one_epoch(state, iter(batches), **options)
 
 
-def test_epoch_by_hand():
+@pytest.mark.parametrize("on_host", [False, True])
+def test_epoch_by_hand(on_host):
     """Losses, updates, schedule and average against a loop written out."""
     batches = make_batches(3)
     net, twin = make_net(), make_net()
-    ema = ModelEma(net, 0.9)
+    ema = ModelEma(net, 0.9, on_host)
     state = make_state(net, ema=ema, epoch=4)
     mean = run_epoch(state, batches)
 
