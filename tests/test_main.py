@@ -31,6 +31,7 @@ from training_runs import (
 )
 
 import deit.main
+from deit.train import evaluation
 from deit.train.args import parse_args
 from deit.train.build import build_model
 from deit.train.engine import TrainingState
@@ -186,14 +187,16 @@ def test_long_trainings_do_not_leak(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["whole checkpoint", "folded", "bare weights"])
-def test_eval_prints_the_scores_of_the_training(how, data, trained, tmp_path):
+def test_eval_prints_the_scores_of_the_training(how, data, trained, tmp_path, monkeypatch):
     """It needs the test images alone."""
     (tmp_path / "val").symlink_to(data / "val")
     source, more = trained / "checkpoint.pth", ("--fold",) if how == "folded" else ()
     if how == "bare weights":
         torch.save(load(source)["model"], tmp_path / "bare.pth")
         source = tmp_path / "bare.pth"
+    monkeypatch.setattr(evaluation, "fold", folded := Mock(side_effect=evaluation.fold))
     lines = run("--eval", "--resume", source, "--flop-eval", *more, data=tmp_path).splitlines()
+    assert folded.called == (how == "folded")
     last = read_log(trained)[-1]
     if how != "bare weights":
         assert lines[0] == f"note    {source}: the trained weights (model), not their average"
@@ -253,6 +256,7 @@ def bad(tmp_path_factory):
         (["--model", "deit_tiny_patch16_LS", "--input-size", "40"], "32 or 48"),
         (["--model", "convnext_tiny", "--input-size", "20"], "cannot take images.* 20"),
         (["--model", "resmlp_12", "--input-size", "40"], "resmlp_12"),
+        (["--model-kwargs", "num_heads=7"], "'test_vit' cannot be built: .*num_heads"),
         (["--layer-scale-init-value", "1"], "no option --layer-scale-init-value"),
         (["--model", "convnext_isotropic_small", "--attn-only"], "no attention layers"),
         (["--nb-classes", "2"], "--nb-classes 2.*3 classes"),
