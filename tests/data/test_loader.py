@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import multiprocessing
 import os
 import random
@@ -26,6 +27,7 @@ from timm.data.random_erasing import RandomErasing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data._utils import worker as torch_worker
 
+from benchmarks import loader as loader_benchmark
 from deit.data import (
     DeviceLoader,
     ResumableBatchSampler,
@@ -37,8 +39,9 @@ from deit.data import (
 from deit.data.images import ArrayImages
 from deit.data.loader import erase
 from deit.data.stream import preserve_generators, sample_seeds, seed_everything
-from deit.data.workers import REST
+from deit.data.workers import REST, worker_death
 from deit.errors import UserError
+from tests.training_runs import make_images, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ORDER = inspect.signature(ResumableBatchSampler).parameters.keys()
@@ -63,10 +66,10 @@ def train_loader(dataset=None, device="cpu", **options):
     return DeviceLoader(dataset, sampler, device=device, **options)
 
 
-def eval_loader(dataset=None, batch_size=7, num_workers=0):
+def eval_loader(dataset=None, batch_size=7, **options):
     dataset = dataset or images(transform=eval_transform(16))
     batches = evaluation_batches(len(dataset), batch_size)
-    return DeviceLoader(dataset, batches, device="cpu", num_workers=num_workers)
+    return DeviceLoader(dataset, batches, device="cpu", **options)
 
 
 def erasing(probability=0.5, mode="pixel", count=2, splits=0) -> RandomErasing:
@@ -86,8 +89,11 @@ def random_state() -> tuple:
     return random.getstate(), numpy[1].tobytes(), numpy[2], torch.get_rng_state().numpy().tobytes()
 
 
-def new_workers(before: set) -> set:
-    return set(multiprocessing.active_children()) - before
+@pytest.fixture
+def workers():
+    """The workers that this test has started and that live."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
 
 
 ERASING = {"erasing": erasing(), "repeats": 3}
@@ -97,11 +103,9 @@ class TestTraining:
     def test_normalised_batches(self):
         white = ArrayImages(np.full((7, 8, 8), 255, np.uint8), range(7), "abcdefg", "white")
         white.transform = eval_transform(8)
-        batches = list(train_loader(white))
-        assert len(batches) == len(train_loader(white)) == 3
         mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
         expected = ((1 - mean) / std)[:, None, None].expand(6, 3, 8, 8)
-        for batch, targets in batches:
+        for batch, targets in train_loader(white):
             torch.testing.assert_close(batch, expected)
             assert batch.is_contiguous()
             assert len(set(targets.tolist())) == 6
@@ -123,12 +127,17 @@ class TestTraining:
         assert len(rest) == 7
         assert_same(whole[8:], rest)
 
-    def test_number_of_processes_changes_nothing(self):
-        parts = [train_loader(batch_size=3, world_size=2, rank=r, **ERASING) for r in range(2)]
-        for whole, *halves in zip(train_loader(**ERASING), *parts, strict=True):
-            for rank, half in enumerate(halves):
-                assert torch.equal(whole[0][rank::2], half[0])
-                assert torch.equal(whole[1][rank::2], half[1])
+    @pytest.mark.parametrize("repeats", [1, 3])
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_number_of_processes_changes_nothing(self, size, repeats):
+        options = dict(erasing=erasing(), repeats=repeats)
+        parts = [
+            train_loader(batch_size=6 // size, world_size=size, rank=rank, **options)
+            for rank in range(size)
+        ]
+        for whole, *shares in zip(train_loader(**options), *parts, strict=True):
+            for rank, share in enumerate(shares):
+                assert_same([[part[rank::size] for part in whole]], [share])
 
     def test_seed_epoch_and_position_change_everything(self):
         batches = [*train_loader(), *train_loader(seed=6)]
@@ -139,19 +148,6 @@ class TestTraining:
 
 
 class TestErasing:
-    def erased(self, repeats=3, **options) -> torch.Tensor:
-        """Which images of the first epoch random erasing changed."""
-        loaders = [
-            train_loader(epochs=1, repeats=repeats, erasing=e) for e in (None, erasing(**options))
-        ]
-        clean, changed = (torch.cat([batch for batch, _ in loader]) for loader in loaders)
-        return (clean != changed).flatten(1).any(1)
-
-    def test_probability(self):
-        assert not self.erased(probability=0).any()
-        assert self.erased(probability=1).all()
-        assert 5 < self.erased().sum() < 25
-
     @pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
     def test_is_timms_under_the_seed_of_each_sample(self, mode):
         """With parts that overlap."""
@@ -177,8 +173,13 @@ class TestErasing:
 
     @pytest.mark.parametrize(("repeats", "spared"), [(3, [True, False, False]), (1, [False])])
     def test_the_first_of_several_copies_is_spared(self, repeats, spared):
-        erased = self.erased(repeats, probability=1, splits=repeats)
-        assert erased.tolist() == [not spare for spare in spared] * (30 // repeats)
+        always = erasing(probability=1, splits=repeats)
+        clean, changed = (
+            torch.cat([batch for batch, _ in train_loader(epochs=1, repeats=repeats, erasing=each)])
+            for each in (None, always)
+        )
+        same = [torch.equal(*pair) for pair in zip(clean, changed, strict=True)]
+        assert same == spared * (30 // repeats)
 
 
 class TestEvaluation:
@@ -193,24 +194,22 @@ class TestEvaluation:
             seen += own
         assert sorted(seen) == list(range(7))
 
-    def test_can_be_run_again_with_the_same_workers(self):
-        before = set(multiprocessing.active_children())
+    def test_can_be_run_again_with_the_same_workers(self, workers):
         loader = eval_loader(num_workers=2)
         first = list(loader)
         assert [len(targets) for _, targets in first] == [7, 7, 7, 7, 2]
         assert torch.cat([targets for _, targets in first]).tolist() == list(range(30))
-        workers = new_workers(before)
+        started = workers()
         list(islice(loader, 2))  # left in the middle
         assert_same(first, loader)
-        assert new_workers(before) == workers
+        assert workers() == started
         assert_same(first, eval_loader())
         loader.close()
-        assert not new_workers(before)
+        assert not workers()
 
-    def test_of_no_images_at_all(self):
-        for num_workers in (0, 1):
-            loader = DeviceLoader(images(), [], device="cpu", num_workers=num_workers)
-            assert list(loader) == []
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_of_no_images_at_all(self, num_workers):
+        assert list(DeviceLoader(images(), [], device="cpu", num_workers=num_workers)) == []
 
 
 class TestFailures:
@@ -226,48 +225,46 @@ class TestFailures:
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize("error", [KeyError, UserError])
-    def test_workers_end_with_a_pass_that_fails(self, error):
+    def test_workers_end_with_a_pass_that_fails(self, error, workers):
         """At once, not when the garbage collector finds them. Defects keep their traceback."""
 
         def defect(image):
             raise error("a bug")
 
-        before = set(multiprocessing.active_children())
         gc.disable()
         try:
             loader = train_loader(images(transform=defect), num_workers=2)
             with pytest.raises(error, match="a bug") as caught:
                 list(loader)
             assert ("in defect" in str(caught.value)) == (error is KeyError)
-            assert not new_workers(before)
+            assert not workers()
         finally:
             gc.enable()
 
     @pytest.mark.parametrize("num_workers", [0, 1])
-    def test_threads_rest_once_before_workers_are_forked(self, num_workers, monkeypatch):
+    @pytest.mark.parametrize("distributed", [False, True])
+    def test_threads_rest_once_before_workers_are_forked(
+        self, num_workers, distributed, monkeypatch
+    ):
         """Among several processes only."""
         naps = []
+        group = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: distributed)
         monkeypatch.setattr("deit.data.workers.time", SimpleNamespace(sleep=naps.append))
-        for distributed in (False, True):
-            group = SimpleNamespace(
-                is_available=lambda: True, is_initialized=lambda answer=distributed: answer
-            )
-            monkeypatch.setattr("deit.data.workers.dist", group)
-            loader = eval_loader(num_workers=num_workers)
-            for _ in range(2):
-                list(loader)
-            loader.close()
-            needed = distributed and num_workers and sys.version_info < (3, 12)
-            assert naps == ([REST] if needed else [])
+        monkeypatch.setattr("deit.data.workers.dist", group)
+        loader = eval_loader(num_workers=num_workers)
+        for _ in range(2):
+            list(loader)
+        loader.close()
+        needed = distributed and num_workers and sys.version_info < (3, 12)
+        assert naps == ([REST] if needed else [])
 
-    @pytest.mark.parametrize("starting", [False, True])
-    def test_signals_are_left_to_the_main_process(self, starting, monkeypatch):
+    def test_signals_are_left_to_the_main_process(self, workers, monkeypatch):
         """Even by workers that have not set up anything yet."""
 
         def strike():
-            while len(workers := new_workers(before)) < 2:
+            while len(workers()) < 2:
                 time.sleep(0.01)
-            for worker in workers:
+            for worker in workers():
                 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                     os.kill(worker.pid, number)
 
@@ -275,27 +272,21 @@ class TestFailures:
             time.sleep(0.5)
             work(*args)
 
-        expected = train_loader()
-        before = set(multiprocessing.active_children())
+        work = torch_worker._worker_loop
+        monkeypatch.setattr(torch_worker, "_worker_loop", start_late)
         held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        striking = threading.Thread(target=strike)
         batches = iter(train_loader(num_workers=2))
-        if starting:
-            work = torch_worker._worker_loop
-            monkeypatch.setattr(torch_worker, "_worker_loop", start_late)
-            striking = threading.Thread(target=strike)
-            striking.start()
-            got = [next(batches)]
-            striking.join()
-        else:
-            got = [next(batches)]
-            strike()
+        striking.start()
+        got = [next(batches)]
+        striking.join()
+        strike()
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == held
-        assert_same(expected, got + list(batches))
+        assert_same(train_loader(), got + list(batches))
 
-    def test_a_worker_that_hangs_is_killed(self, monkeypatch):
+    def test_a_worker_that_hangs_is_killed(self, workers, monkeypatch):
         """It does not hear SIGTERM."""
         monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
-        before = set(multiprocessing.active_children())
         loader = eval_loader(images(transform=lambda image: time.sleep(1000)), num_workers=2)
         striking = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
 
@@ -309,20 +300,53 @@ class TestFailures:
                 list(loader)
         finally:
             signal.signal(signal.SIGUSR1, previous)
-        assert not new_workers(before)
+        assert not workers()
+
+    def test_a_killed_worker_ends_a_training_with_one_line(
+        self, workers, tmp_path, monkeypatch, capsys
+    ):
+        def strike(self, batch):
+            for worker in workers():
+                os.kill(worker.pid, signal.SIGKILL)
+            return finish(self, batch)
+
+        finish = DeviceLoader._finish
+        monkeypatch.setattr(DeviceLoader, "_finish", strike)
+        # torch sets its handler of SIGCHLD once a process
+        monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+        before = signal.getsignal(signal.SIGCHLD)
+        try:
+            assert train("--num-workers", "1", data=make_images(tmp_path)) == 2
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: DataLoader worker (pid")
+        assert not workers()
+
+    def test_a_connection_that_a_worker_closed_counts_as_its_death(self):
+        here, there = multiprocessing.Pipe()
+        there.close()
+        with pytest.raises(EOFError) as closed:
+            here.recv()
+        before = signal.signal(signal.SIGCHLD, lambda *_: None)
+        try:
+            assert worker_death(ConnectionResetError("of some other connection")) is None
+            assert worker_death(RuntimeError("of some other kind")) is None
+            assert str(worker_death(closed.value)).startswith("DataLoader worker (pid unknown)")
+            assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+        finally:
+            signal.signal(signal.SIGCHLD, before)
 
     def test_leaving_in_the_middle_ends_the_workers(self):
         """Neither the process nor its workers linger, even when all of them get a SIGTERM."""
         script = """
             from test_loader import *
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
-            train = train_loader(epochs=99, num_workers=2)
-            val = eval_loader(num_workers=1)
-            iterators = [iter(train), iter(val)]
+            loaders = [train_loader(epochs=99, num_workers=2), eval_loader(num_workers=1)]
+            iterators = [iter(loader) for loader in loaders]
             for iterator in iterators:
                 next(iterator)
-            print(*[worker.pid for worker in multiprocessing.active_children()])
-            print(time.monotonic(), flush=True)
+            print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
             os.kill(0, signal.SIGTERM)
             """
         result = subprocess.run(
@@ -331,35 +355,46 @@ class TestFailures:
             capture_output=True,
             text=True,
             start_new_session=True,
-            timeout=120,
+            timeout=60,
         )
         assert result.returncode == 3, result.stderr
-        *workers, started = result.stdout.split()
-        assert time.monotonic() - float(started) < 60
-        assert len(workers) == 3
-        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+        pids = result.stdout.split()
+        assert len(pids) == 3
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
-def test_memory_stays_flat_over_100_epochs(image_tree):
+def test_memory_stays_flat_over_100_epochs(image_tree, workers):
     def resident() -> np.ndarray:
         """MiB of this process and of each worker."""
-        pids = ["self", *(str(worker.pid) for worker in workers)]
+        pids = ["self", *sorted(str(worker.pid) for worker in workers())]
         rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
         return np.array([int(re.search(r"^Rss: +(\d+) kB", r, re.M)[1]) for r in rollups]) / 1024
 
     dataset = build_dataset("train", root=image_tree, transform=train_transform(64))
-    before = set(multiprocessing.active_children())
     batches = iter(train_loader(dataset, batch_size=5, epochs=101, num_workers=2, **ERASING))
-    next(batches)
-    workers = sorted(new_workers(before), key=lambda worker: worker.pid)
-    assert len(workers) == 2
-    for _ in islice(batches, 20 * 3):
+    for _ in islice(batches, 1 + 20 * 3):
         pass
     early = resident()
     for _ in islice(batches, 80 * 3):
         pass
+    assert len(early) == 3
     assert (resident() - early).max() < 4, (early, resident())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_benchmark_reports_both_loaders(tmp_path, num_workers, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(loader_benchmark.time, "sleep", lambda seconds: None)
+    words = f"--images 12 --size 32 --batch-size 4 --rounds 2 --workers {num_workers}".split()
+    assert loader_benchmark.main([*words, "--output", str(tmp_path / "result.json")]) == 0
+    report = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    rates, costs = report["images_per_second_per_core"], report["cpu_ms_per_image"]
+    assert set(rates) == set(costs) == {"ours", "timm"}
+    assert all(rate > 0 for rate in rates.values())
+    assert all(cost >= 0 for cost in costs.values())
+    assert report["settings"]["workers"] == str(num_workers)
+    assert f"ours / timm: {report['ratio']:.3f}" in capsys.readouterr().out
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms as tv
 
 from deit.data import eval_transform, train_transform
@@ -38,11 +40,22 @@ def test_three_augment_is_one_of_three_equally_likely(photo):
     # binomial(900, 1/3) has a standard deviation of 14
     assert all(abs(count - 300) < 60 for count in counts.values()), counts
     radii = []
-    spy = SimpleNamespace(filter=lambda kernel: radii.append(kernel.radius))
     for _ in range(500):
-        gaussian_blur(spy)
+        gaussian_blur(SimpleNamespace(filter=lambda kernel: radii.append(kernel.radius)))
     assert 0.1 <= min(radii) < 0.2
     assert 1.9 < max(radii) <= 2.0
+
+
+def same(ours, theirs, image: Image.Image) -> bool:
+    """Whether two transforms give the same under each of some seeds."""
+    for seed in range(20):
+        results = []
+        for transform in (ours, theirs):
+            seed_everything(seed)
+            results.append(transform(image))
+        if not torch.equal(*results):
+            return False
+    return True
 
 
 STEPS = {
@@ -86,43 +99,53 @@ class TestTrain:
         assert result.shape == (3, size, size)
         assert result.dtype == torch.uint8
 
-    def test_options_of_the_steps(self):
-        crop, flip, _, jitter, _ = train_transform(64, three_augment=True, hflip=1.0).transforms
-        assert crop.scale == (0.08, 1.0)
-        assert "bicubic" in repr(crop)
-        assert flip.p == 1.0
-        assert jitter.brightness == jitter.contrast == jitter.saturation == (0.7, 1.3)
-        assert jitter.hue is None
-        for options, mode in (({"simple_crop": True}, "reflect"), ({}, "constant")):
-            _, simple, *_ = train_transform(32, **options).transforms
-            assert (simple.padding, simple.padding_mode) == (4, mode)
-
-    def test_large_inputs_are_timms(self, photo):
-        ours = train_transform(64, auto_augment="rand-m7-mstd0.5-inc1", interpolation="bilinear")
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"auto_augment": "rand-m7-mstd0.5-inc1", "mean": (0.9, 0.1, 0.5), "hflip": 1.0},
+            {"auto_augment": None, "color_jitter": 0.3, "interpolation": "bilinear"},
+        ],
+        ids=["policy", "jitter"],
+    )
+    def test_large_inputs_are_timms(self, options, photo):
         theirs = create_transform(
-            64,
-            is_training=True,
-            auto_augment="rand-m7-mstd0.5-inc1",
-            interpolation="bilinear",
-            normalize=False,
+            64, is_training=True, normalize=False, **{"interpolation": "bicubic"} | options
         )
-        for seed in range(20):
-            results = []
-            for transform in (ours, theirs):
-                seed_everything(seed)
-                results.append(transform(photo))
-            assert torch.equal(*results), seed
+        assert same(train_transform(64, **options), theirs, photo)
+        assert theirs.transforms[0].scale == (0.08, 1.0)
 
-    def test_posterize_to_nothing_is_black(self, photo):
-        # magnitude 10 and `inc` leave zero bits
-        transform = train_transform(64, auto_augment="rand-m10-n30-p1-inc1")
-        operations = transform.transforms[2].ops
-        posterize = next(op for op in operations if op.name == "PosterizeIncreasing")
-        posterize.prob = 1.0
-        assert np.asarray(posterize(photo)).max() == 0
-        posterize.magnitude = 5
-        expected = ImageOps.posterize(photo, 2)
-        assert posterize(photo).tobytes() == expected.tobytes()
+    @pytest.mark.parametrize(
+        ("options", "padding_mode", "mode"),
+        [
+            ({"simple_crop": True}, "reflect", "BICUBIC"),
+            ({"interpolation": "random"}, "constant", "BICUBIC"),
+            ({"interpolation": "bilinear"}, "constant", "BILINEAR"),
+        ],
+    )
+    def test_a_simple_crop_is_torchvisions(self, options, padding_mode, mode, photo):
+        ours = train_transform(32, auto_augment=None, color_jitter=None, **options)
+        theirs = [
+            tv.Resize(32, tv.InterpolationMode[mode]),
+            tv.RandomCrop(32, padding=4, padding_mode=padding_mode),
+            tv.RandomHorizontalFlip(),
+            tv.PILToTensor(),
+        ]
+        assert same(ours, tv.Compose(theirs), photo)
+
+    @pytest.mark.parametrize(
+        ("words", "name", "levels"),
+        [("rand-m10-n30-p1-inc1", "PosterizeIncreasing", (10, 5)), ("v0", "Posterize", (0, 5))],
+    )
+    def test_posterize_to_nothing_is_black(self, words, name, levels, photo):
+        """To which magnitude 10 and `inc` come; elsewhere two bits are left."""
+        step = train_transform(64, auto_augment=words).transforms[2]
+        operations = step.ops if hasattr(step, "ops") else chain.from_iterable(step.policy)
+        posterize = next(op for op in operations if op.name == name)
+        posterize.prob, posterize.magnitude_std = 1.0, 0
+        results = []
+        for posterize.magnitude in levels:
+            results.append(posterize(photo).tobytes())
+        assert results == [bytes(len(results[0])), ImageOps.posterize(photo, 2).tobytes()]
 
     @pytest.mark.parametrize("wrong", ["rubbish", "rand-m9-q3", "3-m9"])
     def test_wrong_words(self, wrong):
@@ -135,16 +158,20 @@ class TestTrain:
 
 
 class TestEval:
-    @pytest.mark.parametrize(("size", "ratio"), [(32, 1.0), (224, 0.875)])
-    def test_resize_and_centre_crop(self, photo, size, ratio):
-        expected = tv.Compose(
-            [
-                tv.Resize(int(size / ratio), interpolation=tv.InterpolationMode.BICUBIC),
-                tv.CenterCrop(size),
-                tv.PILToTensor(),
-            ]
-        )
-        assert torch.equal(eval_transform(size, crop_ratio=ratio)(photo), expected(photo))
+    @pytest.mark.parametrize(
+        ("size", "options", "resized"),
+        [
+            (32, {}, 32),
+            (224, {"crop_ratio": 0.875, "interpolation": "bilinear"}, 256),
+            # the whole image, as ConvNeXt's published evaluation from 384 pixels on
+            (32, {"crop_ratio": 0.875, "warp": True}, (32, 32)),
+        ],
+        ids=["whole", "cropped", "warped"],
+    )
+    def test_resize_and_centre_crop(self, photo, size, options, resized):
+        mode = str_to_interp_mode(options.get("interpolation", "bicubic"))
+        steps = [tv.Resize(resized, mode), tv.CenterCrop(size), tv.PILToTensor()]
+        assert torch.equal(eval_transform(size, **options)(photo), tv.Compose(steps)(photo))
 
     def test_commutes_with_the_flip(self):
         """Mirrored test images are the mirror images of the test images, to the bit."""
@@ -158,23 +185,12 @@ class TestEval:
         with pytest.raises(UserError, match=str(ratio)):
             eval_transform(32, crop_ratio=ratio)
 
-    def test_warping_keeps_the_whole_image(self, photo):
-        """As ConvNeXt's published evaluation from 384 pixels on."""
-        size = (32, 32)
-        expected = tv.Compose([tv.Resize(size, tv.InterpolationMode.BICUBIC), tv.PILToTensor()])
-        made = eval_transform(32, crop_ratio=0.875, warp=True)(photo)
-        assert torch.equal(made, expected(photo))
-        assert not torch.equal(made, eval_transform(32, crop_ratio=0.875)(photo))
-
     @pytest.mark.parametrize(("size", "warped"), [(224, False), (383, False), (384, True)])
     def test_warping_begins_at_a_size(self, size, warped, photo):
-        args = parse_args(
-            ["--crop-pct", "0.875", "--eval-warp-from", "384", "--input-size", str(size)]
-        )
-        transform = build_val_dataset(args).transform
-        assert torch.equal(
-            transform(photo), eval_transform(size, crop_ratio=0.875, warp=warped)(photo)
-        )
+        words = f"--crop-pct 0.875 --eval-warp-from 384 --input-size {size}"
+        transform = build_val_dataset(parse_args(words.split())).transform
+        expected = eval_transform(size, crop_ratio=0.875, warp=warped)(photo)
+        assert torch.equal(transform(photo), expected)
 
 
 class TestMixup:

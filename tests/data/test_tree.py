@@ -30,25 +30,21 @@ LEFT_OUT = (
 
 
 class TestWhatIsNoImage:
-    def test_in_folders(self, own_image_tree, image_tree):
-        folder = own_image_tree / "val"
-        litter(folder)
-        dataset = build_dataset("val", root=own_image_tree)
-        assert dataset.class_names == ("ant", "bee", "cat")
-        assert contents(dataset) == contents(build_dataset("val", root=image_tree))
-        assert dataset.note == LEFT_OUT.format(folder)
-        assert build_dataset("val", root=image_tree).note == ""
-
-    @pytest.mark.parametrize("prefix", ["", "val/", "./val/", "data/val/"])
-    def test_in_archives(self, own_image_tree, image_tree, tmp_path, prefix):
-        folder, archive = own_image_tree / "val", tmp_path / "val.zip"
-        litter(folder)
-        with zipfile.ZipFile(archive, "w") as opened:
-            for path in folder.rglob("*"):
-                opened.write(path, f"{prefix}{path.relative_to(folder)}")
-        dataset = build_dataset("val", root=tmp_path, zip_archive=True)
-        assert contents(dataset) == contents(build_dataset("val", root=image_tree))
-        assert dataset.note == LEFT_OUT.format(archive)
+    @pytest.mark.parametrize("prefix", [None, "", "val/", "./val/", "data/val/"])
+    def test_in_folders_and_archives(self, own_image_tree, image_tree, tmp_path, prefix):
+        """With a prefix in an archive."""
+        where, root = own_image_tree / "val", own_image_tree
+        litter(where)
+        if prefix is not None:
+            folder, where, root = where, tmp_path / "val.zip", tmp_path
+            with zipfile.ZipFile(where, "w") as opened:
+                for path in folder.rglob("*"):
+                    opened.write(path, f"{prefix}{path.relative_to(folder)}")
+        dataset = build_dataset("val", root=root, zip_archive=prefix is not None)
+        clean = build_dataset("val", root=image_tree)
+        assert dataset.class_names == clean.class_names == ("ant", "bee", "cat")
+        assert contents(dataset) == contents(clean)
+        assert (dataset.note, clean.note) == (LEFT_OUT.format(where), "")
 
     def test_a_hidden_archive_and_another_split_are_not_in_the_way(self, image_tree, tmp_path):
         pack(image_tree, tmp_path / "all.zip", prefix="imagenet/")
@@ -82,14 +78,13 @@ class TestWhatIsNoImage:
 
 
 class TestLinks:
-    REPEATED = "not read in {}: links to folders that are read already: {}"
-
     @pytest.mark.parametrize("target", [".", "..", "../bee", "../cat/deeper", "../../val"])
     def test_what_is_read_already_is_not_read_again(self, own_image_tree, image_tree, target):
         (own_image_tree / "val" / "ant" / "again").symlink_to(target)
         dataset = build_dataset("val", root=own_image_tree)
         assert contents(dataset) == contents(build_dataset("val", root=image_tree))
-        assert dataset.note == self.REPEATED.format(own_image_tree / "val", 1)
+        repeated = "links to folders that are read already: 1"
+        assert dataset.note == f"not read in {own_image_tree / 'val'}: {repeated}"
 
     def test_folders_elsewhere_are_followed_once(self, own_image_tree, image_tree):
         val = own_image_tree / "val"
@@ -121,13 +116,12 @@ class TestLinks:
             build_dataset("val", root=own_image_tree)
 
     def test_a_folder_that_may_not_be_read(self, own_image_tree, monkeypatch):
-        scandir = os.scandir
-
         def refuse(path):
             if str(path).endswith("deeper"):
                 raise PermissionError(13, "Permission denied")
             return scandir(path)
 
+        scandir = os.scandir
         monkeypatch.setattr("deit.data.tree.os.scandir", refuse)
         with pytest.raises(UserError, match=r"cannot read the folder .*deeper: .*denied"):
             build_dataset("val", root=own_image_tree)
