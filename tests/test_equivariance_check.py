@@ -26,32 +26,27 @@ TOLERANCE = tolerance_of(torch.float64)
 GROUPS = pytest.mark.parametrize("group", [FLOP, OCTIC], ids=lambda g: g.name)
 
 
-def check(module, group=FLOP, rep=REP):
-    x = tuple(rep.split(torch.randn(3, 4, rep.size, dtype=torch.float64)))
-    return assert_equivariant(module, group, x, channels(rep), channels(rep))
-
-
 def problem(y, moved, **options):
     return measure([y, moved], invariant, **options).problem(TOLERANCE)
 
 
 @GROUPS
 def test_accepts_an_equivariant_layer(group):
-    report = check(Linear(16, 16, group=group).double(), group, group.regular(16))
+    rep = group.regular(16)
+    x = tuple(rep.split(torch.randn(3, 4, 16, dtype=torch.float64)))
+    layer = Linear(16, 16, group=group).double()
+    report = assert_equivariant(layer, group, x, channels(rep), channels(rep))
     assert report.error < 1e-14
     assert report.contrast > 0.1
     assert str(report).startswith("error=")
 
 
 @GROUPS
-def test_refuses_a_dense_layer(group):
-    """As a module of packed tensors, which the actions take too."""
-    rep, dense = group.regular(16), nn.Linear(16, 16).double()
+def test_refuses_a_dense_layer_and_one_that_ignores_its_input(group):
+    """As modules of packed tensors, which the actions take too."""
+    rep, x = group.regular(16), torch.randn(3, 4, 16, dtype=torch.float64)
     with pytest.raises(AssertionError, match="not equivariant"):
-        check(lambda x: tuple(rep.split(dense(torch.cat(x, -1)))), group, rep)
-    x = torch.randn(3, 4, 16, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="not equivariant"):
-        assert_equivariant(dense, group, x, channels(rep), channels(rep))
+        assert_equivariant(nn.Linear(16, 16).double(), group, x, channels(rep), channels(rep))
     with pytest.raises(AssertionError, match=r"^vacuous"):
         assert_equivariant(torch.ones_like, group, x, channels(rep), invariant)
 

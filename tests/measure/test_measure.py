@@ -29,12 +29,11 @@ def shallow(words):
 
 
 def test_twins():
-    for name, twin in {HYBRID: TWIN, "d2_inv_early_deit_tiny_patch16_LS": TWIN,
-                       "resmlp_equi_d2_B_24": "resmlpB_24"}.items():  # fmt: skip
-        assert twin_of(name) == twin
     for name in own_networks():
         twin, equivariant = twin_of(name), name.startswith(("d2_", "hybrid_", "resmlp_equi_"))
         assert timm.is_model(twin) and twin_of(twin) is None if equivariant else twin is None, name
+    assert twin_of(HYBRID) == twin_of("d2_inv_early_deit_tiny_patch16_LS") == TWIN
+    assert twin_of("resmlp_equi_d2_B_24") == "resmlpB_24"
     published = [row.name for row in PUBLISHED]
     assert len(published) == 26
     members = [name for group in comparisons(published) for name in group]
@@ -76,7 +75,6 @@ def test_symmetrized_features():
     # the classifier is twice as wide
     assert count(OURS, wanted).params == count(OURS, options()).params + 96 * 1000
     model, _ = build(OURS, 32, wanted.arguments, device="meta")
-    assert model.head.in_features == 192
     assert all(block.attn.fused_attn for block in model.blocks)
     assert not model.training
     assert "--symmetrized-asym-feats" in count(HYBRID, wanted).notes[0]
@@ -92,8 +90,7 @@ def test_symmetrized_features():
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
-    [(OURS, "depths"), ("d2_convnext_isotropic_small", "depths"), ("d2_convnext_tiny", "depth")],
+    ("name", "other"), [(OURS, "depths"), ("d2_convnext_isotropic_small", "depths")]
 )
 def test_a_network_goes_without_arguments_that_it_does_not_know(name, other):
     assert count(name, options(f"--model-kwargs {other}=1")) == count(name, options())
@@ -121,11 +118,9 @@ def test_inference_and_training_are_measured(amp, monkeypatch):
         assert result.bound_images_per_s == pytest.approx(3 * result.train_bound_images_per_s)
     assert ours.bound_images_per_s > twin.bound_images_per_s
     ratios = ours.ratios(twin)
-    assert ratios["images_per_s"] == 1
     assert ratios["gflops"] == pytest.approx(ours.gflops / twin.gflops)
-    assert ratios["peak_memory_mb"] < 1  # half the weights
-    assert f"{TWIN}: warming up" in said
-    assert f"{OURS}: training" in said
+    assert ratios["images_per_s"] == 1 > ratios["peak_memory_mb"]  # half the weights
+    assert {f"{TWIN}: warming up", f"{OURS}: training"} <= {*said}
 
 
 @pytest.mark.parametrize(
@@ -167,27 +162,20 @@ def test_memory_of_inference_is_weights_and_activations():
 def test_batch_is_reduced_where_memory_does_not_hold_it(monkeypatch, limit, batch, note):
     def hungry(self):
         if len(self.images) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return None, None
 
     monkeypatch.setattr(BenchModel, "warm_up", hungry)
-    args = shallow("--batch-size 8")
+    args, error = shallow("--batch-size 8"), torch.OutOfMemoryError("CUDA out of memory")
     results = [count(name, args) for name in (TWIN, OURS)]
     measure(results, args, RATES)
     for result in results:
-        assert result.batch_size == batch
-        nothing = batch is None
-        assert (result.images_per_s is None) == (result.bound_images_per_s is None) == nothing
-        assert result.notes == [note]
-
-
-def test_other_errors_are_not_taken_for_memory(monkeypatch):
-    def fail(self):
-        raise RuntimeError("a defect")
-
-    monkeypatch.setattr(BenchModel, "warm_up", fail)
+        assert (result.batch_size, result.notes) == (batch, [note])
+        rates = (result.images_per_s, result.bound_images_per_s)
+        assert [rate is None for rate in rates] == 2 * [batch is None]
+    error = RuntimeError("a defect")
     with pytest.raises(RuntimeError, match="a defect"):
-        measure([count(TWIN, shallow(""))], shallow(""), RATES)
+        measure(results, args, RATES)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +194,7 @@ def test_first_batch(words, matmul, rate, batch, reason, monkeypatch):
     result = Result("a", 0, 1.0, matmuls=[matmul])
     found, said = first_batch([result], options(words), PeakRates(rate, 1))
     assert found == batch
-    assert reason in said
-    assert bool(said) == bool(reason)
+    assert reason in said if reason else said == ""
 
 
 def test_profiles_name_layers_and_operators():
@@ -222,6 +209,6 @@ def test_profiles_name_layers_and_operators():
 
 @pytest.mark.slow
 def test_profiles_are_of_the_compiled_network():
-    title, table = next(profile(TWIN, 1, options("--compile --model-kwargs depth=1")))
+    title, table = next(profile("resmlp_12", 1, options("--compile --model-kwargs depth=1")))
     assert "MB by Inductor's count" in title
     assert "Torch-Compiled Region" in table
