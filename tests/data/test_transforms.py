@@ -134,18 +134,21 @@ class TestTrain:
 
     @pytest.mark.parametrize(
         ("words", "name", "levels"),
-        [("rand-m10-n30-p1-inc1", "PosterizeIncreasing", (10, 5)), ("v0", "Posterize", (0, 5))],
+        [
+            ("rand-m10-n30-p1-inc1", "PosterizeIncreasing", (10, 5, 0)),
+            ("v0", "Posterize", (0, 5, 10)),
+        ],
     )
     def test_posterize_to_nothing_is_black(self, words, name, levels, photo):
-        """To which magnitude 10 and `inc` come; elsewhere two bits are left."""
+        """To which magnitude 10 and `inc` come; the others leave two bits and four."""
         step = train_transform(64, auto_augment=words).transforms[2]
         operations = step.ops if hasattr(step, "ops") else chain.from_iterable(step.policy)
         posterize = next(op for op in operations if op.name == name)
         posterize.prob, posterize.magnitude_std = 1.0, 0
-        results = []
-        for posterize.magnitude in levels:
-            results.append(posterize(photo).tobytes())
-        assert results == [bytes(len(results[0])), ImageOps.posterize(photo, 2).tobytes()]
+        black = Image.new("RGB", photo.size)
+        expected = [black, ImageOps.posterize(photo, 2), ImageOps.posterize(photo, 4)]
+        for posterize.magnitude, image in zip(levels, expected, strict=True):
+            assert posterize(photo).tobytes() == image.tobytes()
 
     @pytest.mark.parametrize("wrong", ["rubbish", "rand-m9-q3", "3-m9"])
     def test_wrong_words(self, wrong):
