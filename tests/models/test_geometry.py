@@ -5,27 +5,11 @@ token shows at 1e-10 of the norm.
 """
 
 import pytest
-import timm
 import torch
-from tiny import (
-    EQUIVARIANT_TRANSFORMERS,
-    FAMILIES,
-    INVARIANT,
-    NAMES,
-    create,
-    create_random,
-    images,
-)
+from tiny import NAMES, create, create_random, images
 from torch import Tensor
 
-from deit.equivariance import (
-    assert_equivariant,
-    equivariance_error,
-    image,
-    invariant,
-    measure,
-    tolerance_of,
-)
+from deit.equivariance import equivariance_error, image, invariant, measure, tolerance_of
 from deit.groups import FLOP
 from deit.layers import Block, MirrorGrid, OrdinaryBlock, RegularBridge
 
@@ -134,35 +118,18 @@ def test_a_bridge_gives_equivariance_up_or_makes_features_invariant(layer):
         assert error > 1e-3 if family == "hybrid_deit" else error < 1e-10
 
 
-@pytest.mark.parametrize("family", INVARIANT)
-def test_a_broken_twin_is_found(family):
-    """The check is not vacuous: an asymmetric image statistic anywhere in the network shows."""
-    model = create_random(family)
-    block = "stages.0.0" if family == "d2_convnext" else "blocks.0"
-
-    def break_it(module, args, output):
-        s, a = output
-        return s, a + 1e-3 * torch.linspace(0, 1, a[0].numel()).double().view_as(a[0])
-
-    model.get_submodule(block).register_forward_hook(break_it)
-    with pytest.raises(AssertionError, match="not equivariant"):
-        assert_equivariant(model, FLOP, images(), image(FLOP), invariant)
-
-
 # images of other sizes
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 40), (24, 56), (72, 16)])
+@pytest.mark.parametrize("size", [(40, 40), (24, 56), (72, 16)])
 def test_a_resized_network_gives_what_a_dynamic_one_gives(size):
-    dynamic = create_random("d2_deit", dynamic_img_size=True)
-    resized = create_random("d2_deit")
+    dynamic, resized = create_random("d2_deit", dynamic_img_size=True), create_random("d2_deit")
     resized.set_input_size(img_size=size)
     x = images(size=size)
     torch.testing.assert_close(resized(x), dynamic(x))
     assert_network_equivariant(resized, x)
-    assert resized.patch_embed.flatten_and_permute.permutation.tolist() == (
-        MirrorGrid(size[0] // 8, size[1] // 8).permutation().tolist()
-    )
+    order = MirrorGrid(size[0] // 8, size[1] // 8).permutation()
+    assert torch.equal(resized.patch_embed.flatten_and_permute.permutation, order)
 
 
 @pytest.mark.parametrize("patch_size", [4, 5, (8, 4), 16])
@@ -200,67 +167,7 @@ def test_impossible_sizes_are_refused_and_change_nothing():
         model.reset_classifier(10, "avgmax")
 
 
-# checkpoints of other sizes
-
-
-def embedding_image(model) -> Tensor:
-    """The position embedding as an ordinary image, (1, C, H, W)."""
-    grid = model.pos_embed.grid
-    return grid.to_image_order(torch.cat(model.pos_embed(), -1)).permute(0, 3, 1, 2)
-
-
-def smooth_(model) -> None:
-    """A smooth position embedding of the right symmetry, as a function of the place alone."""
-    grid = model.pos_embed.grid
-    y = (torch.arange(grid.height).double() + 0.5) / grid.height
-    x = (torch.arange(grid.width).double() + 0.5) / grid.width
-    width = torch.arange(1, 17).double() / 16
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    even = torch.cos(torch.pi * (x - 0.5))[..., None] * torch.cos(y[..., None] * width)
-    odd = torch.sin(torch.pi * (x - 0.5))[..., None] * torch.cos(y[..., None] * width)
-    tokens = grid.to_mirror_order(torch.cat([even, odd], -1)[None])
-    with torch.no_grad():
-        sym, asym = model.pos_embed.get_parameter("0"), model.pos_embed.get_parameter("1")
-        sym.copy_(tokens[:, : sym.shape[1], :16])
-        asym.copy_(tokens[:, : asym.shape[1], 16:])
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [((64, 64), (96, 96)), ((64, 64), (88, 88)), ((88, 88), (64, 64)), ((88, 40), (56, 64))],
-    ids=["even to even", "even to odd", "odd to even", "not square"],
-)
-def test_fine_tuning_at_another_size(tmp_path, old, new):
-    source = create_random("d2_deit", img_size=old)
-    smooth_(source)
-    torch.save({"model": source.state_dict()}, tmp_path / "weights.pth")
-    name, tiny = FAMILIES["d2_deit"]
-    model = timm.create_model(
-        name,
-        pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth"), num_classes=10),
-        **{**tiny, "img_size": new, "num_classes": 10},
-    )
-    model.double().eval()
-    # weights went through float32, the parameters' dtype at creation
-    torch.testing.assert_close(model.head.weight, source.head.weight, rtol=1e-6, atol=1e-6)
-    assert_network_equivariant(model, images(size=new))
-    target = create("d2_deit", img_size=new).double()
-    smooth_(target)
-    expected = embedding_image(target)
-    assert (embedding_image(model) - expected).norm() < 0.05 * expected.norm()
-
-
-@pytest.mark.parametrize("family", [*EQUIVARIANT_TRANSFORMERS, "resmlp_equi_d2"])
-def test_weights_of_another_geometry_are_an_error_that_says_why(family):
-    # in a ResMLP of as many tokens, the order alone is another
-    size = (16, 64) if family == "resmlp_equi_d2" else 64
-    state = create(family, img_size=size).state_dict()
-    with pytest.raises(RuntimeError, match="is not the token order of a 4 x 4 grid"):
-        create(family).load_state_dict(state)
-
-
-# what is no image, and sizes that make no network
+# what is no image, and options that make no network
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -7,53 +7,46 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
 from timm.models._hub import save_for_hf
-from tiny import FAMILIES, NAMES, TRANSFORMERS, create, create_random, images
+from tiny import EQUIVARIANT, FAMILIES, NAMES, TRANSFORMERS, create, create_random, x32
 
 
-def x32() -> torch.Tensor:
-    return images(dtype=torch.float32)
-
-
-def test_no_weights_are_hosted_and_the_error_says_how_to_load_a_file():
-    for family in [name for name in NAMES if "d2" in name or name == "hybrid_deit"]:
-        name, tiny = FAMILIES[family]
-        with pytest.raises(RuntimeError, match=f"no hosted weights exist for {name}.*file="):
-            timm.create_model(name, pretrained=True, **tiny)
-        assert not timm.is_model_pretrained(name)
+@pytest.mark.parametrize("family", EQUIVARIANT)
+def test_no_weights_are_hosted_and_the_error_says_how_to_load_a_file(family):
+    name, _ = FAMILIES[family]
+    with pytest.raises(RuntimeError, match=f"no hosted weights exist for {name}.*file="):
+        create(family, pretrained=True)
+    assert not timm.is_model_pretrained(name)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("family", NAMES)
 def test_weights_from_files(family, suffix, tmp_path):
-    name, tiny = FAMILIES[family]
-    source = create_random(family).float()
+    source, x = create_random(family).float(), x32()
     path = str(tmp_path / f"weights.{suffix}")
     if suffix == "pth":
         state = {f"_orig_mod.{k}": v for k, v in source.state_dict().items()}
         torch.save({"model": state, "epoch": 3}, path)
     else:
         save_file(source.state_dict(), path)
-    x = x32()
-    loaded = timm.create_model(name, checkpoint_path=path, num_classes=10, **tiny).eval()
-    torch.testing.assert_close(loaded(x), source(x))
+    options = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path, num_classes=10))
     again = create(family)
     load_checkpoint(again, path)
-    torch.testing.assert_close(again(x), source(x))
-
-    overlay = dict(file=path, num_classes=10)
-    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **tiny)
-    same = timm.create_model(name, num_classes=10, **options).eval()
-    torch.testing.assert_close(same(x), source(x))
-    other = timm.create_model(name, num_classes=4, **options).eval()
+    for loaded in (again, create(family, checkpoint_path=path), create(family, **options)):
+        torch.testing.assert_close(loaded(x), source(x))
+    other = create(family, num_classes=4, **options)
     assert other(x).shape == (2, 4)
     torch.testing.assert_close(other.forward_features(x), source.forward_features(x))
-    backbone = timm.create_model(name, features_only=True, out_indices=(0, 1), **options).eval()
+    backbone = create(family, features_only=True, out_indices=(0, 1), **options)
     expected = source.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
     torch.testing.assert_close(backbone(x), expected)
-    grey = timm.create_model(name, num_classes=10, in_chans=1, **options).eval()
+    grey = create(family, in_chans=1, **options).double()
     one = x[:, :1].double()  # the weights were summed over the channels in float32
     expected = source.double()(one.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(grey.double()(one), expected, rtol=1.3e-6, atol=1e-5)
+    torch.testing.assert_close(grey(one), expected, rtol=1.3e-6, atol=1e-5)
+    if family in TRANSFORMERS:  # for images of another size
+        resized, larger = create(family, img_size=(40, 56), **options), x32(2, (40, 56))
+        source.float().set_input_size(img_size=(40, 56))
+        torch.testing.assert_close(resized(larger), source(larger))
 
 
 @pytest.mark.parametrize("family", NAMES)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import create, images
+from networks import create
+from tiny import x32
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,7 +22,7 @@ def _plain_attention():
 
 def test_second_derivatives(network):
     """They are those of differences of first ones, and reach all parameters."""
-    model, x = create(network).double(), images(2).double().requires_grad_()
+    model, x = create(network).double(), x32().double().requires_grad_()
     direction = torch.randn_like(x)
 
     def gradient(z, create_graph=False):
@@ -40,13 +41,13 @@ def test_second_derivatives(network):
 
 
 def test_functional_transforms(network):
-    model, x = create(network), images(3)
+    """Gradients of each sample, as differential privacy needs them, and forward derivatives."""
+    model, x = create(network), x32(3)
     parameters = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(parameters, image):
         return functional_call(model, parameters, (image[None],)).square().sum()
 
-    # gradients of each sample, as differential privacy needs them
     each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
     for i in range(3):
         model.zero_grad()
@@ -54,9 +55,7 @@ def test_functional_transforms(network):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(each[name][i], parameter.grad, rtol=1e-3, atol=1e-3)
 
-    # forward derivatives agree with backward ones
     tangents = {n: torch.randn_like(p) for n, p in parameters.items()}
-    y, derivative = jvp(lambda p: loss(p, x[0]), (parameters,), (tangents,))
-    torch.testing.assert_close(y, model(x[:1]).square().sum())
+    _, derivative = jvp(lambda p: loss(p, x[0]), (parameters,), (tangents,))
     expected = sum((each[n][0] * tangents[n]).sum() for n in parameters)
     torch.testing.assert_close(derivative, expected, rtol=1e-3, atol=1e-2)

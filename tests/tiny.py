@@ -6,10 +6,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-import deit.models  # registers the names
+import deit.models  # noqa: F401, registers the names
 from deit.equivariance import randomize_
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
@@ -30,17 +29,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "d2_convnext": ("d2_convnext_tiny", HIERARCHICAL),
 }
 NAMES = list(FAMILIES)
-# the families whose logits flopping leaves alone
-INVARIANT = [name for name in NAMES if "d2_" in name]
+# those with equivariant layers, all but the ordinary twins
+EQUIVARIANT = [name for name in NAMES if "d2" in name or "hybrid" in name]
 TRANSFORMERS = [name for name in NAMES if "deit" in name]
 # those made by deit.models.vit.VisionTransformer
 EQUIVARIANT_TRANSFORMERS = [name for name in TRANSFORMERS if name != "deit"]
-
-
-def registered() -> list[str]:
-    """All names that this project registers with timm."""
-    package = deit.models.__name__
-    return [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith(package)]
 
 
 def create(family: str, **kwargs: Any) -> nn.Module:
@@ -54,7 +47,14 @@ def create_random(family: str, seed: int = 0, **kwargs: Any) -> nn.Module:
     return randomize_(create(family, **kwargs).double(), seed)
 
 
-def images(count: int = 2, size: tuple[int, int] = (32, 32), seed: int = 0, **kwargs) -> Tensor:
+def images(
+    count: int = 2, size: tuple[int, int] = (32, 32), seed: int = 0, dtype: Any = torch.float64
+) -> Tensor:
     """Random images, (count, 3, *size)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, *size, generator=generator, dtype=torch.float64).to(**kwargs)
+    return torch.randn(count, 3, *size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def x32(count: int = 2, size: tuple[int, int] = (32, 32)) -> Tensor:
+    """The same in float32."""
+    return images(count, size, dtype=torch.float32)
