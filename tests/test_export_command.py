@@ -188,13 +188,17 @@ def test_a_file_that_differs_is_not_left(
 
 
 def test_torch_export_with_a_fixed_batch(tmp_path):
-    output = tmp_path / "network.pt2"
+    output, operations = tmp_path / "network.pt2", []
     options = "--input-size 16 24 --nb-classes 4 --batch-size 3"
-    export("torch-export", output, *SMALL.split(), *options.split())
-    extra = {"metadata.json": ""}
-    program = torch.export.load(output, extra_files=extra).module()
-    assert program(torch.zeros(3, 3, 16, 24)).shape == (3, 4)
-    assert NetworkInfo.from_metadata(json.loads(extra["metadata.json"])).input_size == (16, 24)
+    for fold in ("--fold", "--no-fold"):
+        export("torch-export", output, *SMALL.split(), *options.split(), fold)
+        extra = {"metadata.json": ""}
+        program = torch.export.load(output, extra_files=extra).module()
+        operations.append(len(program.graph.nodes))
+        assert program(torch.zeros(3, 3, 16, 24)).shape == (3, 4)
+        info = NetworkInfo.from_metadata(json.loads(extra["metadata.json"]))
+        assert info.input_size == (16, 24)
+    assert operations[0] < operations[1]
 
 
 def test_safetensors_hold_the_networks_own_weights(checkpoint, tmp_path):
