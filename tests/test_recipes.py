@@ -181,6 +181,7 @@ def test_a_switch_takes_true_and_false():
         (2048, 4, 128, {"update_freq": 8}, (64, 8)),
         (2048, 4, 128, {"batch_size": 64, "update_freq": 8}, (64, 8)),
         (2048, 24, 128, {}, "2048 cannot be split evenly over 24 processes; 16 or 32 would do"),
+        (2048, 1000000, 128, {}, "over 1000000 processes; 2048 would do"),
         (2048, 4, 128, {"batch_size": 100},
          "512 each, which --batch-size 100 does not divide: .* one of 1, 2"),
         (2048, 4, 128, {"update_freq": 3}, "which --update-freq 3 does not divide"),
@@ -221,10 +222,13 @@ def test_own_recipe_file_overrides_its_bases(tmp_path):
         ("gpu = 4", "unknown gpu; known are base, gpus, options"),
         ('gpus = 4\n[options]\nmodel = "m"', "has no batch_size"),
         ("gpus = 4\n[options]\nbatch_size = 4", "has no model"),
-        ('[options]\ngpus = 4\nmodel = "m"\nbatch_size = 4', "has no gpus"),
+        ('[options]\nmodel = "m"\nbatch_size = 4', "has no gpus"),
+        ("[options]\ngpus = 4", r"recipe .*own\.toml: there is no option 'gpus'"),
+        ('[options]\nlr = "x"', r"recipe .*own\.toml: argument --lr: 'x' is not a number"),
         ("options = 3", "options is a table, not 3"),
         ('gpus = "4"\n[options]\nmodel = "m"\nbatch_size = 4', "gpus is '4', and must be"),
-        ('gpus = 4\n[options]\nmodel = "m"\nbatch_size = 0', "batch_size is 0, and must be"),
+        ('gpus = 4\n[options]\nmodel = "m"\nbatch_size = "4"', "batch_size is '4', and must"),
+        ("[options]\nbatch_size = 0", "--batch-size: 0 is out of range"),
     ],
 )
 def test_broken_recipe_is_a_user_error(tmp_path, text, message):

@@ -120,7 +120,10 @@ def test_cluster_file_by_option_environment_or_home_folder(monkeypatch, tmp_path
         ("nodes = true", "argument --nodes: 'True' is not a whole number"),
         ('partition = ["a", "b"]', "unrecognized arguments: b"),
         ("sbatch = 3", "options and sbatch are tables"),
-        ("[options]\nlearning_rat = 1", "no option 'learning_rat'"),
+        (
+            "[options]\nlearning_rat = 1",
+            r"cluster file .*c\.toml: there is no option 'learning_rat'",
+        ),
         (None, r"cannot read cluster file .*/c\.toml"),
     ],
 )
@@ -144,7 +147,8 @@ def test_array_over_seeds_and_models():
     made = spec("--array", "seed=0-2,7", "--nodes", "1")
     assert [task.args.seed for task in made.tasks] == [0, 1, 2, 7]
     assert sbatch_flags(dry_run(made))["array"] == "0-3%4"
-    made = spec("--array", "model=deit_base_patch16_LS,d2_deit_base_patch16_LS")
+    own = ["--job-dir", "runs/%A/%a", "--output-dir", "out/%j"]
+    made = spec("--array", "model=deit_base_patch16_LS,d2_deit_base_patch16_LS", *own)
     models = [task.args.model for task in made.tasks]
     assert models == ["deit_base_patch16_LS", "d2_deit_base_patch16_LS"]
 
@@ -163,7 +167,8 @@ def test_slurm_times_in_minutes():
         ("--bach-size 3", "unrecognized arguments: --bach-size.*did you mean --batch-size"),
         ("--model x --lr fast", "'fast' is not a number"),
         ("--attn-mixer --fused-attn", "--attn-mixer cannot be used with --fused-attn"),
-        ("--array seed=0-1 --job-dir /same/for/all", "need %j in it"),
+        ("--array seed=0-1 --job-dir /same/for/all", "--job-dir /same/for/all: .* need %j in it"),
+        ("--array seed=0-1 --output-dir same --job-dir a/%a", "--output-dir same: .* need %j in"),
         ("--timeout 3 --time 1-0", "--timeout and --time"),
         ("--recipe resmlpL_24", "trains on ImageNet: give --data-path"),
         ("--recipe resmlpL_24 --dry-run --batch 100", "--batch-size 100 does not divide"),
@@ -279,6 +284,7 @@ TINY = "--local --model d2_deit_tiny_patch16_LS --input-size 32"
         ("--job-dir {tmp}/file/%j", "the job's folder .* cannot be made: .*file is not"),
         ("--output-dir {tmp}/file", "the job's folder .* cannot be made: .*file is not"),
         ("--wandb", "pip install wandb"),
+        ("--output-dir {tmp} --overwrite", "--overwrite would remove the job's own state"),
     ],
 )
 def test_what_would_fail_is_refused_before_a_job_starts(words, message, tmp_path, monkeypatch):

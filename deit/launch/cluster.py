@@ -11,7 +11,7 @@ from typing import Any
 
 from deit.cli import CommandLine, OptionGroup, Options, number, read_toml
 from deit.errors import UserError
-from deit.launch.recipes import options_to_argv
+from deit.launch.recipes import check_options, options_to_argv
 
 DEFAULT_FILE = Path("~/.config/deit/cluster.toml")
 FILE_VARIABLE = "DEIT_CLUSTER"
@@ -94,6 +94,7 @@ def read_cluster_file(path: str | None) -> tuple[Options, dict[str, Any]]:
     options, sbatch = table.pop("options", {}), table.pop("sbatch", {})
     if not (isinstance(options, dict) and isinstance(sbatch, dict)):
         raise UserError(f"cluster file {file}: options and sbatch are tables, as in [sbatch]")
+    check_options(options, f"cluster file {file}")
     parser = CommandLine(add_help=False)
     add_cluster_options(parser)
     try:

@@ -68,11 +68,6 @@ class TrainingJob(Checkpointable):
             request_stop(signal.Signals(number).name)
 
         args = parse_args([word.replace("%j", env.job_id) for word in self.argv])
-        if args.overwrite:
-            raise UserError(
-                "--overwrite would remove the job's own state at its next start: remove the folder "
-                "by hand, or choose another --output-dir"
-            )
         args.output_dir = args.output_dir or str(env.paths.folder)
         if not args.eval and (not args.resume or (Path(args.output_dir) / LAST).exists()):
             args.resume = "auto"

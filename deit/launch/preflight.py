@@ -41,6 +41,11 @@ def check(spec: JobSpec) -> None:
     classes = _check_data(spec, spec.tasks[0].args)  # the same data for all
     for args in (task.args for task in spec.tasks):
         distils = args.distillation_type != "none"
+        if args.overwrite:
+            raise UserError(
+                "--overwrite would remove the job's own state at its next start: remove the folder "
+                "by hand, or choose another --output-dir"
+            )
         for folder in (spec.asked.job_dir, args.output_dir):
             _check_writable(folder)
         files = {"--resume": args.resume, "--finetune": args.finetune}

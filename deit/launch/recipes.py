@@ -19,6 +19,7 @@ from typing import Any
 
 from deit.cli import Switch, key_value, read_toml
 from deit.errors import UserError, suggest
+from deit.train.args import get_parser
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # a part of the package
 
@@ -46,8 +47,8 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
     """The recipe called `name` in `folder`, or the one in the file `name` (ends in .toml).
 
     Raises:
-        UserError: no such recipe, unreadable file, a base that leads back to itself, a key that
-            is none, no batch_size, gpus or model, or a batch that is none.
+        UserError: no such recipe, unreadable file, a base that leads back to itself, a key or an
+            option that is none, no batch_size, gpus or model, or a batch that is none.
     """
     path = file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
@@ -66,6 +67,7 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
         options = table.get("options", {})
         if not isinstance(options, dict):
             raise UserError(f"recipe {path}: options is a table, not {options!r}")
+        check_options(options, f"recipe {path}")
         merged = table | merged | {"options": options | merged["options"]}
         if "base" not in table:
             break
@@ -79,6 +81,15 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
         if type(value) is not int or value < 1:
             raise UserError(f"recipe {file}: {name} is {value!r}, and must be a whole number >= 1")
     return recipe
+
+
+def check_options(options: dict[str, Any], file: str) -> None:
+    """Raise UserError, which names the `file`, if deit/main.py does not understand `options`."""
+    parser = get_parser()
+    try:
+        parser.parse_args(options_to_argv(options, parser))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def options_to_argv(options: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
@@ -136,11 +147,10 @@ def split_batch(
     total, share = f"a global batch of {global_batch}", global_batch // processes
     if global_batch % processes:
         fit = _divisors(global_batch)
-        below = max(n for n in fit if n < processes)
-        above = min((n for n in fit if n > processes), default=global_batch)
+        near = [n for n in fit if n < processes][-1:] + [n for n in fit if n > processes][:1]
         raise UserError(
             f"{total} cannot be split evenly over {processes} processes; "
-            f"{below} or {above} would do"
+            f"{' or '.join(map(str, near))} would do"
         )
     batches = _divisors(share)
     fit = [b for b in batches if batch_size in (None, b) and update_freq in (None, share // b)]

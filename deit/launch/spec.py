@@ -171,10 +171,12 @@ def make_spec(argv: Sequence[str]) -> JobSpec:
         words = options_to_argv(options | own, training)
         title = " ".join(f"{name} {value}" for name, value in own.items())
         tasks.append(Task(title, words, parse_args(words, training)))
-    if len(tasks) > 1 and "%j" not in asked.job_dir and "%a" not in asked.job_dir:
-        raise UserError(
-            f"--job-dir {asked.job_dir}: runs of an array need %j in it to tell them apart"
-        )
+    folders = {"--output-dir": tasks[0].args.output_dir or "%j"}  # without one the job's folder
+    if "%a" not in asked.job_dir:
+        folders["--job-dir"] = asked.job_dir
+    for option, folder in folders.items():
+        if len(tasks) > 1 and "%j" not in folder:
+            raise UserError(f"{option} {folder}: runs of an array need %j in it to tell them apart")
     return JobSpec(recipe.name if recipe else tasks[0].args.model, asked, tasks)
 
 
