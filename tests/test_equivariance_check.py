@@ -51,6 +51,14 @@ def test_refuses_a_dense_layer_and_one_that_ignores_its_input(group):
         assert_equivariant(torch.ones_like, group, x, channels(rep), invariant)
 
 
+def test_all_elements_of_a_group_count():
+    """The action of one commutes with itself, and not with all others."""
+    rep, x = OCTIC.regular(16), torch.randn(3, 4, 16, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="not equivariant"):
+        assert_equivariant(lambda x: rep.act(1, x), OCTIC, x, channels(rep), channels(rep))
+    assert measure([X, X, 1.5 * X], invariant).error == pytest.approx(0.5)
+
+
 def test_needs_two_samples():
     with pytest.raises(ValueError, match="two or more"):
         equivariance_error(nn.Identity(), FLOP, torch.randn(1, 8), invariant, invariant)
@@ -60,7 +68,9 @@ def test_actions_move_tensors_and_parts_alike():
     """Parts side by side are the packed tensor."""
     packed = torch.randn(2, 15, 8)
     parts = tuple(REP.split(packed))
-    action = compose(channels(REP), tokens(MirrorGrid(3, 5).mirror))
+    mirror = MirrorGrid(3, 5).mirror
+    action = compose(channels(REP), tokens(mirror))
+    assert torch.equal(action(1, packed), mirror(REP.act(1, packed)))
     assert torch.equal(torch.cat(action(1, parts), -1), action(1, packed))
     assert torch.equal(action(0, packed), packed)
     assert all(map(torch.equal, image(FLOP)(1, parts), (part.flip(-1) for part in parts)))
@@ -96,8 +106,8 @@ def test_zero_constant_and_dead_outputs_fail():
     """A part that is dead cannot hide behind the other."""
     assert problem(torch.zeros(4, 8), torch.zeros(4, 8)) == "not finite, or zero"
     same, dead = X[:1].expand(4, -1), (X[:, :4], torch.zeros(4, 4))
-    assert problem(same, same).startswith("vacuous")
-    assert problem(dead, dead).startswith("vacuous")
+    for y in (same, dead, (X, same)):
+        assert problem(y, y).startswith("vacuous")
     # what does not depend on the input need not differ
     assert problem(same, same, constant=True) is None
     assert problem(X[:1], -X[:1], constant=True) is not None
