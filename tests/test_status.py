@@ -117,6 +117,33 @@ def test_table_of_a_folder_of_runs(tmp_path, capsys):
         assert part in lines[1]
 
 
+def test_folders_of_others_are_noted_and_hide_no_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("a/run"), [70.0])
+    Path("a/run/config.json").write_text('{"args": null}')
+    wrong = {
+        "config.json": [b"[]", b'{"args": {"epochs": "x"}}', b"{"],
+        "submission.json": [b"[1]", b'{"output_dir": 3}', b'{"job_id": "x", "local": true}'],
+        "log.txt": [b"\xff", b'{"epoch": 0, "test_acc1": NaN}', b'{"epoch": 0, "time": "x"}'],
+    }
+    files = [(name, text) for name, texts in wrong.items() for text in texts]
+    for number, (name, text) in enumerate(files):
+        make_run(Path(f"a/{number}"), [70.0])
+        Path(f"a/{number}", name).write_bytes(text)
+    Path("empty").mkdir()
+    Path("file").touch()
+    show_status(["empty", "a", "file"])
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["run", "run"]
+    notes = shown.err.splitlines()
+    assert re.match("note    there is no run in 'empty'", notes[0])
+    for number, note in enumerate(notes[1:-1]):
+        assert re.match(
+            f"note    ('a/{number}' has files that no training|cannot read a/{number}/)", note
+        )
+    assert (len(notes), notes[-1]) == (len(files) + 2, "note    'file' is not a folder")
+
+
 def test_sparkline():
     assert [sparkline(range(count)) for count in (0, 1, 8)] == ["", "▄", "▁▂▃▄▅▆▇█"]
     assert sparkline([0] * 200 + [1] * 200) == "▁" * 12 + "█" * 12  # thinned

@@ -6,17 +6,19 @@ job is waiting or running, which Slurm is asked.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deit.cli import duration
-from deit.errors import UserError
+from deit.errors import UserError, one_line
 from deit.train import slurm
 from deit.train.folder import CONFIG_FILE, LOG_FILE, is_alive, read_log
 
@@ -50,24 +52,51 @@ class RunStatus:
 def show_status(folders: Sequence[str]) -> None:
     """Print a table of the runs in `folders` (each a run, or a folder of runs).
 
+    A folder without a run, or whose files are not understood, is a note on stderr.
+
     Raises:
-        UserError: no folder, or one without a run in it.
+        UserError: no folder, or no run in any.
     """
     if not folders or any(folder.startswith("-") for folder in folders):
         raise UserError("usage: run_with_submitit.py status FOLDER ...")
-    runs = [read_status(run) for folder in folders for run in find_runs(Path(folder))]
     rows = [("run", "model", "state", "epoch", "best top-1", "time left", "top-1")]
-    for run in runs:
-        best = "-" if run.best is None else f"{run.best:.2f} %"
-        left = "-" if run.seconds_left is None else duration(run.seconds_left)
-        epoch = f"{run.epoch}/{run.epochs or '?'}"
-        rows.append((run.name, run.model or "-", run.state, epoch, best, left, run.curve))
+    errors: list[str] = []
+    notes: list[str] = []
+    for folder in map(Path, folders):
+        with _noting(folder, notes):
+            for path in find_runs(folder):
+                with _noting(path, notes):
+                    run = read_status(path)
+                    rows.append(_row(run))
+                    errors += [f"{run.name}  {run.error}"] if run.error else []
+    if len(rows) == 1:
+        raise UserError("; ".join(notes))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    for run in runs:
-        if run.error:
-            print(f"{run.name}  {run.error}")
+    for line in errors:
+        print(line)
+    for note in notes:
+        print(f"note    {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _noting(folder: Path, notes: list[str]) -> Iterator[None]:
+    """Add to `notes` what is wrong with `folder`, whatever somebody has written there."""
+    try:
+        yield
+    except UserError as error:
+        notes.append(str(error))
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        notes.append(f"{str(folder)!r} has files that no training wrote ({what})")
+
+
+def _row(run: RunStatus) -> tuple[str, ...]:
+    best = "-" if run.best is None else f"{run.best:.2f} %"
+    left = "-" if run.seconds_left is None else duration(run.seconds_left)
+    epoch = f"{run.epoch}/{run.epochs or '?'}"
+    return (run.name, str(run.model or "-"), run.state, epoch, best, left, run.curve)
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -86,7 +115,7 @@ def read_status(folder: Path) -> RunStatus:
     """The status of the run in `folder`."""
     submission = _read_json(folder / RECORD)
     output = Path(submission.get("output_dir") or folder)
-    args = _read_json(output / CONFIG_FILE).get("args", {})
+    args = _read_json(output / CONFIG_FILE).get("args") or {}
     log = read_log(output)
     epoch = log[-1]["epoch"] + 1 if log else 0
     epochs = args.get("epochs", submission.get("epochs"))
