@@ -22,8 +22,9 @@ class DropPath(TensorDropPath):
         shape = first.shape[:1] + (1,) * (first.ndim - 1)
         keep = 1.0 - self.drop_prob
         if torch.compiler.is_compiling():
-            # `bernoulli_` would fix the rate: like this one graph serves blocks of all rates
-            mask = torch.rand(shape, dtype=first.dtype, device=first.device) < keep
+            # One graph for blocks of all rates: `bernoulli_`, and in torch before 2.14 a comparison
+            # with `keep` too, would fix the rate.
+            mask = torch.rand(shape, dtype=first.dtype, device=first.device) >= self.drop_prob
         else:
             mask = first.new_empty(shape).bernoulli_(keep)  # timm's own draw
         # not in place as in timm, whose division is lost where tools drop results that nobody uses

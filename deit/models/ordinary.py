@@ -46,7 +46,8 @@ class _Ordinary(Scriptable):
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Images to normalised tokens, (B, in_chans, H, W) -> (B, prefix + N, C)."""
         tracing.check_images(x, self.patch_embed.proj.in_channels)
-        return cast(Any, super()).forward_features(x, *args, **kwargs)
+        # not in a cast: compilers of Python 3.12 and later see through `super().name` alone
+        return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
 
 
 class OrdinaryVisionTransformer(_Ordinary, TimmVisionTransformer):
