@@ -102,13 +102,15 @@ def test_address_is_downloaded_once(net, tmp_path, monkeypatch):
 
 def test_hugging_face_names(net, tmp_path, monkeypatch):
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
     asked = []
 
     def download(repository, file, revision=None):
         asked.append((repository, file, revision))
+        if repository == "far/away":
+            raise LocalEntryNotFoundError("check your connection")
         if not (tmp_path / file).exists():
             raise EntryNotFoundError(file)
         return str(tmp_path / file)
@@ -123,6 +125,7 @@ def test_hugging_face_names(net, tmp_path, monkeypatch):
     ]
     for name, words in (
         ("owner/net/x.pth", r"no file named x\.pth"),
+        ("far/away", "cannot download .*: check your connection"),
         ("nobody", "not of the form"),
     ):
         with pytest.raises(UserError, match=words):

@@ -88,6 +88,14 @@ def test_what_counts_as_results(files, resume, lost, tmp_path):
     assert listed(tmp_path) == [name for name in files if name == "teacher.pth"]
 
 
+def test_a_link_that_leads_nowhere_is_no_fresh_start(data, tmp_path):
+    (tmp_path / "checkpoint.pth").symlink_to("gone.pth")
+    (tmp_path / "best_checkpoint.pth").touch()
+    error = refused("--resume", "auto", data=data, out=tmp_path)
+    assert "no checkpoint at" in error
+    assert listed(tmp_path) == ["best_checkpoint.pth", "checkpoint.pth"]
+
+
 # the lock
 
 
@@ -137,6 +145,8 @@ HERE = platform.node()
         ({"slurm_job": "8"}, True, r"\(Slurm job 8\)"),  # it runs
         ({"slurm_job": "9"}, True, None),  # its node failed
         ({"slurm_job": "6"}, True, None),  # Slurm has forgotten it
+        ({"slurm_job": "5"}, True, r"\(Slurm job 5\)"),  # Slurm does not answer
+        (5, True, None),  # nothing that a training writes
         ({"host": HERE, "process": os.getppid()}, True, None),
         # where the file system has no locks
         ({"host": HERE, "process": os.getppid()}, False, f"process {os.getppid()} on {HERE}: stop"),
@@ -146,12 +156,14 @@ HERE = platform.node()
 def test_a_lock_that_was_left(owner, locks, refused, tmp_path, monkeypatch):
     states = {"7": ["RUNNING"], "8": ["RUNNING"], "9": ["NODE_FAIL"]}
     monkeypatch.setattr(slurm, "job_states", lambda job: states.get(job, []))
+    monkeypatch.setattr(slurm, "has_forgotten", lambda job: job == "6")
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     if not locks:
         monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "No locks")))
     known = {"host": "elsewhere", "process": 1, "slurm_job": None, "started": "then"}
-    (tmp_path / LOCK).write_text(json.dumps(known | owner))
+    text = json.dumps(known | owner if isinstance(owner, dict) else owner)
+    (tmp_path / LOCK).write_text(text)
     with pytest.raises(UserError, match=refused) if refused else nullcontext(), claim(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 

@@ -128,17 +128,20 @@ def test_a_stopped_job_requeues_itself_unless_it_is_ending(
         ("scontrol", "JobId=7 JobState=FAILED A=b", ["FAILED"]),
         ("scontrol", "JobId=7 JobState=RUNNING\nJobId=8 JobState=PENDING", ["RUNNING", "PENDING"]),
         ("sacct", "CANCELLED by 1000", ["CANCELLED"]),
+        ("scontrol", "slurm_load_jobs error: Invalid job id specified", []),
+        ("scontrol", "slurm_load_jobs error: Unable to contact slurm controller", []),
         ("nothing", "", []),
     ],
 )
 def test_the_state_of_a_job_from_the_controller_or_from_accounting(
     tool, answer, states, tmp_path, monkeypatch
 ):
-    (tmp_path / tool).write_text(f"#!/bin/sh\necho '{answer}'\n")
+    (tmp_path / tool).write_text(f"#!/bin/sh\necho '{answer}'\necho '{answer}' >&2\n")
     (tmp_path / tool).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.job_states("7") == states
-    assert states or slurm.control("requeue", "7")
+    assert slurm.has_forgotten("7") == ("Invalid job id" in answer)
+    assert (slurm.control("requeue", "7") is None) == (tool == "scontrol")
 
 
 def test_a_job_starts_with_this_code_and_deaf_to_stop_signals(tmp_path):

@@ -110,12 +110,12 @@ def test_load_of_older_and_bare_files(file, tmp_path):
     assert_holds(deit.load(tmp_path / "old.pth"), saved["model"])
     with pytest.raises(UserError, match="no 'model_ema'"):
         deit.load(tmp_path / "old.pth", ema=True)
-    save_file(saved["model"], tmp_path / "bare.safetensors")
-    bare = deit.load(tmp_path / "bare.safetensors", model=MODEL, depth=1, embed_dim=16, num_heads=2)
+    save_file(saved["model"], tmp_path / "bare.SAFETENSORS")
+    bare = deit.load(tmp_path / "bare.SAFETENSORS", model=MODEL, depth=1, embed_dim=16, num_heads=2)
     assert_holds(bare, saved["model"])  # patches, mixer, image size and classes from the shapes
     assert bare.class_names is None
     with pytest.raises(UserError, match="does not say which model it is"):
-        deit.load(tmp_path / "bare.safetensors")
+        deit.load(tmp_path / "bare.SAFETENSORS")
 
 
 def test_evaluation_needs_nothing_but_the_file(file, data):

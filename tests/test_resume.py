@@ -1,6 +1,7 @@
 """A training that was interrupted anywhere ends like one that never was, bit for bit."""
 
 import functools
+import json
 import os
 import signal
 from argparse import Namespace
@@ -212,6 +213,8 @@ def test_resume_from_a_published_checkpoint(data, tmp_path):
     weights = {f"_orig_mod.{key}": value for key, value in own["model"].items()}
     args = Namespace(**own["args"])
     torch.save({"model": weights, "epoch": 0, "args": args}, tmp_path / "published.pth")
+    lines = ({"epoch": 0, "train_loss": 1.0}, {"loss": 2.0}, 5)  # of the published code, of others
+    (tmp_path / "log.txt").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     output = run("--resume", tmp_path / "published.pth", data=data, out=tmp_path)
     assert "no optimizer state" in output
     assert "no average" in output

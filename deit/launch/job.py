@@ -69,7 +69,7 @@ class TrainingJob(Checkpointable):
 
         args = parse_args([word.replace("%j", env.job_id) for word in self.argv])
         args.output_dir = args.output_dir or str(env.paths.folder)
-        if not args.eval and (not args.resume or (Path(args.output_dir) / LAST).exists()):
+        if not args.eval and (not args.resume or os.path.lexists(Path(args.output_dir) / LAST)):
             args.resume = "auto"
         for number in STOP_SIGNALS:
             signal.signal(number, on_signal)

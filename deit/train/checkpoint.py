@@ -175,7 +175,7 @@ def _read_file(path: Path, source: str) -> Any:
     if path.stat().st_size == 0:
         raise UserError(f"checkpoint {source!r} is empty (0 bytes): it was not written completely")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return _read_safetensors(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             # about pickle protocols; an error follows if it matters
@@ -205,7 +205,7 @@ def _why_unreadable(path: Path, source: str, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(2)
     zipped = start == b"PK"
-    if path.suffix == ".safetensors" or (zipped and not zipfile.is_zipfile(path)):
+    if path.suffix.lower() == ".safetensors" or (zipped and not zipfile.is_zipfile(path)):
         return f"checkpoint {source!r} is truncated or damaged ({path.stat().st_size} bytes)"
     message = one_line(error)
     if isinstance(error, pickle.UnpicklingError):
@@ -245,7 +245,7 @@ def _from_address(url: str) -> Path:
 def _from_hugging_face(source: str) -> Path:
     """The local copy of `hf-hub:owner/name[@revision][/file]`."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     match = re.fullmatch(
         r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?", source.removeprefix(_HUB_PREFIX)
@@ -257,9 +257,10 @@ def _from_hugging_face(source: str) -> Path:
     for candidate in candidates:
         try:
             return Path(hf_hub_download(repository, candidate, revision=revision))
-        except EntryNotFoundError:
-            continue
         except Exception as error:  # the hub's client raises its HTTP library's errors
+            absent = isinstance(error, EntryNotFoundError)
+            if absent and not isinstance(error, LocalEntryNotFoundError):  # the hub was not reached
+                continue
             raise UserError(f"cannot download {source!r}: {one_line(error)[:200]}") from error
     raise UserError(f"{source!r} has no file named {' or '.join(candidates)}")
 

@@ -74,14 +74,19 @@ def check_unused(folder: Path, resume: str) -> None:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The epochs in a folder's log.txt, without a last line that was cut short."""
+    """The epochs in a folder's log.txt, without a last line that was cut short.
+
+    Lines of other programs, which do not say their epoch, are left out.
+    """
     path = folder / LOG_FILE
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            records.append(record)
     return records
 
 
@@ -127,6 +132,7 @@ def _lock(path: Path) -> IO[str]:
             owner = json.load(file)
         except ValueError:  # it was killed before it could write
             owner = {}
+        owner = owner if isinstance(owner, dict) else {}
         if busy or (owner and _may_write(owner, without_locks=busy is None)):
             raise UserError(_in_use(path, owner))
         myself = {
@@ -170,8 +176,10 @@ def _may_write(owner: dict[str, Any], without_locks: bool) -> bool:
     job = owner.get("slurm_job")
     if job is None or not shutil.which("scontrol"):
         return True
-    states = [] if job == os.environ.get("SLURM_JOB_ID") else slurm.job_states(job)
-    return not _JOBS_THAT_WRITE.isdisjoint(states)
+    if job == os.environ.get("SLURM_JOB_ID"):
+        return False
+    states = slurm.job_states(job)
+    return not (states or slurm.has_forgotten(job)) or not _JOBS_THAT_WRITE.isdisjoint(states)
 
 
 def is_alive(process: int) -> bool:

@@ -7,6 +7,7 @@ average.
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
@@ -214,7 +215,8 @@ def find_checkpoints(
     source = args.resume
     if source == "auto":
         last = Path(args.output_dir) / LAST
-        source = str(last) if last.exists() else ""
+        # a link that leads nowhere is no fresh start, but a checkpoint that cannot be read
+        source = str(last) if os.path.lexists(last) else ""
     with processes.main_first():
         if source:
             return read_checkpoint(source), None

@@ -194,7 +194,7 @@ class Run:
         if progress.best_ema_epoch >= 0:
             accuracy, epoch = progress.best_ema_acc1, progress.best_ema_epoch + 1
             best += f", of the average {accuracy:.3f} in {epoch}"
-        spent = sum(record["time"] for record in progress.history) + progress.seconds
+        spent = sum(record.get("time", 0.0) for record in progress.history) + progress.seconds
         self.reporter.say(f"{how}, {duration(spent)} of training{best}")
         if args.output_dir and args.save_ckpt:
             again = "" if how == "finished" else "; --resume auto goes on from there"

@@ -29,6 +29,11 @@ def job_states(job_id: str) -> list[str]:
     return [line.split()[0] for line in table.splitlines() if line]  # CANCELLED by 1000
 
 
+def has_forgotten(job_id: str) -> bool:
+    """Whether the controller answers that it knows no such job (any more)."""
+    return "Invalid job id" in _run("scontrol", "show", "job", job_id).stderr
+
+
 def control(action: str, job_id: str) -> str | None:
     """`requeue` a running job or `release` a held one. Returns what went wrong, or None."""
     done = _run("scontrol", action, job_id)
