@@ -19,13 +19,20 @@ import torch
 from torch import nn
 
 from deit.deploy.convnext import FoldedConvNeXt
-from deit.deploy.pair import Target
+from deit.deploy.pair import Folded, Target
 from deit.deploy.resmlp import FoldedResMLP
 from deit.deploy.vit import FoldedVisionTransformer
-from deit.errors import UserError
+from deit.errors import UserError, one_line
 from deit.models import ConvNeXt, IsotropicConvNeXt, ResMLP, VisionTransformer
 
 __all__ = ["fold"]
+
+_FORMS: dict[type[nn.Module], type[Folded]] = {
+    VisionTransformer: FoldedVisionTransformer,
+    ResMLP: FoldedResMLP,
+    IsotropicConvNeXt: FoldedConvNeXt,
+    ConvNeXt: FoldedConvNeXt,
+}
 
 
 @torch.no_grad()
@@ -33,8 +40,10 @@ def fold(model: nn.Module, target: Target = "torch") -> nn.Module:
     """A new module that computes what `model` does in evaluation mode, in fewer operations.
 
     Args:
-        model: a network of this package. Ordinary networks and modules are copied as they are. Of
-            a module that contains equivariant networks, those are folded. It is left untouched.
+        model: a network of this package, or a module that contains some, which is left untouched.
+            Equivariant networks are folded wherever they stand. Everything else, subclasses too, is
+            copied as it is. Forward hooks on what is folded, and whatever stands in place of a
+            dropout, are not carried over.
         target: the runtime whose fastest form is chosen, "torch" or "onnx". Both forms run
             everywhere and give the same results.
 
@@ -43,32 +52,29 @@ def fold(model: nn.Module, target: Target = "torch") -> nn.Module:
         images and gives what `model` gives. It has none of its other methods, and no gradients.
 
     Raises:
-        UserError: for another target, or if layers of `model` were replaced by what is not linear.
+        UserError: for another target, or if layers of `model` were replaced. Only `nn.Linear`s may
+            be, by what is linear, and the head.
     """
     if target not in get_args(Target):
         raise UserError(f"target {target!r} is not known: use {' or '.join(get_args(Target))}")
-    # of a compiled network the one behind it; in a list, so that the whole is one of its modules
-    outer = nn.ModuleList([getattr(model, "_orig_mod", model)])
-    found = {}
-    for name, module in outer.named_modules():
-        if (folded := _fold_network(module, target)) is not None:
-            found[name] = (module, folded)
-    # copies share what is replaced in a moment, so that its weights are not copied first
-    copied = copy.deepcopy(outer, {id(module): module for module, _ in found.values()})
-    for name, (_, folded) in found.items():
-        copied.set_submodule(name, folded)
-    return copied[0].eval()
+    model = getattr(model, "_orig_mod", model)  # of a compiled network the one behind it
+    found = ((module, _fold_network(module, target)) for module in model.modules())
+    # a copy takes what is folded already for the copy of its original, wherever that stands
+    folded = {id(module): folded for module, folded in found if folded is not None}
+    return copy.deepcopy(model, folded).eval()
 
 
 def _fold_network(model: nn.Module, target: Target) -> nn.Module | None:
     """The folded form of one of our equivariant networks; None for anything else."""
-    if isinstance(model, VisionTransformer):
-        folded = FoldedVisionTransformer(model, target)
-    elif isinstance(model, ResMLP):
-        folded = FoldedResMLP(model, target)
-    elif isinstance(model, (IsotropicConvNeXt, ConvNeXt)) and model.equivariant:
-        folded = FoldedConvNeXt(model, target)
-    else:
+    form = _FORMS.get(type(model))  # a subclass may compute something else
+    if form is None or (form is FoldedConvNeXt and not model.equivariant):
         return None
+    try:
+        folded = form(model, target)
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be folded, because one of its layers was replaced: "
+            f"{one_line(error)}"
+        ) from error
     parameter = next(model.parameters())
     return folded.to(parameter.device, parameter.dtype).requires_grad_(False)

@@ -6,8 +6,7 @@ The norm's scales, shift and means are taken in by the map after it. For PyTorch
 and maps are linear layers. ONNX Runtime is faster with channels first and 1x1 convolutions.
 """
 
-from __future__ import annotations
-
+# no postponed annotations: symbolic tracers copy those of forward into the code they generate
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,6 +77,7 @@ class FoldedConvNeXt(Folded):
         self.norm = copy.deepcopy(model.norm)
 
     def forward(self, images: Tensor) -> Tensor:
+        tracing.check_images(images, self.in_chans)
         tracing.check_total_stride(images.shape[-2], images.shape[-1], self.stride)
         u, v = self.steps(images)
         dim, places = (1, (2, 3)) if self.channels_first else (-1, (1, 2))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deit.deploy.weights import Map, Pair, linear
 from deit.layers import tracing
+from deit.models.base import Scriptable
 
 Target = Literal["torch", "onnx"]
 
@@ -100,17 +101,18 @@ class RowMlp(PairMlp):
         )
 
 
-class Folded(nn.Module):
+class Folded(Scriptable, nn.Module):
     """Images (B, in_chans, H, W) to logits (B, num_classes), or what the network's head gives.
 
     Of standard layers and operations, for inference alone.
 
     Raises:
-        ValueError: in `forward`, for images of a size that the original refuses too.
+        ValueError: in `forward`, for images of a shape that the original refuses too.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        self.in_chans = model.in_chans
         self.num_classes, self.global_pool = model.num_classes, model.global_pool
         self.absolute = model.use_symmetrized_asym_feats
         self.head = copy.deepcopy(model.head)

@@ -11,8 +11,7 @@ Tokens are in mirror order: the left half of the grid, a middle column if there 
 half mirrored.
 """
 
-from __future__ import annotations
-
+# no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from collections.abc import Sequence
 from math import sqrt
 
@@ -99,6 +98,7 @@ class FoldedResMLP(Folded):
         self.register_buffer("bias", None if affine is None else affine.beta.data)
 
     def forward(self, images: Tensor) -> Tensor:
+        tracing.check_images(images, self.in_chans)
         tracing.check_image_size(images.shape[-2], images.shape[-1], *self.img_size)
         x = self.patch_embed(images).flatten(2).transpose(1, 2).index_select(1, self.order)
         half = x.shape[-1] // 2

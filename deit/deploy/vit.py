@@ -9,8 +9,7 @@ LayerNorm removes, so s is centred there too. The mean of a is not removed, and 
 needs both.
 """
 
-from __future__ import annotations
-
+# no postponed annotations: symbolic tracers copy those of forward into the code they generate
 import copy
 from collections.abc import Sequence
 
@@ -118,6 +117,7 @@ class FoldedVisionTransformer(Folded):
         self.norm = fold_last_norm(model.norm)
 
     def forward(self, images: Tensor) -> Tensor:
+        tracing.check_images(images, self.in_chans)
         height, width = images.shape[-2], images.shape[-1]
         if self.img_size is not None:
             tracing.check_image_size(height, width, *self.img_size)

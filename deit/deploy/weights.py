@@ -60,8 +60,13 @@ def affine_maps(
         after: affine on parts (N, channels); it mixes neither rows nor parts.
 
     Raises:
-        UserError: one of the layer's blocks was replaced by what is not linear.
+        UserError: the layer was replaced, or one of its blocks by what is not linear.
     """
+    if type(layer) is not Linear:
+        raise UserError(
+            f"{type(layer).__name__} stands where an equivariant Linear was: put adapters around "
+            "the layers inside that, or merge them"
+        )
     ones = torch.ones(1, layer.in_rep.invariant, dtype=torch.float64)
     at_zero, at_one = before((0 * ones, 0 * ones)), before((ones, ones))
     rows = []  # the bias, and the bias plus each column of the weight

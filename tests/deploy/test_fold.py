@@ -12,6 +12,7 @@ from deit.deploy import fold
 from deit.deploy.pair import PairMlp, Residual, RowMlp
 from deit.equivariance import randomize_
 from deit.errors import UserError
+from deit.models import ResMLP
 
 TARGETS = ("torch", "onnx")
 CONVNEXTS = ["d2_convnext_isotropic", "d2_convnext"]
@@ -84,15 +85,18 @@ def test_other_image_and_patch_sizes():
     assert difference(fold(model)(x), model(x)) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("family", EQUIVARIANT)
-def test_a_copy_in_standard_layers_that_can_be_pickled(family, target):
+def test_a_copy_in_standard_layers_that_can_be_pickled_and_scripted(family, target):
     model = create_random(family).train()
     before = copy.deepcopy(model.state_dict())
     folded = fold(model, target)
     assert (model.training, folded.training) == (True, False)
-    loaded = pickle.loads(pickle.dumps(folded))
-    assert torch.equal(loaded(images()), folded(images()))
+    for same in (pickle.loads(pickle.dumps(folded)), torch.jit.script(folded)):
+        assert torch.equal(same(images()), folded(images()))
+    with pytest.raises(ValueError, match=r"images must be of shape \(batch, 3, height, width\)"):
+        folded(images()[0])
     own = {parameter.data_ptr() for parameter in model.parameters()}
     for parameter in folded.parameters():
         assert not parameter.requires_grad
@@ -164,6 +168,20 @@ def test_layers_that_are_not_linear(quantise):
         fold(model)
 
 
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("blocks.0.mlp.fc1", "Adapted stands where an equivariant Linear was"),
+        ("blocks.1.norm1", "VisionTransformer cannot be folded, because one of its layers"),
+    ],
+)
+def test_wrapped_layers(layer, said):
+    model = create_random("d2_deit")
+    model.set_submodule(layer, Adapted(model.get_submodule(layer), nn.Identity()))
+    with pytest.raises(UserError, match=said):
+        fold(model)
+
+
 @pytest.mark.parametrize("family", ["d2_deit", "resmlp_equi_d2", "d2_convnext_isotropic"])
 def test_adapters_fold_too(family):
     """Whatever stands in place of a linear layer, as long as it is linear."""
@@ -194,3 +212,21 @@ def test_a_network_inside_another_module():
     assert outer[1] is model
     assert not isinstance(folded[1], type(model))
     assert folded[0].weight is not outer[0].weight
+
+
+def test_a_network_in_two_places_and_a_subclass():
+    """What is there twice is folded once; a subclass may compute something else."""
+
+    class Doubled(ResMLP):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    network, other = create_random("d2_deit"), create_random("resmlp_equi_d2")
+    other.__class__ = Doubled
+    outer = nn.ModuleDict({"student": network, "teacher": network, "other": other}).train()
+    folded = fold(outer)
+    assert folded["student"] is folded["teacher"]
+    assert not isinstance(folded["student"], type(network))
+    assert all(module.training for module in outer.modules())
+    assert type(folded["other"]) is Doubled
+    assert folded["other"] is not other
