@@ -19,7 +19,7 @@ from deit.cli import (
 )
 from deit.errors import UserError
 from deit.measure.measure import DEFAULT_BATCH
-from deit.measure.networks import SYMMETRIZED
+from deit.measure.networks import SYMMETRIZED, select
 from deit.measure.plot import FORMATS
 from deit.train.build import model_arguments
 from deit.train.distributed import choose_device
@@ -95,8 +95,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     for wanted in ("train", "profile", "fold"):
         if getattr(args, wanted) and not args.throughput:
             raise UserError(f"--{wanted} measures times, which --no-throughput forbids: drop one")
-    if args.checkpoint and args.models and len(args.models) > 1:
-        raise UserError(f"--checkpoint holds one network, not {len(args.models)}")
+    files = [path.resolve() for path in (args.json, args.csv, args.plot) if path]
+    if len(set(files)) < len(files):
+        raise UserError("two of --json, --csv and --plot are one file: give each its own")
+    if args.checkpoint and args.models:
+        args.models = select(args.models)
+        if (count := len(args.models)) > 1:
+            raise UserError(f"--checkpoint holds one network, not {count}: give its exact name")
     args.arguments = dict(args.model_kwargs or ())
     if args.checkpoint:
         _take_checkpoint(args)

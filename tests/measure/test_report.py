@@ -135,6 +135,8 @@ def test_figure_files(tmp_path):
         ("--plot figure.xyz", r"figure\.xyz.*\.png"),
         ("--compile-mode fastest", "fastest"),
         ("--dtype int8", "int8"),
+        ("--json x --csv ./x", "--json, --csv and --plot are one file"),
+        ("--checkpoint x --models d2_deit_*", "one network, not .*exact name"),
     ],
 )
 def test_wrong_options(arguments, message):
