@@ -127,6 +127,11 @@ def test_evaluation_needs_nothing_but_the_file(file, data):
     taken = f"--model {MODEL} --input-size 16 --patch-size 8 --attn-mixer --model-kwargs depth=1 e"
     assert taken in printed
     assert f"--data-path {data}" in printed
+    for more in ((), ("--data-set", "image_folder")):
+        named = run(
+            "--eval", "--resume", file, "--flop-eval", "--eval-data-path", data / "val", *more
+        )
+        assert scores(named) == scores(printed)
 
 
 def test_evaluation_without_a_file(data):

@@ -257,6 +257,8 @@ def bad(tmp_path_factory):
         (["--model", "convnext_tiny", "--input-size", "20"], "cannot take images.* 20"),
         (["--model", "resmlp_12", "--input-size", "40"], "resmlp_12"),
         (["--model-kwargs", "num_heads=7"], "'test_vit' cannot be built: .*num_heads"),
+        (["--model-kwargs", "depth=1.5"], "'test_vit' cannot be built: .*float"),
+        (["--model-kwargs", "drop_path_rate=2"], "drop_path_rate is a probability"),
         (["--layer-scale-init-value", "1"], "no option --layer-scale-init-value"),
         (["--model", "convnext_isotropic_small", "--attn-only"], "no attention layers"),
         (["--nb-classes", "2"], "--nb-classes 2.*3 classes"),

@@ -44,11 +44,14 @@ def resolve(args: Namespace) -> None:
     """Settle in place what options imply for each other."""
     if args.data_set == "IMNETZIP":
         args.data_set, args.zip_dataloader = "IMNET", True
-    if not args.data_path and args.data_set == "IMNET" and not args.zip_dataloader:
+    named = args.data_path or args.eval_data_path
+    if not named and args.data_set == "IMNET" and not args.zip_dataloader:
         args.data_set = "SAMPLE"
     if args.data_set == "SAMPLE":
         args.data_path = ""
-    if args.auto_resume and args.output_dir and not args.resume:
+    # --overwrite wins over the published script's default
+    wanted = args.auto_resume and ("auto_resume" in args.given or not args.overwrite)
+    if wanted and args.output_dir and not args.resume:
         args.resume = "auto"
     if args.data_set == "CIFAR":
         args.data_set = "CIFAR100"
@@ -95,8 +98,12 @@ def validate(args: Namespace) -> None:
         (args.fold and not args.eval, "--fold is for --eval: a folded network is not trained"),
         (args.resume == "auto" and not args.output_dir,
          "--resume auto looks for the checkpoint in --output-dir, which is not given"),
+        (args.resume == "auto" and args.overwrite,
+         "--overwrite removes what --resume auto goes on with: drop one of the two"),
         (args.resume_weights_only and not args.resume,
          "--resume-weights-only needs --resume, the checkpoint that it is about"),
+        ("num_classes" in dict(args.model_kwargs or ()),
+         "--model-kwargs num_classes: give the number of outputs by --nb-classes"),
         (args.finetune == "auto",
          "--finetune needs the name of a checkpoint, 'auto' is for --resume"),
         (args.eval_data_path and not folders,
@@ -106,7 +113,8 @@ def validate(args: Namespace) -> None:
          "--disable-eval"),
         (args.eval and args.disable_eval,
          "--eval evaluates, which --disable-eval forbids: drop one of the two"),
-        (not args.data_path and (data_set != "SAMPLE" or zipped),
+        (not (args.data_path or (args.eval and args.eval_data_path))
+         and (data_set != "SAMPLE" or zipped),
          f"{'--zip-dataloader' if zipped else f'--data-set {data_set}'} needs --data-path, the "
          "folder that the data are in"),
         (zipped and data_set != "IMNET",

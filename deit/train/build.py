@@ -82,8 +82,10 @@ def build_model(args: Namespace, num_classes: int) -> tuple[nn.Module, list[str]
     check_known(name)
     kwargs = model_arguments(args, num_classes)
     try:
+        if not 0 <= kwargs.get("drop_path_rate", 0) <= 1:
+            raise ValueError("drop_path_rate is a probability, from 0 to 1")
         model, unknown = create_network(name, kwargs)
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise UserError(f"model {name!r} cannot be built: {one_line(error)}") from error
     notes = [note for key in unknown if (note := _about_unknown(key, kwargs[key], args))]
     check_image_size(model, args.input_size, "--input-size", name)

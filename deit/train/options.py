@@ -63,7 +63,7 @@ def _add_run(parser: ArgumentParser) -> None:
     add("--batch-size", COUNT, 64, "N",
         "images per process and step; the global batch is this x processes x --update-freq")
     add("--epochs", COUNT, 300, "N", "length of the training, warm-up included")
-    add("--seed", NATURAL, 0, "N",
+    add("--seed", number(int, 0, 10**18), 0, "N",
         "seed of initialisation, data order, augmentation, dropout and stochastic depth")
     add("--device", device_name, "auto", "NAME",
         "auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps")

@@ -63,7 +63,7 @@ def get_parser() -> CommandLine:
     how.add("--img-size", number(int, 1), None, "N",
             f"height and width of images (default: {networks.SIZE}, or what a checkpoint was "
             "trained on)")  # fmt: skip
-    how.add("--seed", number(int, 0), 0, "N", "of parameters and random images")
+    how.add("--seed", number(int, 0, 10**18), 0, "N", "of parameters and random images")
     add_kernels(how)
     return parser
 
