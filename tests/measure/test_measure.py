@@ -155,7 +155,7 @@ def test_memory_of_inference_is_weights_and_activations():
 @pytest.mark.parametrize(
     ("limit", "batch", "note"),
     [
-        (2, 2, "batch 2 in place of 8: memory does not hold more"),
+        (4, 4, "batch 4 in place of 8: memory does not hold more"),
         (0, None, "not timed: memory does not hold a batch of one"),
     ],
 )
