@@ -191,7 +191,10 @@ def test_unusable_files(name, content, message, tmp_path):
 def test_absent_average_is_an_error(net):
     with pytest.raises(UserError, match=r"no 'model_ema'.*--model-ema-eval"):
         Checkpoint({"model": net.state_dict()}, "c.pth").state(ema=True)
-    with pytest.raises(UserError, match=r"no 'model' .*'model_ema' is taken with .*ema=True"):
+    taken = (
+        r"no 'model' .*'model_ema' is taken by --finetune with --model-key model_ema, .*ema=True"
+    )
+    with pytest.raises(UserError, match=taken):
         Checkpoint({"state_dict_ema": net.state_dict()}, "c.pth").state()
 
 

@@ -202,6 +202,33 @@ def test_the_teachers_outputs_are_put_in_the_students_order(file):
         build_teacher(args, 2, "cpu", ["class0", "cat"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "entry", "value"),
+    [
+        ("--eval --resume", "model", {"patch_embed.flatten_and_permute.permutation": [0, 0, 0, 0]}),
+        ("--eval --resume", "class_names", [1, 2, 3]),
+        ("--eval --resume", "class_names", {0: "ant"}),
+        ("--eval --resume", "args", {"eval_crop_ratio": "much"}),
+        ("--eval --resume", "args", {"model": 5}),
+        ("--finetune", "args", {"model_kwargs": 5}),
+        ("--resume", "args", {1: 2}),
+        ("--resume", "optimizer", {}),
+        ("--resume", "progress", None),
+        ("--resume", "step", None),
+        ("--resume", "processes", [{}]),
+    ],
+)
+def test_entries_of_other_kinds(argv, entry, value, file, data, tmp_path):
+    saved = load(file)
+    if entry == "model":
+        value = {key: torch.tensor(numbers) for key, numbers in value.items()}
+    if entry in ("model", "args"):
+        value = saved[entry] | value
+    torch.save(saved | {entry: value}, tmp_path / "damaged.pth")
+    error = refused(*argv.split(), tmp_path / "damaged.pth", "--data-path", data)
+    assert "damaged.pth' is damaged" in error
+
+
 # labels
 
 

@@ -108,9 +108,18 @@ def test_weights_in_a_file_of_another_layout(tmp_path):
     path = tmp_path / "x.pth"
     weights = {"backbone.a": torch.ones(2), "head.b": torch.zeros(1)}
     torch.save({"module": weights, "epoch": 3}, path)
-    assert read_checkpoint(path, key="model|module")["model"].keys() == weights.keys()
+    checkpoint = read_checkpoint(path, key="model|module")
+    assert checkpoint["model"].keys() == weights.keys()
+    assert checkpoint.which() == "the trained weights (module)"
     assert read_checkpoint(path, key="module", prefix="backbone.")["model"].keys() == {"a"}
     with pytest.raises(UserError, match="neither a 'model'"):
         read_checkpoint(path)
     with pytest.raises(UserError, match="no weights whose names begin with 'neck'"):
         read_checkpoint(path, key="module", prefix="neck")
+    torch.save({"model": weights, "model_ema": weights}, path)
+    average = read_checkpoint(path, key="model_ema")
+    assert average.which() == "the average of the weights (model_ema)"
+    with pytest.raises(UserError, match=r"has no 'nosuch'.*it has 'model', 'model_ema'"):
+        read_checkpoint(path, key="nosuch")
+    torch.save(weights, path)
+    assert read_checkpoint(path, key="model|module")["model"].keys() == weights.keys()

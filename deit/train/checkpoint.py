@@ -11,6 +11,7 @@ and refuses every other name, except the few harmless types listed in `_SAFE_GLO
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import pathlib
@@ -18,7 +19,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -36,6 +37,11 @@ _HUB_PREFIX = "hf-hub:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin", "checkpoint.pth")
 # What timm's own training script calls what the published files have.
 _TIMMS_NAMES = {"model": "state_dict", "model_ema": "state_dict_ema", "scaler": "amp_scaler"}
+_TAKEN = {
+    "model": "without --model-ema-eval or ema=True",
+    "model_ema": "by --finetune with --model-key model_ema, by --eval, export.py and predict.py "
+    "with --model-ema-eval, by deit.load with ema=True",
+}
 # What deit/export.py writes into the metadata of safetensors, as JSON.
 _EXPORTED_KEYS = ("args", "class_names")
 
@@ -64,11 +70,15 @@ _SAFE_GLOBALS: list[Any] = [
 
 
 class Checkpoint(dict[str, Any]):
-    """What a checkpoint holds, under the published names; messages call it by its `source`."""
+    """What a checkpoint holds, under the published names; messages call it by its `source`.
+
+    Attributes:
+        key: where in the file the weights were that are now `model`.
+    """
 
     def __init__(self, content: Mapping[str, Any], source: str | Path) -> None:
         super().__init__(content)
-        self.source = str(source)
+        self.source, self.key = str(source), "model"
         for name, timms in _TIMMS_NAMES.items():
             if isinstance(self.get(timms), Mapping) and not isinstance(self.get(name), Mapping):
                 self[name] = self[timms]
@@ -82,7 +92,15 @@ class Checkpoint(dict[str, Any]):
     @property
     def class_names(self) -> list[str]:
         """What the network's outputs stand for, in their order; empty if it does not say so."""
-        return list(self.get("class_names") or ())
+        names = list(self.get("class_names") or ())
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(f"{self.source!r} is damaged: its class_names are not all strings")
+        return names
+
+    @property
+    def present(self) -> str:
+        """The names of what is in it, for a message."""
+        return ", ".join(repr(name) for name in self)
 
     @property
     def has_average(self) -> bool:
@@ -99,10 +117,8 @@ class Checkpoint(dict[str, Any]):
         if not isinstance(self.get(key), Mapping):
             hint = ""
             if other in self:
-                word = "without" if ema else "with"
-                hint = f"; its '{other}' is taken {word} --model-ema-eval, or ema={not ema}"
-            present = ", ".join(repr(name) for name in self)
-            raise UserError(f"{self.source!r} has no '{key}' (it has {present}){hint}")
+                hint = f"; its '{other}' is taken {_TAKEN[other]}"
+            raise UserError(f"{self.source!r} has no '{key}' (it has {self.present}){hint}")
         for name, value in self[key].items():
             if not isinstance(value, Tensor):
                 raise UserError(
@@ -113,9 +129,31 @@ class Checkpoint(dict[str, Any]):
 
     def which(self, ema: bool = False) -> str:
         """In words, which of its weights are taken."""
-        if ema:
+        if ema or self.key == "model_ema":
             return "the average of the weights (model_ema)"
-        return "the trained weights (model)" + (", not their average" if self.has_average else "")
+        other = ", not their average" if self.has_average else ""
+        return f"the trained weights ({self.key}){other}"
+
+
+def entries_as_expected(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a `function` of something and a checkpoint: entries of other kinds are one clear error.
+
+    What may be in a damaged file is more than can be looked at entry by entry.
+    """
+
+    @functools.wraps(function)
+    def checked(target: Any, checkpoint: Checkpoint, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(target, checkpoint, *args, **kwargs)
+        except UserError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {one_line(error)[:120]}"
+            raise UserError(
+                f"{checkpoint.source!r} is damaged or not of this program ({what})"
+            ) from error
+
+    return checked
 
 
 def read_checkpoint(source: str | Path, *, key: str = "", prefix: str = "") -> Checkpoint:
@@ -124,8 +162,8 @@ def read_checkpoint(source: str | Path, *, key: str = "", prefix: str = "") -> C
     Args:
         source: a `.pth`/`.pt`/`.safetensors` file, an http(s) address (kept in torch.hub's
             cache), or `hf-hub:owner/name[@revision][/file]` on the Hugging Face hub.
-        key: where its weights are (`model|module`: the first that is there), before the usual
-            places.
+        key: where its weights are (`model|module`: the first that is there). A bare state dict
+            is taken whole nevertheless, as the published code does.
         prefix: take only the weights whose names begin with it, and cut it off.
 
     Returns:
@@ -148,9 +186,9 @@ def read_checkpoint(source: str | Path, *, key: str = "", prefix: str = "") -> C
     if not isinstance(content, Mapping):
         raise UserError(f"{text!r} holds a {type(content).__name__}, not a checkpoint")
     checkpoint = Checkpoint(content, text)
-    named = [name for name in key.split("|") if isinstance(content.get(name), Mapping)]
+    named = [name for name in key.split("|") if isinstance(checkpoint.get(name), Mapping)]
     if named:
-        checkpoint["model"] = content[named[0]]
+        checkpoint["model"], checkpoint.key = checkpoint[named[0]], named[0]
     elif not any(isinstance(checkpoint.get(name), Mapping) for name in ("model", "model_ema")):
         if not content or not all(isinstance(value, Tensor) for value in content.values()):
             raise UserError(
@@ -158,6 +196,8 @@ def read_checkpoint(source: str | Path, *, key: str = "", prefix: str = "") -> C
                 f"has {some([repr(name) for name in content]) or 'nothing'}"
             )
         checkpoint = Checkpoint({"model": content}, text)
+    elif key:
+        raise UserError(f"{text!r} has no {key!r} (it has {checkpoint.present})")
     if key or prefix:
         state = checkpoint.state()
         state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}

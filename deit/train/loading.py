@@ -24,7 +24,7 @@ from deit.errors import UserError
 from deit.layers import MirrorGrid
 from deit.train.args import config_dict, parse_args
 from deit.train.build import build_model, mean_and_std, warps
-from deit.train.checkpoint import Checkpoint, read_checkpoint
+from deit.train.checkpoint import Checkpoint, entries_as_expected, read_checkpoint
 from deit.train.distributed import DistContext
 from deit.train.folder import LAST
 from deit.train.moments import same_optimizer
@@ -144,6 +144,7 @@ def network_info(args: Namespace, class_names: Sequence[str] | None) -> NetworkI
     )
 
 
+@entries_as_expected
 def adopt(
     args: Namespace, checkpoint: Checkpoint, names: Iterable[str], *, ema: bool = False
 ) -> list[str]:
@@ -187,6 +188,8 @@ def adopt(
             if name not in DATA and trained.get(name, ours) != ours:
                 differing.append(_difference(_flag(name), ours, trained[name]))
         elif known.get(name, ours) != ours:
+            if ours is not None and isinstance(ours, str) != isinstance(known[name], str):
+                raise TypeError(f"{name} is {known[name]!r}")
             setattr(args, name, known[name])
             taken += [_spelled(name, known[name])] if name in said else []
     notes = [f"taken from {source}: {' '.join(taken)}"] if taken else []

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from deit.data.stream import seed_everything
 from deit.errors import UserError, some
 from deit.train.args import config_dict
-from deit.train.checkpoint import Checkpoint
+from deit.train.checkpoint import Checkpoint, entries_as_expected
 from deit.train.engine import Progress, TrainingState
 from deit.train.loading import changed_options
 from deit.train.moments import (
@@ -137,6 +137,7 @@ def state_dict(state: TrainingState) -> dict[str, Any]:
     return checkpoint
 
 
+@entries_as_expected
 def load_state_dict(
     state: TrainingState, checkpoint: Checkpoint, *, global_batch: int
 ) -> list[str]:
