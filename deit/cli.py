@@ -221,19 +221,24 @@ def _settle_compile(args: Options) -> None:
 def output_file(*suffixes: str) -> Callable[[str], Path]:
     """An argparse type: a file that can be written, ending in one of `suffixes` if there are any.
 
-    Measuring takes long, so what would keep the results from being written is told before it.
+    Of a link it is the file that the link leads to. Measuring takes long, so what would keep the
+    results from being written is told before it.
     """
 
     def check(text: str) -> Path:
         path = Path(text)
+        if path.exists() and not path.is_file():
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is a folder or a device, and must be a file"
+            )
+        if path.is_symlink():  # renaming over it would leave what it leads to as it was
+            path = path.resolve()
         if suffixes and path.suffix.lower() not in suffixes:
             wanted = ", ".join(suffixes)
-            raise argparse.ArgumentTypeError(f"{text!r} must end in one of {wanted}")
+            raise argparse.ArgumentTypeError(f"{str(path)!r} must end in one of {wanted}")
         folder = path.resolve().parent
         if not folder.is_dir():
             raise argparse.ArgumentTypeError(f"there is no folder {str(folder)!r} for {text!r}")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r} is a folder, and must be a file")
         try:  # permissions do not tell of file systems that are read-only
             with tempfile.TemporaryFile(dir=folder):
                 pass

@@ -26,7 +26,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from deit.cli import CommandLine, OptionGroup, key_value, number, output_file
@@ -243,7 +243,7 @@ def _write(
         copied = copy.deepcopy(network)
         state = (copied.half() if args.half else copied).state_dict()
         state = {name: value.contiguous().clone() for name, value in state.items()}
-        save_file(state, path, metadata)
+        path.write_bytes(save(state, metadata))  # `save_file` keeps files from other users
         copied.float().load_state_dict(read_checkpoint(path)["model"])
         return copied
     target = "onnx" if args.format == "onnx" else "torch"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import deit
 from deit.deploy import files
 from deit.deploy.info import NetworkInfo
 from deit.errors import UserError
-from deit.export import main
+from deit.export import SUFFIXES, main
 from deit.train.checkpoint import read_checkpoint
 
 SMALL = "--model d2_deit_tiny_patch16_LS --model-kwargs "
@@ -201,6 +202,22 @@ def test_torch_export_with_a_fixed_batch(tmp_path):
     assert operations[0] < operations[1]
 
 
+@pytest.mark.parametrize("format", ["torch-export", "safetensors"])
+def test_full_disk(checkpoint, tmp_path, format):
+    """The kernel's limit on the size of a file acts as a full disk does, down in the C++ writer."""
+    output = tmp_path / f"network{SUFFIXES[format]}"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"larger than the system allows in .* no previous file"
+        ):
+            export(format, output, "--resume", checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_safetensors_hold_the_networks_own_weights(checkpoint, tmp_path):
     output = tmp_path / "network.safetensors"
     export("safetensors", output, "--resume", checkpoint, "--no-fold")
@@ -215,6 +232,7 @@ def test_safetensors_hold_the_networks_own_weights(checkpoint, tmp_path):
     names = tmp_path / "map.txt"
     names.write_text("x\ny\nz\n")
     export("safetensors", output, "--resume", checkpoint, "--half", "--class-map", names)
+    assert output.stat().st_mode == names.stat().st_mode  # the umask's, as of any file
     halves = read_checkpoint(output)["model"]
     assert halves["head.weight"].equal(state["head.weight"].half())
     assert deit.load(output).class_names == ["x", "y", "z"]

@@ -1,6 +1,7 @@
 """What the command lines share: one-line errors, output files, the options of torch.compile."""
 
 import errno
+import os
 import re
 import tempfile
 from unittest.mock import Mock
@@ -54,6 +55,8 @@ def test_an_output_that_can_be_written(parse, tmp_path):
     assert parse(f"--plot {tmp_path / 'new.svg'}").plot == tmp_path / "new.svg"
     assert path.read_text() == "an earlier one"
     assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "link").symlink_to(path.name)
+    assert parse(f"--plot {tmp_path / 'link'}").plot == path
 
 
 @pytest.mark.parametrize(
@@ -62,13 +65,15 @@ def test_an_output_that_can_be_written(parse, tmp_path):
         ("figure.xyz", r"figure\.xyz.*\.png, \.svg"),
         ("figure", r"\.png, \.svg"),
         ("nowhere/figure.png", "no folder"),
-        ("folder.png", "is a folder"),
+        ("folder.png", "is a folder or a device"),
+        ("pipe.png", "is a folder or a device"),
         ("file/figure.png", "no folder"),
         ("out.svg", "Read-only file system"),
     ],
 )
 def test_outputs_that_cannot_be_written(parse, tmp_path, monkeypatch, name, message):
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file").touch()
     read_only = OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=read_only))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import logging
 import tempfile
@@ -216,7 +217,9 @@ def write_torch_export(
     with _quiet():
         program = torch.export.export(network, (example,), dynamic_shapes=_dynamic(dynamic))
         extra = {METADATA_FILE: json.dumps(dict(metadata))}
-        torch.export.save(program, str(path), extra_files=extra)
+        file = io.BytesIO()  # where the disk is full, torch's own writer aborts the process
+        torch.export.save(program, file, extra_files=extra)
+        path.write_bytes(file.getbuffer())
         loaded = torch.export.load(str(path)).module()
     return lambda images: loaded(images.to(example.dtype)).float()
 
