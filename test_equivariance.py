@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from deit.errors import one_line_errors
+from deit.errors import run_command
 from deit.verify.check import DTYPES, Settings, check
 from deit.verify.cli import main
 from deit.verify.layers import LAYER_CASES
@@ -45,4 +45,4 @@ def test_broken_layer_is_found_and_located(broken):
 
 
 if __name__ == "__main__":
-    sys.exit(one_line_errors(main))
+    sys.exit(run_command(main))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -42,12 +43,37 @@ def is_first_process() -> bool:
 
 
 def run_command(body: Callable[[], int | None]) -> int:
-    """`one_line_errors` for a whole process: Ctrl-C is one line too, and status 130."""
+    """`one_line_errors` for a whole process: Ctrl-C is one line too, and status 130.
+
+    Whoever reads what is printed, as `head`, may have seen enough: the process ends with status 0.
+    """
     try:
-        return one_line_errors(body)
+        status = one_line_errors(body)
+        print(end="", flush=True)
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise  # another pipe than that of the output
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):  # rich's answer to one
+            raise
+    drop_output()
+    return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors are told unasked
+    return bool(poll.poll(0))
+
+
+def drop_output() -> None:
+    """Send what is printed from here on, and what waits to be written, nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def some(names: Sequence[str], count: int = 3) -> str:

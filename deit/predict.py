@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -241,11 +240,7 @@ def _columns(row: Row) -> Row:
 
 def command(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line (default: this process's own); returns the exit status."""
-    try:
-        return run_command(partial(main, argv))
-    except BrokenPipeError:  # whoever reads what is printed, as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return run_command(partial(main, argv))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deit.errors import UserError, one_line_errors
+from deit.errors import UserError, run_command
 from deit.launch.spec import make_spec
 from deit.launch.status import show_status
 
@@ -44,4 +44,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(one_line_errors(lambda: run(sys.argv[1:])))
+    sys.exit(run_command(lambda: run(sys.argv[1:])))

@@ -136,6 +136,32 @@ def test_signal_stops_between_updates(number, call, place, data, whole, tmp_path
     assert_same_outcome(tmp_path, whole)
 
 
+LOST = {
+    "pipe": os.pipe,
+    "terminal": os.openpty,
+    "full": lambda: (os.open(os.devnull, os.O_RDONLY), os.open("/dev/full", os.O_WRONLY)),
+}
+
+
+def train_unheard(kind: str, data: Path, out: Path) -> int:
+    """Train, and stop on SIGTERM, with an output whose reader goes away at the second update."""
+    reader, writer = LOST[kind]()
+    os.environ["TERM"] = "xterm"
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+    at_call(TrainingState, "update", 2, lambda *_: os.close(reader))
+    at_call(TrainingState, "update", 5, functools.partial(strike, signal.SIGTERM))
+    return train(*OPTIONS, "--log-interval", "1", data=data, out=out)
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_a_lost_terminal_does_not_lose_the_run(kind, data, tmp_path):
+    body = functools.partial(train_unheard, kind, data, tmp_path)
+    [(status, _)] = run_processes([body], (), tmp_path, distributed=False)
+    checkpoint = load(tmp_path / "checkpoint.pth")
+    assert (status, checkpoint["epoch"] + 1, checkpoint["step"]) == (0, 1, 2)
+
+
 def test_an_unreadable_test_image_loses_no_epoch(whole, tmp_path):
     folder, out = make_images(tmp_path / "data"), tmp_path / "out"
     path = folder / "val" / "class1" / "1.png"

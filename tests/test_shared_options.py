@@ -7,10 +7,11 @@ import tempfile
 from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 
 from deit import cli
 from deit.cli import CommandLine, OptionGroup, duration, output_file
-from deit.errors import EXIT_USER_ERROR, UserError, one_line_errors, suggest
+from deit.errors import EXIT_USER_ERROR, UserError, one_line_errors, run_command, suggest
 
 
 @pytest.fixture
@@ -108,6 +109,19 @@ def test_user_errors_are_one_line_and_defects_keep_their_traceback(capsys):
     assert [one_line_errors(lambda: None), one_line_errors(lambda: 3)] == [0, 3]
     with pytest.raises(ValueError, match="a defect"):
         one_line_errors(lambda: fail(ValueError("a defect")))
+
+
+@pytest.mark.parametrize("say", [print, Console().print])
+def test_readers_may_stop_reading(say, monkeypatch, capfd):
+    """As `head` does; a pipe of another kind that breaks is a defect."""
+    reading, writing = os.pipe()
+    with open(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        with pytest.raises(BrokenPipeError):
+            run_command(Mock(side_effect=BrokenPipeError))
+        os.close(reading)
+        assert run_command(lambda: say("something")) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_suggestions():

@@ -92,9 +92,9 @@ class Checkpoint(dict[str, Any]):
     @property
     def class_names(self) -> list[str]:
         """What the network's outputs stand for, in their order; empty if it does not say so."""
-        names = list(self.get("class_names") or ())
-        if not all(isinstance(name, str) for name in names):
-            raise UserError(f"{self.source!r} is damaged: its class_names are not all strings")
+        names = self.get("class_names") or []
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise UserError(f"{self.source!r} is damaged: its class_names are no list of strings")
         return names
 
     @property

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 
 from deit.cli import duration
-from deit.errors import UserError, one_line
+from deit.errors import UserError, drop_output, one_line
 from deit.saving import atomic_path, write_text
 from deit.train.distributed import DistContext
 from deit.train.engine import Progress
@@ -183,7 +183,15 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
-        self.console.print(text, markup=False)
+        self._show(lambda: self.console.print(text, markup=False))
+
+    def _show(self, show: Callable[[], object]) -> None:
+        """Show something, until the terminal is gone: that must not lose a run."""
+        try:
+            show()
+        except (OSError, SystemExit):  # a full disk; rich leaves the process at a broken pipe
+            self.console.quiet = True
+            drop_output()
 
     def start(self, title: str, total: int, done: int = 0) -> None:
         """Begin to show the progress of an epoch or an evaluation, of which `done` is behind us."""
@@ -199,8 +207,8 @@ class Reporter:
                 console=self.console,
                 transient=True,
             )
-            self._bar.start()
             self._bar.add_task(title, total=total, completed=done, info="")
+            self._show(self._bar.start)
 
     def on_update(self, lr: float, loss: float | None) -> None:
         """Show what the progress says after an update; `loss` is the epoch's mean, where known."""
@@ -236,7 +244,7 @@ class Reporter:
     def stop(self) -> None:
         """Take the progress bar away."""
         if self._bar is not None:
-            self._bar.stop()
+            self._show(self._bar.stop)
             self._bar = None
 
     def end_epoch(self, record: Mapping[str, Any]) -> None:

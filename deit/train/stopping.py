@@ -70,8 +70,10 @@ def stop_on_signals(announce: bool = True) -> Iterator[None]:
             interrupted_at.append(now)
         if announce and _reason is None:
             again = "; Ctrl-C again quits at once" if number == signal.SIGINT else ""
-            # Not print(): the handler may interrupt a print.
-            os.write(2, f"\n{name}: stopping after this update{again}\n".encode())
+            # Not print(): the handler may interrupt a print. Nobody may read it, as when Ctrl-C has
+            # ended a `tee` too.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{name}: stopping after this update{again}\n".encode())
         request_stop(name)
 
     # Ignored too: shells start background jobs with an ignored SIGINT.
