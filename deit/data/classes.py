@@ -34,8 +34,8 @@ def read_class_map(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
+        text = path.read_text(encoding="utf-8-sig")  # Windows marks the start of a file
+        if path.suffix.lower() == ".json":
             names = _from_json(json.loads(text))
         else:
             names = [line.strip() for line in text.splitlines() if line.strip()]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
+import os
 import struct
 import zipfile
 import zlib
@@ -176,7 +177,11 @@ def _zipped_classes(root: Path, split: str) -> ZipImages:
             below = files
     paths, *labels = class_tree(sort_out(below), archive)
     if not paths:
-        raise UserError(f"no images in {archive} as <class>/<image> or {split}/<class>/<image>")
+        own = root / f"{split}.zip"
+        missing = f", and there is no {own}" if archive not in (root, own) else ""
+        raise UserError(
+            f"no images in {archive} as <class>/<image> or {split}/<class>/<image>{missing}"
+        )
     return ZipImages(archive, [below[path] for path in paths], *labels)
 
 
@@ -230,7 +235,7 @@ def read_idx(path: str | Path) -> np.ndarray:
 def _fashion(root: Path, split: str) -> ArrayImages:
     image_file, label_file = find_idx_pair(root, split)
     images, labels = read_idx(image_file), read_idx(label_file)
-    if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels):
+    if images.ndim != 3 or labels.shape != images.shape[:1] or not images.size:
         raise UserError(
             f"{image_file} of shape {images.shape} and {label_file} of shape {labels.shape} "
             "are not N images and their N labels"
@@ -255,7 +260,7 @@ def _inaturalist(root: Path, split: str, year: int, category: str) -> ImageDatas
         levels = sorted(set.intersection(*(set(entry) for entry in categories)) - {"id"})
         label_of = {entry["id"]: str(entry.get(category)) for entry in categories}
         class_names = list(dict.fromkeys(label_of.values()))
-        file_of = {entry["id"]: entry["file_name"] for entry in data["images"]}
+        file_of = {entry["id"]: os.fspath(entry["file_name"]) for entry in data["images"]}
         names = [file_of[entry["image_id"]] for entry in data["annotations"]]
         labels = [label_of[entry["category_id"]] for entry in data["annotations"]]
     except (OSError, ValueError, KeyError, TypeError) as error:

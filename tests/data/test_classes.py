@@ -53,13 +53,14 @@ def test_classes_that_have_no_output():
         ("c.txt", "ant\nbee\n\ncat\n", NAMES),
         ("c.txt", "n01440764 tench, Tinca tinca\nn01443537 goldfish\n", ["n01440764", "n01443537"]),
         ("c.txt", "n01440764 tench\ngold fish\n", ["n01440764 tench", "gold fish"]),
-        ("c.json", json.dumps(NAMES), NAMES),
+        ("c.txt", "\ufeffant\nbee\ncat", NAMES),
+        ("c.JSON", "\ufeff" + json.dumps(NAMES), NAMES),
         ("c.json", '{"cat": 2, "ant": 0, "bee": 1}', NAMES),
         ("c.json", json.dumps({str(n): [name, "words"] for n, name in enumerate(NAMES)}), NAMES),
     ],
 )
 def test_class_maps(name, text, expected, tmp_path):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_class_map(tmp_path / name) == expected
 
 

@@ -123,6 +123,8 @@ class TestZip:
         pack(image_tree / "val", tmp_path / "val.zip")
         with pytest.raises(UserError, match="--zip-dataloader"):
             build_dataset("val", root=tmp_path)
+        with pytest.raises(UserError, match=r"no images in .*val\.zip .*there is no .*train\.zip"):
+            build_dataset("train", root=tmp_path, zip_archive=True)
         damage(tmp_path / "val.zip", image_tree / "val")
         with pytest.raises(UserError, match=message):
             build_dataset("val", root=tmp_path, zip_archive=True)
@@ -170,6 +172,7 @@ class TestFashion:
         ("images", "labels", "message"),
         [
             (IMAGES[:-1], LABELS, "N images and their N labels"),
+            (IMAGES[:, :0], LABELS, "N images and their N labels"),
             (IMAGES, LABELS + 1, "label 10, but Fashion-MNIST has ten classes"),
         ],
     )
@@ -268,6 +271,7 @@ class TestINaturalist:
             ({"inat_category": "genus"}, "'genus': one of class, kingdom, name"),
             ({"name": "INAT19"}, r"val2019\.json"),
             ({"split": "train"}, r"train2018\.json .* as iNaturalist's: KeyError 'annotations'"),
+            ({"split": "train", "name": "INAT19"}, r"train2019\.json .*: TypeError expected str"),
             ({}, "lists train_val2018/"),
         ],
     )
@@ -275,6 +279,8 @@ class TestINaturalist:
         self.write(tmp_path)
         shutil.rmtree(tmp_path / "train_val2018")
         (tmp_path / "train2018.json").write_text(json.dumps({"images": []}))
+        nameless = {"images": [{"id": 0, "file_name": None}], "annotations": []}
+        (tmp_path / "train2019.json").write_text(json.dumps(nameless))
         with pytest.raises(UserError, match=message):
             build_dataset(**{"split": "val", "name": "INAT", "root": tmp_path} | options)
 
