@@ -42,6 +42,7 @@ from deit.export import add_network_options, trained_network
 from deit.saving import atomic_path
 from deit.train.distributed import choose_device
 from deit.train.loading import network_info
+from deit.train.options import device_name
 
 __all__ = ["command", "get_parser", "main"]
 
@@ -65,7 +66,7 @@ def get_parser() -> CommandLine:
     how.switch("--mirror-check", "classify the mirror images too, and say how many differ")
     how.add("--batch-size", number(int, 1), 32, "N", "photographs at once")
     how.add("--num-workers", number(int, 1), 4, "N", "threads that read photographs")
-    how.add("--device", str, "auto", "DEVICE", "auto, cpu, cuda, cuda:N or mps")
+    how.add("--device", device_name, "auto", "DEVICE", "auto, cpu, cuda, cuda:N or mps")
     how.add("--threads", number(int, 1), None, "N", "of the CPU (default: the runtime's choice)")
     return parser
 

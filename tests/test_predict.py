@@ -210,6 +210,7 @@ def test_readers_may_stop_reading(checkpoint, folder, monkeypatch, capsys):
         ("photos", "give one network"),
         ("nowhere --checkpoint a.pth", "there is no file or folder 'nowhere'"),
         ("photos --checkpoint a.onnx", r"'a\.onnx' is no checkpoint: give it by --onnx"),
+        ("photos --onnx a.onnx --device foo", "'foo' is not one of auto, cpu, cuda"),
         ("photos --onnx a.onnx --model-ema-eval", "are for a --checkpoint"),
         ("empty --checkpoint a.pth", r"there are no images in .*; not read in .*: \.txt: 1"),
         ("photos --checkpoint checkpoint.pth --class-map four.txt",

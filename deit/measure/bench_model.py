@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from deit.measure.hardware import synchronize
 from deit.measure.networks import build
+from deit.models.inputs import input_channels
 from deit.train.compilation import GRAPHS, compile_network
 from deit.train.engine import Precision
 
@@ -40,7 +41,8 @@ class BenchModel:
         )
         if args.compile:
             compile_network(self.model, args.compile_mode, blocks=args.compile_blocks)
-        self.images = torch.randn(batch, 3, size, size, device=device, dtype=args.storage)
+        shape = (batch, input_channels(self.model), size, size)
+        self.images = torch.randn(shape, device=device, dtype=args.storage)
         outputs = getattr(self.model, "num_classes", 1000) or 1
         self.targets = torch.randint(0, outputs, (batch,), device=device)
         if args.train:

@@ -14,6 +14,7 @@ from deit.measure.hardware import available_memory
 from deit.measure.networks import FOLDED, SYMMETRIZED, build, has_asym_feats
 from deit.measure.roofline import TRAINING, PeakRates, bound
 from deit.measure.timing import alternate
+from deit.models.inputs import input_channels
 from deit.models.published import twin_of
 
 DEFAULT_BATCH = 64
@@ -77,7 +78,8 @@ def count(name: str, args: Namespace) -> Result:
         unfolded = count(name.removesuffix(FOLDED), args)
         return replace(unfolded, model=name, gflops=None, notes=[])
     model, size = build(name, args.img_size, args.arguments, device="meta")
-    counted, twin = count_flops(model, torch.empty(1, 3, size, size, device="meta")), twin_of(name)
+    image = torch.empty(1, input_channels(model), size, size, device="meta")
+    counted, twin = count_flops(model, image), twin_of(name)
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     result = Result(name, params, counted.total / 1e9, twin=twin, matmuls=counted.matmuls)
     if args.arguments.get(SYMMETRIZED) and twin and not has_asym_feats(name):

@@ -25,6 +25,7 @@ from deit.train.build import model_arguments
 from deit.train.distributed import choose_device
 from deit.train.engine import lower_precision
 from deit.train.loading import build_as_trained
+from deit.train.options import device_name
 
 DESCRIPTION = """Parameters, FLOPs, throughput and memory of equivariant networks and their twins.
 
@@ -57,7 +58,7 @@ def _parser() -> CommandLine:
     what.switch("--train", "measure training steps too: forward, backward, AdamW")
     what.switch("--profile", "show where the time of each network goes")
     how = OptionGroup(parser, "how to run")
-    how.add("--device", str, "auto", "NAME", "auto, cpu, cuda, cuda:N or mps")
+    how.add("--device", device_name, "auto", "NAME", "auto, cpu, cuda, cuda:N or mps")
     how.add("--dtype", str, None, "NAME",
             f"{', '.join(DTYPES)} (default: float32, with --amp bfloat16)", choices=DTYPES)
     how.switch("--amp", "keep weights in float32 and let autocast choose --dtype where it may")

@@ -70,6 +70,13 @@ def test_impossible_image_sizes(name, img_size, message):
         count(name, options(f"--img-size {img_size}"))
 
 
+@pytest.mark.parametrize("name", [TWIN, OURS, "convnext_tiny"])
+def test_images_of_one_colour(name):
+    args = options("--model-kwargs in_chans=1 --batch-size 2")
+    assert count(name, args).gflops < count(name, options()).gflops
+    assert BenchModel(name, 2, args).infer().shape == (2, 1000)
+
+
 def test_symmetrized_features():
     wanted = options("--symmetrized-asym-feats")
     # the classifier is twice as wide

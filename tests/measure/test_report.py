@@ -135,6 +135,7 @@ def test_figure_files(tmp_path):
         ("--plot figure.xyz", r"figure\.xyz.*\.png"),
         ("--compile-mode fastest", "fastest"),
         ("--dtype int8", "int8"),
+        ("--device foo", "'foo' is not one of auto, cpu, cuda"),
         ("--json x --csv ./x", "--json, --csv and --plot are one file"),
         ("--checkpoint x --models d2_deit_*", "one network, not .*exact name"),
     ],
