@@ -87,6 +87,7 @@ def test_timms_own_loader_takes_the_average(file):
     [
         ({"img_size": "a"}, "img_size 'a' is n"),
         ({"img_size": 0}, "img_size 0 is n"),
+        ({"img_size": (64,)}, r"img_size \(64,\) is n"),
         ({"img_size": (8, 8, 8)}, r"img_size \(8, 8, 8\) is n"),
         ({"img_size": 16.0}, "img_size 16.0 is n"),
         ({"num_classes": -1}, "num_classes -1 is no"),

@@ -11,6 +11,7 @@ are left alone.
 
 # no postponed annotations: symbolic tracers copy those of forward into the code they generate
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
@@ -43,15 +44,21 @@ def init_linear(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Line
 
 
 LEAST = dict.fromkeys(
-    ("in_chans", "embed_dim", "depth", "num_heads", "patch_size", "depths", "dims"), 1
+    ("in_chans", "img_size", "embed_dim", "depth", "num_heads", "patch_size", "depths", "dims"), 1
 ) | {"num_classes": 0}
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raise ValueError if one of a network's arguments is a size and less than `LEAST` says."""
+    """Raise ValueError if one of a network's sizes is less than `LEAST` says, or no whole number.
+
+    Other arguments, and None, are let pass.
+    """
     for name, least in LEAST.items():
-        if name in sizes and min(to_2tuple(sizes[name])) < least:
-            raise ValueError(f"{name} must be at least {least}, not {sizes[name]}")
+        size = sizes.get(name)
+        numbers = () if size is None else to_2tuple(size)
+        whole = all(isinstance(number, Integral) for number in numbers)
+        if not (whole and min(numbers, default=least) >= least):
+            raise ValueError(f"{name} must be at least {least} and a whole number, not {size!r}")
 
 
 @torch.no_grad()
@@ -229,6 +236,7 @@ class Classifier(Scriptable, nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes for none. `global_pool` changes the pooling."""
+        check_sizes(num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = self._check_pool(global_pool)
         self.num_classes = num_classes

@@ -66,7 +66,7 @@ class _ConvNeXt(Classifier):
         **head: Any,
     ) -> None:
         super().__init__(in_chans, num_classes, global_pool, **head)
-        check_sizes(patch_size=patch_size)
+        check_sizes(img_size=img_size, patch_size=patch_size)
         patch_size = to_2tuple(patch_size)
         if img_size is not None and self.equivariant:
             height, width = to_2tuple(img_size)

@@ -58,7 +58,7 @@ class ResMLP(Classifier):
         **head: Any,
     ) -> None:
         super().__init__(in_chans, num_classes, global_pool, equivariant=True, **head)
-        check_sizes(embed_dim=embed_dim, depth=depth, patch_size=patch_size)
+        check_sizes(embed_dim=embed_dim, depth=depth, img_size=img_size, patch_size=patch_size)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_dim = embed_dim
 

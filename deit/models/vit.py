@@ -91,7 +91,8 @@ class VisionTransformer(Classifier):
         **head: Any,
     ) -> None:
         super().__init__(in_chans, num_classes, global_pool, equivariant=bridge is None, **head)
-        check_sizes(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
+        check_sizes(img_size=img_size, patch_size=patch_size)
+        check_sizes(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_dim = embed_dim
         self.has_class_token = class_token
@@ -154,6 +155,7 @@ class VisionTransformer(Classifier):
         Raises:
             ValueError: if the patches do not tile the image; nothing is changed then.
         """
+        check_sizes(img_size=img_size, patch_size=patch_size)
         self.patch_embed.set_input_size(img_size, patch_size)
         grid = self.patch_embed.grid
         if grid != self.pos_embed.grid:
@@ -283,6 +285,8 @@ class VisionTransformer(Classifier):
 
 def _depth_of_bridge(bridge: str | None, break_layer: int | None, depth: int) -> int:
     """The number of equivariant blocks."""
+    if bridge is not None and bridge not in BRIDGES:
+        raise ValueError(f"bridge {bridge!r} is not known: use {', '.join(BRIDGES)} or None")
     if bridge is None and break_layer is not None:
         raise ValueError(
             "break_layer says where the bridge of a hybrid or invariant-early network stands, "

@@ -86,9 +86,9 @@ def load(
 
 
 def _check_numbers(img_size: Any, num_classes: Any) -> None:
-    sides = img_size if isinstance(img_size, list | tuple) else (img_size,)
+    sides = to_2tuple(img_size)
     whole = all(isinstance(side, Integral) and side > 0 for side in sides)
-    if img_size is not None and not (whole and len(sides) in (1, 2)):
+    if img_size is not None and not (whole and len(sides) == 2):
         raise UserError(f"img_size {img_size!r} is neither a side in pixels nor (height, width)")
     if num_classes is not None and not (isinstance(num_classes, Integral) and num_classes >= 0):
         raise UserError(f"num_classes {num_classes!r} is no number of classes: 0 or more")

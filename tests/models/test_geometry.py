@@ -162,9 +162,14 @@ def test_impossible_sizes_are_refused_and_change_nothing():
         model.set_input_size(img_size=30)
     with pytest.raises(ValueError, match="patches of 7 x 7"):
         model.set_input_size(patch_size=7)
+    with pytest.raises(ValueError, match="patch_size must be at least 1"):
+        model.set_input_size(patch_size=0)
     assert torch.equal(model(x), before)
     with pytest.raises(ValueError, match="avgmax"):
         model.reset_classifier(10, "avgmax")
+    with pytest.raises(ValueError, match="num_classes must be at least 0"):
+        model.reset_classifier(-1)
+    assert model.num_classes == model.head.out_features
 
 
 # what is no image, and options that make no network
@@ -180,13 +185,13 @@ def test_what_is_no_image_is_refused_with_its_shape(family):
 
 @pytest.mark.parametrize("family", NAMES)
 def test_sizes_that_make_no_network_are_refused(family):
-    wrong = {"in_chans": 0, "patch_size": (4, 0), "num_classes": -1}
+    wrong = {"in_chans": 0, "img_size": "32", "patch_size": (4, 0), "num_classes": -1}
     if family == "d2_convnext":
         wrong |= {"depths": (1, 0, 1, 1), "dims": (4, 4, 4, 0)}
     else:
         wrong |= {"depth": 0, "embed_dim": 0}
     for size, value in wrong.items():
-        with pytest.raises(ValueError, match=f"{size} must be at least .*, not .*[0-]"):
+        with pytest.raises(ValueError, match=f"{size} must be at least .*, not .*['0-]"):
             create(family, **{size: value})
 
 
@@ -201,6 +206,7 @@ def test_sizes_that_make_no_network_are_refused(family):
         ("d2_convnext", dict(depths=()), r"depths \(\) and dims.*equally many"),
         ("convnext_isotropic", dict(use_symmetrized_asym_feats=True), "no antisymmetric part"),
         ("hybrid_deit", dict(use_symmetrized_asym_feats=True), "no antisymmetric part"),
+        ("d2_deit", dict(bridge="x"), "bridge 'x' is not known: use regular, invariant or None"),
         ("d2_deit", dict(break_layer=2), "this network has none"),
         ("hybrid_deit", dict(break_layer=5), "break_layer 5 is not among the 4 blocks"),
         ("resmlp_equi_d2", dict(img_size=33), "33 pixels cannot be cut into patches of 8 x 8"),
