@@ -45,8 +45,10 @@ def is_first_process() -> bool:
 def run_command(body: Callable[[], int | None]) -> int:
     """`one_line_errors` for a whole process: Ctrl-C is one line too, and status 130.
 
-    Whoever reads what is printed, as `head`, may have seen enough: the process ends with status 0.
+    Whoever reads what is printed, as `head`, may have seen enough: the process ends, with status 0
+    if it was not through.
     """
+    status = 0
     try:
         status = one_line_errors(body)
         print(end="", flush=True)
@@ -61,7 +63,7 @@ def run_command(body: Callable[[], int | None]) -> int:
         if not isinstance(leaving.__context__, BrokenPipeError):  # rich's answer to one
             raise
     drop_output()
-    return 0
+    return status
 
 
 def _nobody_reads() -> bool:
