@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from training_runs import (
     PLAIN,
     TINY,
@@ -192,7 +193,7 @@ def raise_defect(*args) -> None:
     raise ValueError("a defect of rank 1")
 
 
-LOST = r"lost the connection to another process, which may have ended: (?!.*\.cc:).*"
+LOST = r"lost the connection to another process, which may have ended: (?!.*(\.cc:|GLHF)).*"
 WAITED = r"waited longer than --dist-timeout 0\.1 \(minutes\) for another process"
 
 
@@ -267,6 +268,26 @@ def test_a_wrong_input_is_told_once(late, data, tmp_path):
     output = "".join(output for _, output in results)
     assert output.startswith("error: no checkpoint")
     assert output.count("\n") == 1
+
+
+def meet_late(met: Path) -> int:
+    """Rank 1 is late to learn that it has met the others; who goes on before that returns 1."""
+
+    def new_group(meet=dist.new_group, **options):
+        group = meet(**options)
+        if os.environ["RANK"] == "1":
+            time.sleep(1)
+            met.touch()
+        return group
+
+    dist.new_group = new_group
+    with connect(RankInfo.from_env(), torch.device("cpu"), timedelta(minutes=1)):
+        return int(not met.exists())
+
+
+def test_nobody_goes_on_before_all_have_met(tmp_path):
+    """Rank 0 might fail, and take away the store in which another one still looks for addresses."""
+    assert run_processes([meet_late] * 2, (tmp_path / "met",), tmp_path) == [(0, "")] * 2
 
 
 KILLED = """

@@ -192,6 +192,9 @@ def connect(
     told = dist.PrefixStore("told", _meet(info, device, timeout))
     context.control = dist.new_group(backend="gloo", timeout=timeout)
     try:
+        # Until here others may still look for addresses in the store, which rank 0 serves and
+        # takes away with it when something is wrong.
+        dist.barrier(group=context.control)
         yield context
         dist.barrier(group=context.control)
     except UserError as error:
@@ -207,8 +210,8 @@ def connect(
         # A process that hangs may be the one that serves the store.
         if not waited and _count(told, "any", 0) > 0:
             raise SystemExit(EXIT_USER_ERROR) from None
-        # without the place in gloo's C++ source
-        told_by_torch = re.sub(r"\[\S+:\d+\] ", "", text)[:300]
+        # without the place in gloo's C++ source, and its general advice
+        told_by_torch = re.sub(r"\[\S+:\d+\] |\. This is typically .*", "", text)[:300]
         what = f"lost the connection to another process, which may have ended: {told_by_torch}"
         if waited:
             minutes = timeout.total_seconds() / 60
