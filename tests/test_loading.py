@@ -107,8 +107,11 @@ def test_load_of_older_and_bare_files(file, tmp_path):
     args = Namespace(**saved["args"])
     args.output_dir = pathlib.PosixPath("/data/run")
     args.model_kwargs = [tuple(pair) for pair in args.model_kwargs]
-    torch.save({"model": saved["model"], "args": args}, tmp_path / "old.pth")
-    assert_holds(deit.load(tmp_path / "old.pth"), saved["model"])
+    old = {"model": saved["model"], "args": args, "class_names": ("ant", "bee", "cat")}
+    torch.save(old, tmp_path / "old.pth")
+    network = deit.load(tmp_path / "old.pth")
+    assert_holds(network, saved["model"])
+    assert network.class_names == ["ant", "bee", "cat"]
     with pytest.raises(UserError, match="no 'model_ema'"):
         deit.load(tmp_path / "old.pth", ema=True)
     save_file(saved["model"], tmp_path / "bare.SAFETENSORS")

@@ -93,9 +93,9 @@ class Checkpoint(dict[str, Any]):
     def class_names(self) -> list[str]:
         """What the network's outputs stand for, in their order; empty if it does not say so."""
         names = self.get("class_names") or []
-        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
             raise UserError(f"{self.source!r} is damaged: its class_names are no list of strings")
-        return names
+        return list(names)
 
     @property
     def present(self) -> str:
