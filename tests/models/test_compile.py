@@ -53,16 +53,17 @@ def test_compiled_without_graph_breaks_or_recompilation(family):
     assert counter.frame_count == 1
 
 
-# of torch 2.6 one more, on the way to graphs that take any size: one for odd grids, one for even
+# Two of three take any size: one for odd grids, one for even. torch 2.6 may need one more on the
+# way to them.
 @pytest.mark.parametrize(
     ("family", "options", "sizes", "graphs"),
     [
-        ("d2_deit", dict(WHOLE, use_attn_mixer=True, global_pool="avg", reg_tokens=2), [32], 1),
-        ("d2_deit", dict(img_size=40, global_pool=""), [40], 1),
+        ("d2_deit", dict(WHOLE, use_attn_mixer=True, global_pool="avg", reg_tokens=2), [32], {1}),
+        ("d2_deit", dict(img_size=40, global_pool=""), [40], {1}),
         ("d2_deit", dict(dynamic_img_size=True), [32, 40, (24, 56), (48, 64), (56, 48)],
-         3 if NEWER else 4),
-        ("resmlp_equi_d2", WHOLE, [32], 1),
-        ("d2_convnext", WHOLE, [32], 1),
+         {3} if NEWER else {3, 4}),
+        ("resmlp_equi_d2", WHOLE, [32], {1}),
+        ("d2_convnext", WHOLE, [32], {1}),
     ],
 )  # fmt: skip
 def test_compiled_options(family, options, sizes, graphs):
@@ -72,7 +73,7 @@ def test_compiled_options(family, options, sizes, graphs):
     for size in sizes:
         x = x32(2, size if isinstance(size, tuple) else (size, size))
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == graphs
+    assert counter.frame_count in graphs
 
 
 def test_compiled_training_step_with_stochastic_depth():
