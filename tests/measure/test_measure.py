@@ -59,7 +59,7 @@ def test_selection():
         (OURS, 30, "patch"),
         ("resmlp_12", 40, "patches of 16 pixels.*use 32 or 48"),
         ("d2_convnext_tiny", 33, "total stride, 32"),
-        ("convnext_isotropic_small", 8, "(Kernel size|nothing is left of the image)"),
+        ("convnext_isotropic_small", 8, "(Kernel size|nothing is left of the image|too small)"),
         ("convnext_tiny", 20, "usual size is 224"),
         ("vit_tiny_patch16_224", 40, "use 32 or 48"),
         ("swin_tiny_patch4_window7_224", 31, "."),
