@@ -117,7 +117,7 @@ def train_ranks(count: int, *argv: str, data: Path, out: Path, body=train) -> No
 
 
 MODEL = ("--model", "d2_deit_tiny_patch16_LS")
-MODEL += ("--model-kwargs", "depth=2", "embed_dim=48", "num_heads=2")
+MODEL += ("--model-kwargs", "depth=2", "embed_dim=48", "num_heads=2", "--lr", "2e-3")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def one_process(data, tmp_path_factory):
     assert train("--batch-size", "8", *MODEL, *PLAIN, data=data, out=out) == 0
     trained = load(out / "checkpoint.pth")  # the average has hardly moved
     moved = [(v - trained["model_ema"][k]).abs().max() for k, v in trained["model"].items()]
-    assert max(moved) > 5e-4, "fifty times what is tolerated"
+    assert max(moved) > 1e-3, "a hundred times what is tolerated"
     return out
 
 

@@ -347,7 +347,7 @@ class TestFailures:
             capture_output=True,
             text=True,
             start_new_session=True,
-            timeout=90,
+            timeout=60,
         )
         assert result.returncode == 3, result.stderr
         pids = result.stdout.split()
